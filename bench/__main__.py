@@ -1,0 +1,112 @@
+"""Command line of the benchmarks: `python -m vitgraph.bench towers` and `... kernels`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vitgraph bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    towers = commands.add_parser("towers", help="whole towers against their competitors")
+    towers.add_argument("--towers", nargs="+", metavar="NAME")
+    towers.add_argument("--workloads", nargs="+", metavar="NAME", help="or mix<N>: N random images")
+    towers.add_argument("--providers", nargs="+", metavar="NAME")
+    towers.add_argument(
+        "--compile", action="store_true", help="add hf-compile-graph (minutes for each workload)"
+    )
+    towers.add_argument(
+        "--budgets",
+        choices=("auto", "ladder", "tight"),
+        default="auto",
+        help="graphs of `ours`: rungs of the automatic ladder that are used, all of it, or exact",
+    )
+    towers.add_argument("--attention", metavar="BACKEND", help="of `ours`; default: its own choice")
+    kernels = commands.add_parser("kernels", help="single kernels against the roofline")
+    kernels.add_argument("cases", nargs="*", metavar="CASE")
+    kernels.add_argument("--shapes", metavar="TEXT", help="only shapes whose label holds TEXT")
+    for command in (towers, kernels):
+        command.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
+        command.add_argument("--device", help="default: the GPU if there is one")
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--quick", action="store_true", help="fewer repetitions")
+        command.add_argument("--json", metavar="FILE", help="write conditions and rows")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one benchmark; the table goes to stdout, progress to stderr.
+
+    Returns:
+        0, or 2 for an argument that has no such value.
+    """
+    arguments = _parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    # after parsing: --help must not wait for transformers
+    from .report import conditions, write_json
+
+    try:
+        runner = _run_towers if arguments.command == "towers" else _run_kernels
+        rows, extra, text = runner(arguments)
+    except ValueError as error:
+        print(f"vitgraph bench: {error}", file=sys.stderr)
+        return 2
+    if arguments.json:
+        meta = {**conditions(["vitgraph", "bench", *given]), **extra}
+        write_json(arguments.json, meta, rows)
+    print(text)
+    return 0
+
+
+def _run_towers(arguments: argparse.Namespace) -> tuple[list[dict], dict, str]:
+    from . import towers
+    from .timing import QUICK, Effort
+    from .towers_config import DEFAULT_TOWERS
+    from .workloads import WORKLOADS, resolve
+
+    providers = list(arguments.providers or towers.DEFAULT_PROVIDERS)
+    if arguments.compile and "hf-compile-graph" not in providers:
+        providers.append("hf-compile-graph")
+    rows = towers.run(
+        arguments.towers or DEFAULT_TOWERS,
+        resolve(arguments.workloads or list(WORKLOADS), arguments.seed),
+        providers,
+        device=arguments.device,
+        dtype=DTYPES[arguments.dtype],
+        budgets=arguments.budgets,
+        attention=arguments.attention,
+        effort=QUICK if arguments.quick else Effort(),
+        seed=arguments.seed,
+    )
+    settings = {"budgets": arguments.budgets, "dtype": arguments.dtype, "seed": arguments.seed}
+    return rows, settings, towers.summary(rows)
+
+
+def _run_kernels(arguments: argparse.Namespace) -> tuple[list[dict], dict, str]:
+    from . import kernels
+    from .registry import REGISTRY
+    from .timing import Effort
+
+    place = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    ceilings = kernels.measure_ceilings(place) if place.type == "cuda" else None
+    rows = kernels.run(
+        arguments.cases or tuple(REGISTRY),
+        shapes=lambda label: arguments.shapes is None or arguments.shapes in label,
+        device=place,
+        dtype=DTYPES[arguments.dtype],
+        ceilings=ceilings,
+        effort=Effort(
+            warmup_s=0.005 if arguments.quick else 0.02, rounds=5 if arguments.quick else 20
+        ),
+        seed=arguments.seed,
+    )
+    found = {"copy_gbps": ceilings.gbps, "gemm_tflops": ceilings.tflops} if ceilings else None
+    return rows, {"ceilings": found, "seed": arguments.seed}, kernels.summary(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

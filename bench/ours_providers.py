@@ -1,0 +1,165 @@
+"""This package's encoder as three contenders.
+
+- `ours-eager`: its kernels launched one by one on the exact layout.
+- `ours-graph`: replays of the rungs that the batch needs, nothing else.
+- `ours`: the call a user makes after `capture`: packing, staging, replay and copies out.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+
+from ..capture import (
+    CudaGraphRecorder,
+    EncoderCudaGraphConfig,
+    EncoderCudaGraphManager,
+    Recording,
+    RungLimits,
+    pack,
+)
+from ..encoder.vision_encoder import VisionEncoder
+from .provider import Builders, Job, Provider, UnavailableError, features_of, require_cuda
+from .workloads import Grid
+
+Budgets = Literal["auto", "ladder", "tight"]
+
+
+class _KeepingRecorder:
+    """Records CUDA graphs and keeps them, in the order of recording."""
+
+    def __init__(self, device: torch.device):
+        self._recorder = CudaGraphRecorder(device)
+        self.recordings: list[Recording] = []
+
+    def new_pool(self) -> Any:
+        return self._recorder.new_pool()
+
+    def record(self, work: Callable[[], None], pool: Any) -> Recording:
+        self.recordings.append(self._recorder.record(work, pool))
+        return self.recordings[-1]
+
+
+class OursTower:
+    """The encoder of one tower and its graphs, made when they are first needed.
+
+    Args:
+        tower: Live Hugging Face tower.
+        workloads: All that will be asked of it; decides which graphs are captured.
+        budgets: "auto" captures the rungs of the automatic ladder that the workloads use (the
+            same rungs, sooner), "ladder" all of it, "tight" one rung of exactly each workload.
+        attention: Backend for attention over whole frames; None for the encoder's choice.
+    """
+
+    def __init__(
+        self,
+        tower: torch.nn.Module,
+        workloads: Sequence[Sequence[Grid]],
+        budgets: Budgets = "auto",
+        attention: str | None = None,
+    ):
+        self._tower = tower
+        self._workloads = workloads
+        self._budgets = budgets
+        self._attention = attention
+        self._encoder: VisionEncoder | None = None
+        self._recordings: dict[RungLimits, Recording] = {}
+
+    def builders(self) -> Builders:
+        """Builders of the three contenders."""
+        return {"ours-eager": self._eager, "ours-graph": self._graph, "ours": self._call}
+
+    def encoder(self) -> VisionEncoder:
+        """The encoder, built on first use from the tower's weights."""
+        if self._encoder is None:
+            self._encoder = VisionEncoder.from_hf(self._tower, attention=self._attention)
+        return self._encoder
+
+    def config(self) -> EncoderCudaGraphConfig:
+        """Which graphs `capture` will record."""
+        if self._budgets == "ladder":
+            return EncoderCudaGraphConfig()
+        encoder = self.encoder()
+        items = [encoder.item_specs(list(grids)) for grids in self._workloads]
+        if self._budgets == "tight":
+            return EncoderCudaGraphConfig(
+                token_budgets=tuple(sum(i.output_tokens for i in item) for item in items)
+            )
+        ladder = EncoderCudaGraphConfig().resolve(encoder)
+        used = {b.rung.token_budget for item in items for b in pack(item, ladder) if b.rung}
+        return (
+            EncoderCudaGraphConfig(token_budgets=tuple(used)) if used else EncoderCudaGraphConfig()
+        )
+
+    def release(self) -> None:
+        """Free graphs and weights."""
+        if self._encoder is not None:
+            self._encoder.release_graphs()
+        self._encoder = None
+        self._recordings = {}
+
+    def _captured(self) -> VisionEncoder:
+        encoder = self.encoder()
+        require_cuda(encoder.device, "a CUDA graph")
+        if encoder.graphs is None:
+            recorder = _KeepingRecorder(encoder.device)
+            manager = EncoderCudaGraphManager(encoder, self.config(), recorder=recorder)
+            manager.capture()
+            encoder.graphs = manager
+            # the manager records its largest rung first
+            self._recordings = dict(zip(manager.rungs[::-1], recorder.recordings, strict=True))
+        return encoder
+
+    def _rungs(self, job: Job) -> list[RungLimits]:
+        encoder = self._captured()
+        assert encoder.graphs is not None
+        batches = pack(encoder.item_specs(list(job.grids)), encoder.graphs.rungs)
+        if any(batch.rung is None for batch in batches):
+            raise UnavailableError("an item fits no captured rung; `ours` runs it eagerly")
+        return [batch.rung for batch in batches if batch.rung is not None]
+
+    def _eager(self, job: Job) -> Provider:
+        encoder = self.encoder()
+
+        @torch.inference_mode()
+        def call() -> dict[str, torch.Tensor]:
+            return encoder.eager_forward(job.pixel_values, job.grids)
+
+        def features() -> list[torch.Tensor]:
+            out = call()
+            deepstack = range(len(encoder.spec.deepstack_layers))
+            return [out["pooler_output"], *(out[f"deepstack_{j}"] for j in deepstack)]
+
+        return Provider(call, features, len(job.pixel_values))
+
+    def _graph(self, job: Job) -> Provider:
+        encoder, rungs = self._captured(), self._rungs(job)
+        recordings = [self._recordings[rung] for rung in rungs]
+
+        def replay() -> None:
+            for recording in recordings:
+                recording.replay()
+
+        # the call stages the inputs, and what it returns was written by these same recordings
+        def features() -> list[torch.Tensor]:
+            return features_of(encoder(job.pixel_values, job.grids))
+
+        return Provider(replay, features, sum(rung.max_patches for rung in rungs))
+
+    def _call(self, job: Job) -> Provider:
+        encoder = self._captured()
+        assert encoder.graphs is not None
+        batches = pack(encoder.item_specs(list(job.grids)), encoder.graphs.rungs)
+        items = encoder.item_specs(list(job.grids))
+        padded = sum(
+            batch.rung.max_patches
+            if batch.rung
+            else sum(items[i].input_size for i in batch.indices)
+            for batch in batches
+        )
+        grid_thw = torch.tensor(job.grids)  # on the CPU, where a processor leaves it
+
+        def call() -> Any:
+            return encoder(job.pixel_values, grid_thw)
+
+        return Provider(call, lambda: features_of(call()), padded)

@@ -1,0 +1,68 @@
+"""A contender in the tower benchmark, and what it is asked to do."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .workloads import Grid
+
+
+class UnavailableError(Exception):
+    """A contender cannot run here; the message is the reason printed in its row."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One workload on one tower.
+
+    Attributes:
+        grids: Items (t, h, w) in patches.
+        grid_thw: The same as an int64 tensor [N, 3] on the tower's device.
+        pixel_values: [T, P] in the tower's dtype, on its device.
+    """
+
+    grids: tuple[Grid, ...]
+    grid_thw: torch.Tensor
+    pixel_values: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A contender made ready for one job.
+
+    Attributes:
+        call: What is timed.
+        features: Runs the same computation and returns [pooler_output, *deepstack_features].
+        padded_patches: Rows of pixels that it computes on, padding included.
+    """
+
+    call: Callable[[], object]
+    features: Callable[[], list[torch.Tensor]]
+    padded_patches: int
+
+
+Builder = Callable[[Job], Provider]
+Builders = Mapping[str, Builder]
+
+
+def features_of(output: Any) -> list[torch.Tensor]:
+    """[pooler_output, *deepstack_features] of a Hugging Face output or a `VisionOutput`."""
+    return [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
+
+
+def make_job(
+    grids: Sequence[Grid], patch_values: int, *, device: torch.device, dtype: torch.dtype, seed: int
+) -> Job:
+    """Unit-normal pixels for `grids`, drawn in fp32 on the CPU: the same on every device."""
+    rows = sum(t * h * w for t, h, w in grids)
+    pixels = torch.randn(rows, patch_values, generator=torch.Generator().manual_seed(seed))
+    table = torch.tensor(grids, dtype=torch.int64, device=device)
+    return Job(tuple(grids), table, pixels.to(device=device, dtype=dtype))
+
+
+def require_cuda(device: torch.device, name: str) -> None:
+    """Raise `UnavailableError` unless `device` is a CUDA device."""
+    if device.type != "cuda":
+        raise UnavailableError(f"{name} needs a CUDA device, the tower is on {device}")

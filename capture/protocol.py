@@ -1,0 +1,111 @@
+"""What the capture machinery and an encoder say to each other.
+
+Patch: a row before the merger. Token: a row after it. Item: one image or video. Frame: one temporal
+patch of an item, which is one attention segment. Window: one segment of a windowed layer.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+Rows = Literal["patches", "tokens", "items", "frames"]
+
+
+@dataclass(frozen=True)
+class EncoderItemSpec:
+    """The size of one item: one image or one video.
+
+    Attributes:
+        input_size: patches (rows of `pixel_values`).
+        output_tokens: tokens (rows of `pooler_output`).
+        num_frames: attention segments of the full-attention layers.
+        num_windows: attention segments of the windowed layers; 0 in a tower without windows.
+    """
+
+    input_size: int
+    output_tokens: int
+    num_frames: int = 1
+    num_windows: int = 0
+
+
+@dataclass(frozen=True)
+class RungLimits:
+    """What one captured graph can hold; every field is an inclusive upper limit.
+
+    Attributes:
+        token_budget: tokens; also the name of the rung.
+        max_patches: rows of `pixel_values`.
+        max_items: rows of the grid table.
+        max_frames: attention segments of the full-attention layers.
+        max_windows: attention segments of the windowed layers; 0 in a tower without windows.
+    """
+
+    token_budget: int
+    max_patches: int
+    max_items: int
+    max_frames: int
+    max_windows: int
+
+
+@dataclass(frozen=True)
+class BufferSpec:
+    """Shape and dtype of one static buffer; `rows` says what its leading axis counts."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    rows: Rows
+
+
+class SupportsEncoderCudaGraph(Protocol):
+    """An encoder whose whole forward can be recorded once per rung and replayed."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the static buffers live."""
+        ...
+
+    def budget_range(self) -> tuple[int, int]:
+        """(smallest, largest) token budget of an automatic ladder."""
+        ...
+
+    def item_specs(self, grid_thw: Sequence[tuple[int, int, int]]) -> list[EncoderItemSpec]:
+        """The size of every item from its (t, h, w) in patches; ValueError on a grid it refuses."""
+        ...
+
+    def rung_limits(self, token_budget: int, max_items: int, max_frames: int) -> RungLimits:
+        """Limits of the rung of `token_budget` tokens; none may shrink as the arguments grow."""
+        ...
+
+    def input_specs(self, limits: RungLimits) -> dict[str, BufferSpec]:
+        """Static inputs of a rung, exactly these two.
+
+        `pixel_values` [max_patches, width] (rows: patches) and `grid` int32 [max_items, 3] (rows:
+        items), whose rows past the live items are zero. Only the leading axis may depend on
+        `limits`.
+        """
+        ...
+
+    def output_specs(self, limits: RungLimits) -> dict[str, BufferSpec]:
+        """Static outputs of a rung; only the leading axis may depend on `limits`."""
+        ...
+
+    def graph_forward(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        outputs: Mapping[str, torch.Tensor],
+        limits: RungLimits,
+    ) -> None:
+        """The recorded work: read `inputs`, write `outputs`, never wait for the device.
+
+        Rows of `pixel_values` past the live patches hold whatever an earlier replay left there.
+        Rows of `outputs` past the live ones may hold anything.
+        """
+        ...
+
+    def eager_forward(
+        self, pixel_values: torch.Tensor, grid_thw: Sequence[tuple[int, int, int]]
+    ) -> dict[str, torch.Tensor]:
+        """The same work on the exact layout: fresh tensors under the names of `output_specs`."""
+        ...

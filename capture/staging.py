@@ -1,0 +1,234 @@
+"""Static buffers, and what goes in and out of them around a replay.
+
+A batch is a list of items in the caller's order. Neighbouring items have neighbouring rows on both
+sides, so rows move by *runs*: one copy for every stretch of consecutive items.
+"""
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from .protocol import BufferSpec, EncoderItemSpec, Rows
+
+PIXELS = "pixel_values"
+GRID = "grid"
+
+Grid = tuple[int, int, int]
+Run = tuple[int, int]
+
+
+def allocate(specs: Mapping[str, BufferSpec], device: torch.device) -> dict[str, torch.Tensor]:
+    """One zero-filled tensor per spec.
+
+    Zeros, because padding rows are computed on too and have to be finite. Never inference tensors,
+    which could not be written outside `torch.inference_mode()`.
+    """
+    with torch.inference_mode(False):
+        return {
+            name: torch.zeros(spec.shape, dtype=spec.dtype, device=device)
+            for name, spec in specs.items()
+        }
+
+
+def leading_slices(
+    buffers: Mapping[str, torch.Tensor], specs: Mapping[str, BufferSpec]
+) -> dict[str, torch.Tensor]:
+    """The leading rows of `buffers` that `specs` ask for, sharing their memory.
+
+    Raises:
+        ValueError: a spec has other names, dtypes or trailing sizes than the buffers, or more rows.
+    """
+    if specs.keys() != buffers.keys():
+        raise ValueError(
+            f"leading_slices: specs name {sorted(specs)}, the largest rung {sorted(buffers)}; "
+            "every rung must name the same buffers"
+        )
+    slices = {}
+    for name, spec in specs.items():
+        buffer = buffers[name]
+        same_row = spec.shape[1:] == buffer.shape[1:] and spec.dtype == buffer.dtype
+        if not same_row or spec.shape[0] > len(buffer):
+            raise ValueError(
+                f"leading_slices: {name} is {spec.dtype} {list(spec.shape)}, not the leading rows "
+                f"of the largest rung's {buffer.dtype} {list(buffer.shape)}; only the leading axis "
+                "may depend on the limits, and it must grow with them"
+            )
+        with torch.inference_mode(False):
+            slices[name] = buffer[: spec.shape[0]]
+    return slices
+
+
+def grid_rows(grid_thw: torch.Tensor | Sequence[Sequence[int]]) -> list[Grid]:
+    """`grid_thw` as plain (t, h, w) triples. A tensor on the GPU costs a synchronisation.
+
+    Raises:
+        TypeError: sizes that are not whole numbers.
+        ValueError: a shape other than [N, 3], or a size below 1.
+    """
+    if isinstance(grid_thw, torch.Tensor):
+        if grid_thw.numel() and (grid_thw.ndim != 2 or grid_thw.shape[1] != 3):
+            raise ValueError(
+                f"execute: grid_thw is {list(grid_thw.shape)}; pass [N, 3] sizes in patches"
+            )
+        table: Sequence[Sequence[int]] = grid_thw.tolist() if grid_thw.numel() else []
+    else:
+        table = grid_thw
+    rows = []
+    for item, row in enumerate(table):
+        if len(row) != 3:
+            raise ValueError(
+                f"execute: grid_thw[{item}]={row!r} is not (t, h, w); pass [N, 3] sizes in patches"
+            )
+        try:
+            t, h, w = map(operator.index, row)
+        except TypeError as error:
+            raise TypeError(
+                f"execute: grid_thw[{item}]={row!r} is not of whole numbers; pass integer sizes"
+            ) from error
+        if t < 1 or h < 1 or w < 1:
+            raise ValueError(
+                f"execute: grid_thw[{item}]={(t, h, w)} must be at least 1 everywhere; drop the "
+                "empty item"
+            )
+        rows.append((t, h, w))
+    return rows
+
+
+def check_pixels(pixel_values: torch.Tensor, spec: BufferSpec, patches: int) -> None:
+    """Refuse pixel rows that do not belong to a grid of `patches` patches or to this encoder.
+
+    Raises:
+        TypeError: integer pixels for a floating-point buffer, or the reverse.
+        ValueError: a shape other than [patches, width].
+    """
+    if patches == 0 and pixel_values.numel() == 0:
+        return
+    expected = (patches, *spec.shape[1:])
+    if pixel_values.shape != expected:
+        raise ValueError(
+            f"execute: pixel_values is {list(pixel_values.shape)}, but grid_thw and the encoder "
+            f"ask for {list(expected)}; pass the pixel_values and grid_thw of the same items"
+        )
+    if pixel_values.is_floating_point() != spec.dtype.is_floating_point:
+        raise TypeError(
+            f"execute: pixel_values is {pixel_values.dtype}, the encoder reads {spec.dtype}; "
+            "preprocess (rescale and normalise) the pixels first"
+        )
+
+
+def row_counts(kind: Rows, items: Sequence[EncoderItemSpec]) -> list[int]:
+    """How many rows of `kind` each item has."""
+    if kind == "patches":
+        return [item.input_size for item in items]
+    if kind == "tokens":
+        return [item.output_tokens for item in items]
+    if kind == "frames":
+        return [item.num_frames for item in items]
+    return [1] * len(items)
+
+
+@dataclass(frozen=True)
+class RowOffsets:
+    """Where the rows of every item start, for each kind of row: offsets[kind] is [N + 1]."""
+
+    offsets: dict[Rows, list[int]]
+
+    @classmethod
+    def of(cls, kinds: set[Rows], items: Sequence[EncoderItemSpec]) -> "RowOffsets":
+        """Offsets of `items` laid out one after the other."""
+        return cls({kind: [0, *accumulate(row_counts(kind, items))] for kind in kinds})
+
+    def total(self, kind: Rows) -> int:
+        """Rows of all items."""
+        return self.offsets[kind][-1]
+
+    def span(self, kind: Rows, run: Run) -> tuple[int, int]:
+        """(first row, number of rows) of the items of `run`."""
+        offsets = self.offsets[kind]
+        return offsets[run[0]], offsets[run[1]] - offsets[run[0]]
+
+
+def runs_of(indices: Sequence[int]) -> list[Run]:
+    """Ascending `indices` as half-open stretches of consecutive ones."""
+    runs: list[Run] = []
+    for index in indices:
+        if runs and runs[-1][1] == index:
+            runs[-1] = (runs[-1][0], index + 1)
+        else:
+            runs.append((index, index + 1))
+    return runs
+
+
+def stage_grid(destination: torch.Tensor, rows: Sequence[Grid]) -> None:
+    """Write the whole grid table [max_items, 3]: `rows`, then zeros.
+
+    The table is built in fresh pinned memory, so the copy does not wait; the caching host allocator
+    does not hand that memory out again before the copy is done.
+    """
+    table = torch.zeros(destination.shape, dtype=torch.int32, pin_memory=destination.is_cuda)
+    if rows:
+        table.numpy()[: len(rows)] = rows
+    destination.copy_(table, non_blocking=True)
+
+
+def stage_pixels(
+    destination: torch.Tensor, pixel_values: torch.Tensor, offsets: RowOffsets, runs: Sequence[Run]
+) -> None:
+    """Copy the pixel rows of `runs`, packed, to the leading rows; later rows stay as they are.
+
+    A non-blocking copy casts on the destination's device. It is safe from pageable memory as well,
+    which CUDA reads before the call returns.
+    """
+    row = 0
+    for run in runs:
+        first, count = offsets.span("patches", run)
+        source = pixel_values[first : first + count]
+        destination[row : row + count].copy_(source, non_blocking=True)
+        row += count
+
+
+def gather_pixels(
+    pixel_values: torch.Tensor, offsets: RowOffsets, runs: Sequence[Run]
+) -> torch.Tensor:
+    """The pixel rows of `runs`, packed; a view when they are one run."""
+    spans = [offsets.span("patches", run) for run in runs]
+    pieces = [pixel_values[first : first + count] for first, count in spans]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def empty_results(
+    specs: Mapping[str, BufferSpec], offsets: RowOffsets, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Uninitialised tensors for the live rows of all items, to be filled batch by batch."""
+    return {
+        name: torch.empty(
+            (offsets.total(spec.rows), *spec.shape[1:]), dtype=spec.dtype, device=device
+        )
+        for name, spec in specs.items()
+    }
+
+
+def scatter_rows(
+    results: Mapping[str, torch.Tensor],
+    packed: Mapping[str, torch.Tensor],
+    specs: Mapping[str, BufferSpec],
+    offsets: RowOffsets,
+    runs: Sequence[Run],
+) -> None:
+    """Copy the leading rows of `packed`, which are those of `runs`, to their place in `results`."""
+    for name, spec in specs.items():
+        row = 0
+        for run in runs:
+            first, count = offsets.span(spec.rows, run)
+            results[name][first : first + count].copy_(packed[name][row : row + count])
+            row += count
+
+
+def clone_live(
+    packed: Mapping[str, torch.Tensor], specs: Mapping[str, BufferSpec], offsets: RowOffsets
+) -> dict[str, torch.Tensor]:
+    """Fresh tensors of the live rows, for a batch that holds all items in order."""
+    return {name: packed[name][: offsets.total(spec.rows)].clone() for name, spec in specs.items()}

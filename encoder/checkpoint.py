@@ -1,0 +1,163 @@
+"""Local folders and Hub repositories: the config of a model, and the tensors of its tower alone."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+
+from .families import Family, family_of_model
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIGS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+TOWER_KEY = re.compile(r"^(?:model\.)?visual\.(.+)$")
+
+
+class CheckpointError(ValueError):
+    """A model that cannot be found or read; the message names it and the way out."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk or on the Hub, of which only what is asked for is fetched.
+
+    Attributes:
+        name: What the caller asked for.
+        folder: Folder that holds config.json.
+        revision: Commit on the Hub; None for a local folder.
+    """
+
+    name: str
+    folder: Path
+    revision: str | None
+    fetch: Callable[[str], Path | None]
+
+    @classmethod
+    def open(
+        cls,
+        path_or_id: str | Path,
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> "Checkpoint":
+        """Find a model; its preprocessor settings come along where they exist.
+
+        Raises:
+            CheckpointError: no such folder or repository, no config.json, or no way to the Hub.
+        """
+        path = Path(path_or_id).expanduser()
+        if path.is_dir():
+            if not (path / "config.json").is_file():
+                raise CheckpointError(
+                    f"{path}: no config.json in this folder; give a folder written by "
+                    "`save_pretrained`"
+                )
+
+            def local(name: str) -> Path | None:
+                return path / name if (path / name).is_file() else None
+
+            return cls(str(path_or_id), path, None, local)
+
+        def download(name: str) -> Path | None:
+            try:
+                return Path(
+                    huggingface_hub.hf_hub_download(
+                        str(path_or_id), name, revision=revision, token=token,
+                        cache_dir=cache_dir, local_files_only=local_files_only,
+                    )
+                )  # fmt: skip
+            except LocalEntryNotFoundError:
+                # asked offline: nothing says whether the file exists
+                return None
+            except EntryNotFoundError:
+                return None
+
+        try:
+            config = download("config.json")
+        except HFValidationError as error:
+            raise CheckpointError(
+                f"{path_or_id}: neither an existing folder nor a Hub id of the form owner/name"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path_or_id}: the Hub refused: {error}") from error
+        if config is None:
+            raise CheckpointError(
+                f"{path_or_id}: not an existing folder, and config.json of this Hub id is neither "
+                "in the local cache nor could it be fetched; check the name, the connection and "
+                "HF_HUB_OFFLINE"
+            )
+        for name in CONFIGS:
+            download(name)
+        return cls(str(path_or_id), config.parent, config.parent.name, download)
+
+    def family_and_config(self) -> tuple[Family, Any]:
+        """The tower's family and its vision config.
+
+        Raises:
+            CheckpointError: config.json cannot be read.
+            ValueError: the model has no supported tower.
+        """
+        from transformers import AutoConfig
+
+        path = self.folder / "config.json"
+        try:
+            model_type = json.loads(path.read_text()).get("model_type")
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path}: not a JSON object: {error}") from error
+        family = family_of_model(model_type)
+        config = AutoConfig.from_pretrained(self.folder)
+        return family, config.vision_config
+
+    def tower_tensors(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The tower's tensors on `device`, by name without the tower's prefix.
+
+        Only shards that hold tensors of the tower are opened (and fetched), and only those tensors
+        are read.
+
+        Raises:
+            CheckpointError: no safetensors file, a missing or corrupt shard, or no tower inside.
+        """
+        tensors = {}
+        for shard in self._shards():
+            path = self.fetch(shard)
+            if path is None:
+                raise CheckpointError(
+                    f"{self.name}: {shard} is missing; download the checkpoint again"
+                )
+            try:
+                with safe_open(path, framework="pt", device=str(device)) as file:
+                    for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                        if match := TOWER_KEY.match(key):
+                            tensors[match[1]] = file.get_tensor(key)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{path}: not a readable safetensors file ({error}); download it again"
+                ) from error
+        if not tensors:
+            raise CheckpointError(
+                f"{self.name}: no tensor named visual.* or model.visual.*; this checkpoint holds "
+                "no vision tower"
+            )
+        return tensors
+
+    def _shards(self) -> list[str]:
+        if (index := self.fetch(INDEX)) is not None:
+            try:
+                weight_map = json.loads(index.read_text())["weight_map"]
+            except (ValueError, KeyError) as error:
+                raise CheckpointError(f"{index}: not a safetensors index ({error!r})") from error
+            return sorted({shard for key, shard in weight_map.items() if TOWER_KEY.match(key)})
+        if self.fetch(SINGLE) is not None:
+            return [SINGLE]
+        raise CheckpointError(
+            f"{self.name}: neither {SINGLE} nor {INDEX}; convert the checkpoint to safetensors "
+            "(`save_pretrained` writes it)"
+        )

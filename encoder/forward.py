@@ -1,0 +1,206 @@
+"""The forward of a tower: one function for eager calls, capture and replay alike.
+
+Everything that depends on the batch is read on the device, from the grid table, so the same calls
+can be recorded once and replayed for every batch that fits. Nothing here synchronises or moves
+data to or from the host. Rows past the live ones are finite in the residual stream and in every
+intermediate: norms write zeros there, and attention writes into a buffer that starts zero.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..capture import RungLimits
+from ..kernels.attention import varlen_attention
+from ..kernels.layout import Layout, layout
+from ..kernels.linear import linear
+from ..kernels.norm import norm
+from ..kernels.patch_embed import patch_embed
+from ..kernels.residual import residual
+from ..kernels.rope import rope_
+from ..kernels.swiglu import swiglu
+from ..kernels.window_attention import window_attention
+from .spec import EncoderSpec
+from .weights import BlockWeights, MergerWeights, TowerWeights
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One packed batch on the device, and the host's bounds for it.
+
+    Attributes:
+        pixel_values: [T, P] in the tower's dtype; rows past the live ones may hold anything.
+        grid: [items, 3] int32, zero past the live items.
+        limits: Capacities; T = limits.max_patches.
+        max_seqlen: Upper bound in patches of a frame.
+    """
+
+    pixel_values: torch.Tensor
+    grid: torch.Tensor
+    limits: RungLimits
+    max_seqlen: int
+
+
+class _Workspace:
+    """Intermediates of one forward, shared by all blocks."""
+
+    def __init__(self, weights: TowerWeights, x: torch.Tensor):
+        spec, T = weights.spec, x.shape[0]
+        self.normed = torch.empty_like(x)
+        self.qkv = x.new_empty(T, 3, spec.num_heads, spec.head_dim)
+        # attention leaves the padding rows alone, and a GEMM reads them
+        self.attended = x.new_zeros(T, spec.num_heads, spec.head_dim)
+        up = weights.blocks[0].up_weight.shape[0]
+        self.up = x.new_empty(T, up)
+        self.gated = x.new_empty(T, up // 2) if spec.mlp == "gated" else self.up
+
+
+def tower_forward(
+    weights: TowerWeights,
+    batch: Batch,
+    outputs: Mapping[str, torch.Tensor],
+    *,
+    attention: str,
+    states: Mapping[int, torch.Tensor] | None = None,
+) -> None:
+    """Run the tower on `batch` and write `outputs`.
+
+    Args:
+        weights: Prepared weights.
+        batch: What to encode.
+        outputs: "last_hidden_state" [T, D], "pooler_output" [T/4, out] and, for each deepstack
+            merger, "deepstack_0".. [T/4, out]; live rows first, padding finite.
+        attention: Backend of the blocks that attend over whole frames.
+        states: Block index to [T, D] tensors that take the stream after those blocks.
+    """
+    spec = weights.spec
+    plan = layout(
+        batch.grid,
+        weights.inv_freq,
+        num_rows=batch.pixel_values.shape[0],
+        num_frames=batch.limits.max_frames,
+        num_windows=batch.limits.max_windows,
+        merge=spec.merge_size,
+        window=spec.window_size,
+    )
+    reordered = plan.source if spec.window_size else None
+    x = patch_embed(
+        batch.pixel_values,
+        weights.tensors["patch.weight"],
+        weights.tensors.get("patch.bias"),
+        source=reordered,
+        table=weights.tensors.get("position.table"),
+        position=plan.position,
+        live_rows=plan.live_rows,
+    )
+    work = _Workspace(weights, x)
+    for i, block in enumerate(weights.blocks):
+        _attend(spec, block, x, plan, work, batch.max_seqlen, attention, spec.attends_in_windows(i))
+        _mlp(spec, block, x, plan, work)
+        if i in spec.deepstack_layers:
+            j = spec.deepstack_layers.index(i)
+            joined = x.view(-1, spec.hidden_size * spec.patches_per_token)
+            _merge(spec, weights.deepstack[j], joined, plan, None, outputs[f"deepstack_{j}"])
+        if states is not None and i in states:
+            residual(x, weights.offsets[i + 1], live_rows=plan.live_rows, out=states[i])
+    residual(x, weights.offsets[-1], live_rows=plan.live_rows, out=outputs["last_hidden_state"])
+    _merge(spec, weights.merger, x, plan, reordered, outputs["pooler_output"])
+
+
+def _attend(
+    spec: EncoderSpec,
+    block: BlockWeights,
+    x: torch.Tensor,
+    plan: Layout,
+    work: _Workspace,
+    max_seqlen: int,
+    attention: str,
+    in_windows: bool,
+) -> None:
+    live = plan.live_rows
+    norm(
+        x, block.norm1_weight, block.norm1_bias, spec.eps,
+        kind=spec.norm, offset=block.norm1_offset, live_rows=live, out=work.normed,
+    )  # fmt: skip
+    linear(work.normed, block.qkv_weight, block.qkv_bias, out=work.qkv.flatten(1))
+    scale = spec.head_dim**-0.5
+    if in_windows:
+        window_attention(
+            *work.qkv.unbind(1), plan.cos, plan.sin, plan.cu_window_seqlens,
+            scale=scale, max_window=spec.window_size**2, out=work.attended,
+        )  # fmt: skip
+    else:
+        rope_(work.qkv, plan.cos, plan.sin, live)
+        varlen_attention(
+            *work.qkv.unbind(1), plan.cu_seqlens,
+            max_seqlen=max_seqlen, scale=scale, out=work.attended, backend=attention,
+        )  # fmt: skip
+    linear(work.attended.flatten(1), block.proj_weight, residual=x)
+
+
+def _mlp(
+    spec: EncoderSpec, block: BlockWeights, x: torch.Tensor, plan: Layout, work: _Workspace
+) -> None:
+    live = plan.live_rows
+    norm(
+        x, block.norm2_weight, block.norm2_bias, spec.eps,
+        kind=spec.norm, offset=block.norm2_offset, live_rows=live, out=work.normed,
+    )  # fmt: skip
+    if spec.mlp == "gated":
+        linear(work.normed, block.up_weight, block.up_bias, out=work.up)
+        swiglu(work.up, out=work.gated, live_rows=None)
+    else:
+        linear(work.normed, block.up_weight, block.up_bias, activation=spec.activation, out=work.up)
+    linear(work.gated, block.down_weight, residual=x)
+
+
+def _merge(
+    spec: EncoderSpec,
+    merger: MergerWeights,
+    rows: torch.Tensor,
+    plan: Layout,
+    destination: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """Norm, join 2 x 2 patches to a row, and a two-layer MLP.
+
+    `rows` are patches if the norm comes before the joining, joined rows if after. `destination`
+    brings a tower's own row order back to that of the pixels.
+    """
+    joined_before = rows.shape[1] != spec.hidden_size
+    normed = norm(
+        rows, merger.norm_weight, merger.norm_bias, spec.eps,
+        kind=spec.norm, offset=merger.offset, destination=destination, live_rows=plan.live_rows,
+        live_group=spec.patches_per_token if joined_before else 1,
+    )  # fmt: skip
+    joined = normed.view(-1, spec.hidden_size * spec.patches_per_token)
+    hidden = linear(joined, merger.fc1_weight, merger.fc1_bias, activation="gelu_erf")
+    linear(hidden, merger.fc2_weight, merger.fc2_bias, out=out)
+
+
+def output_shapes(spec: EncoderSpec, num_patches: int) -> dict[str, tuple[int, int]]:
+    """Names and shapes of the outputs for `num_patches` rows."""
+    tokens = num_patches // spec.patches_per_token
+    shapes = {
+        "last_hidden_state": (num_patches, spec.hidden_size),
+        "pooler_output": (tokens, spec.out_size),
+    }
+    for j in range(len(spec.deepstack_layers)):
+        shapes[f"deepstack_{j}"] = (tokens, spec.out_size)
+    return shapes
+
+
+def check_layers(spec: EncoderSpec, layers: Sequence[int]) -> list[int]:
+    """Block indices with negative ones counted from the end.
+
+    Raises:
+        ValueError: an index is outside the tower.
+    """
+    bad = [i for i in layers if not -spec.depth <= i < spec.depth]
+    if bad:
+        raise ValueError(
+            f"layers = {list(layers)}: {bad} outside this tower's blocks 0..{spec.depth - 1} "
+            "(negative indices count from the end)"
+        )
+    return [i % spec.depth for i in layers]

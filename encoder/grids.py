@@ -1,0 +1,89 @@
+"""Checks of the grids and pixel rows that a caller hands in."""
+
+import operator
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from .spec import EncoderSpec
+
+Grid = tuple[int, int, int]
+PIXEL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def parse_grids(grid_thw: torch.Tensor | Sequence[Any], spec: EncoderSpec) -> list[Grid]:
+    """(t, h, w) in patches of every item, as Python integers.
+
+    A tensor on a GPU is read with one synchronising copy; hand in a CPU tensor to avoid it.
+
+    Raises:
+        TypeError: the grids are not integers.
+        ValueError: not [N, 3], a side that is not positive, or not a multiple of the merge size.
+    """
+    if isinstance(grid_thw, torch.Tensor):
+        if grid_thw.is_floating_point() or grid_thw.dtype == torch.bool:
+            raise TypeError(f"grid_thw: dtype {grid_thw.dtype} must be an integer type")
+        if grid_thw.ndim != 2 or grid_thw.shape[1] != 3:
+            raise ValueError(
+                f"grid_thw: shape {list(grid_thw.shape)} must be [items, 3]: (t, h, w) in patches"
+            )
+        rows = grid_thw.tolist()
+    else:
+        rows = list(grid_thw)
+    grids = []
+    for i, row in enumerate(rows):
+        try:
+            t, h, w = (operator.index(n) for n in row)
+        except TypeError as error:
+            raise TypeError(f"grid_thw[{i}] = {row!r} must be three integers (t, h, w)") from error
+        except ValueError as error:
+            raise ValueError(f"grid_thw[{i}] = {row!r} must be three integers (t, h, w)") from error
+        if min(t, h, w) < 1:
+            raise ValueError(f"grid_thw[{i}] = ({t}, {h}, {w}): every side must be at least 1")
+        if h % spec.merge_size or w % spec.merge_size:
+            raise ValueError(
+                f"grid_thw[{i}] = ({t}, {h}, {w}): height and width must be multiples of the merge "
+                f"size {spec.merge_size}; resize the image to multiples of "
+                f"{spec.patch_size * spec.merge_size} pixels"
+            )
+        grids.append((t, h, w))
+    return grids
+
+
+def check_pixels(pixel_values: torch.Tensor, grids: Sequence[Grid], spec: EncoderSpec) -> None:
+    """Refuse pixel rows that do not belong to `grids`.
+
+    Values are looked at on the CPU only: on a GPU that would cost a synchronisation.
+
+    Raises:
+        TypeError: not a floating-point tensor.
+        ValueError: the shape does not fit the grids, or a value on the CPU is not finite.
+    """
+    if not isinstance(pixel_values, torch.Tensor) or pixel_values.dtype not in PIXEL_DTYPES:
+        kind = pixel_values.dtype if isinstance(pixel_values, torch.Tensor) else type(pixel_values)
+        raise TypeError(
+            f"pixel_values: {kind} must be a floating-point tensor of normalised pixels "
+            "(the image processor's output, not raw uint8)"
+        )
+    if pixel_values.ndim != 2 or pixel_values.shape[1] != spec.patch_values:
+        raise ValueError(
+            f"pixel_values: shape {list(pixel_values.shape)} must be [patches, "
+            f"{spec.patch_values}]: {spec.in_channels} channels x {spec.temporal_patch_size} "
+            f"frames x {spec.patch_size} x {spec.patch_size} pixels"
+        )
+    expected = sum(t * h * w for t, h, w in grids)
+    if pixel_values.shape[0] != expected:
+        raise ValueError(
+            f"pixel_values: {pixel_values.shape[0]} rows, but grid_thw describes {expected} "
+            f"patches in {len(grids)} items"
+        )
+    if pixel_values.is_cpu and not bool(torch.isfinite(pixel_values).all()):
+        row = int((~torch.isfinite(pixel_values).all(1)).nonzero()[0])
+        item = bisect_right(list(accumulate(t * h * w for t, h, w in grids)), row)
+        raise ValueError(
+            f"pixel_values: NaN or infinity in row {row} (item {item}, grid {grids[item]}); check "
+            "the image and its normalisation"
+        )

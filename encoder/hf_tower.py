@@ -1,0 +1,316 @@
+"""The forward that stands in for a Hugging Face tower's own, and the handle that undoes it.
+
+The tower object stays where it is: only its instance attribute `forward` is set, the way
+accelerate does it. Parameter names, `state_dict`, `save_pretrained`, `to`, `train`, gradient
+checkpointing, `isinstance` and every attribute that the parent reads are therefore the tower's own
+by construction.
+"""
+
+import logging
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+
+from ..capture import EncoderCudaGraphConfig
+from .families import family_of_tower
+from .vision_encoder import VisionEncoder, VisionOutput
+
+logger = logging.getLogger("vitgraph")
+
+GraphChoice = bool | EncoderCudaGraphConfig | Mapping[str, Any]
+RECORDED = ("output_hidden_states", "output_attentions")
+PLAIN_MODULES = ("torch.nn.", "transformers.models.", "transformers.activations")
+
+
+@dataclass(frozen=True)
+class SwapStats:
+    """What the calls of a swapped tower did.
+
+    Attributes:
+        fused_calls: Calls of the fused encoder.
+        hf_calls: Calls of Hugging Face's own forward, by reason: "training", "grad", "autocast",
+            "output_hidden_states", "output_attentions", "no grid_thw", "module replaced".
+        refreshes: Times the weights were read again into the same memory.
+        rebuilds: Times the encoder was built anew, because the tower's storage had moved.
+    """
+
+    fused_calls: int
+    hf_calls: dict[str, int]
+    refreshes: int
+    rebuilds: int
+
+
+class SwappedTower:
+    """A tower whose calls go to a fused encoder; also the handle of the swap.
+
+    Calls go to Hugging Face's forward instead, with a reason counted in `stats()`:
+        in training mode; with grad enabled when the pixels or any parameter require grad; under an
+        autocast to another dtype than the tower's; when hidden states or attentions are asked for;
+        without `grid_thw`; and once a module inside the tower was replaced (an adapter, say).
+    Weights that were changed in place are read again before the next fused call, and a tower that
+    was moved or cast gets a new encoder. Changes made behind autograd's back (`p.data.copy_`) are
+    seen only after a call with grad: call `refresh()`. Hooks on modules inside the tower do not
+    fire in fused calls; those on the tower itself do.
+
+    A copy or pickle of the model contains the plain Hugging Face tower.
+
+    Attributes:
+        tower: The Hugging Face tower.
+        encoder: The fused encoder; another object after a rebuild.
+        is_active: False once restored.
+    """
+
+    def __init__(self, tower: torch.nn.Module, *, graphs: GraphChoice, attention: str | None):
+        _check_tower(tower)
+        self.tower = tower
+        self.is_active = False
+        self._graphs = graphs
+        self._attention = attention
+        self._hf_forward = tower.forward
+        self._patched_before = tower.__dict__.get("forward")
+        self._output_class = _output_class(tower)
+        self._fused_calls = 0
+        self._hf_calls: Counter[str] = Counter()
+        self._refreshes = 0
+        self._rebuilds = 0
+        self._said_no_graphs = False
+        self._is_dirty = False
+        self.encoder = self._build()
+        self._seen = _Contents(tower)
+        tower.forward = self
+        self.is_active = True
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor | None = None,
+        grid_thw: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The tower's forward, with its arguments and output classes.
+
+        Tensors computed from `grid_thw` in advance (`cu_seqlens`, `position_ids`, ...) are accepted
+        and not needed. `hidden_states` [T, P] are the pixel rows, also accepted as `pixel_values`.
+        """
+        if hidden_states is None:
+            hidden_states = kwargs.pop("pixel_values", None)
+        change = self._seen.change()
+        reason = self._reason_for_hf(hidden_states, grid_thw, change, kwargs)
+        if reason is None and hidden_states is not None and grid_thw is not None:
+            self._follow(change)
+            self._fused_calls += 1
+            return self._pack(self.encoder(hidden_states, grid_thw), kwargs)
+        self._note(str(reason))
+        # an optimizer may step after this call, in ways that versions do not show
+        self._is_dirty |= reason in ("grad", "training")
+        return self._hf_forward(hidden_states, grid_thw, **kwargs)
+
+    def refresh(self) -> None:
+        """Read all weights from the tower again.
+
+        Raises:
+            ValueError: the tower no longer is one that can be swapped; nothing has changed then.
+        """
+        change = self._seen.change()
+        if change == "modules":
+            _check_tower(self.tower)
+        self._is_dirty = True
+        self._follow("storage" if change == "modules" else change)
+
+    def restore(self) -> None:
+        """Give the tower its own forward back. Does nothing when that has happened before.
+
+        Raises:
+            RuntimeError: `forward` was wrapped by something else since the swap.
+        """
+        if not self.is_active:
+            return
+        current = self.tower.__dict__.get("forward")
+        if current is not self:
+            raise RuntimeError(
+                f"restore: the tower's forward is now {current!r}, set after swap_vision_tower; "
+                "undo that first (accelerate: remove_hook_from_module)"
+            )
+        if self._patched_before is None:
+            del self.tower.forward
+        else:
+            self.tower.forward = self._patched_before
+        self.encoder.release_graphs()
+        self.is_active = False
+
+    def stats(self) -> SwapStats:
+        """Counts since the swap."""
+        return SwapStats(self._fused_calls, dict(self._hf_calls), self._refreshes, self._rebuilds)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.restore()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # graphs and addresses cannot be copied: in a copy of the tower, its class's own forward
+        return getattr, (self.tower, "forward")
+
+    def __repr__(self) -> str:
+        state = "active" if self.is_active else "restored"
+        return f"SwappedTower({type(self.tower).__name__} on {self.encoder.device}, {state})"
+
+    def _reason_for_hf(
+        self,
+        hidden_states: torch.Tensor | None,
+        grid_thw: torch.Tensor | None,
+        change: str | None,
+        kwargs: Mapping[str, Any],
+    ) -> str | None:
+        """Why this call belongs to Hugging Face's forward; None for the fused one."""
+        if self.tower.training:
+            return "training"
+        if torch.is_grad_enabled():
+            pixels_do = hidden_states is not None and hidden_states.requires_grad
+            if pixels_do or self._seen.requires_grad():
+                return "grad"
+        for name in RECORDED:
+            if kwargs.get(name, getattr(self.tower.config, name, False)):
+                return name
+        if hidden_states is None or grid_thw is None:
+            return "no grid_thw"
+        if change == "modules":
+            return "module replaced"
+        kind, dtype = self._seen.place()
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype:
+            return "autocast"
+        return None
+
+    def _note(self, reason: str) -> None:
+        if not self._hf_calls[reason]:
+            level = logging.WARNING if reason == "module replaced" else logging.INFO
+            logger.log(
+                level,
+                "vision tower: running Hugging Face's forward (%s); counted in stats(), said once",
+                reason,
+            )
+        self._hf_calls[reason] += 1
+
+    def _follow(self, change: str | None) -> None:
+        """Bring the encoder up to date with the tower."""
+        if change is None and not self._is_dirty:
+            return
+        if change == "storage":
+            # first, so that two sets of graphs never need room at once
+            self.encoder.release_graphs()
+            self.encoder = self._build()
+            self._rebuilds += 1
+        else:
+            # buffers born in inference mode could not be written outside of it
+            with torch.inference_mode(False), torch.no_grad():
+                self.encoder.load_weights(self.tower)
+            self._refreshes += 1
+        self._seen = _Contents(self.tower)
+        self._is_dirty = False
+
+    def _build(self) -> VisionEncoder:
+        with torch.inference_mode(False), torch.no_grad():
+            encoder = VisionEncoder.from_hf(self.tower, attention=self._attention)
+            if self._graphs is False:
+                return encoder
+            config = None if self._graphs is True else EncoderCudaGraphConfig.from_any(self._graphs)
+            if encoder.device.type == "cuda":
+                encoder.capture(config)
+            elif not self._said_no_graphs:
+                logger.info("vision tower on %s: no CUDA graphs, calls run eagerly", encoder.device)
+                self._said_no_graphs = True
+        return encoder
+
+    def _pack(self, features: VisionOutput, kwargs: Mapping[str, Any]) -> Any:
+        """The tower's own output object, new for each call: the parent writes into it."""
+        fields: dict[str, Any] = {
+            "last_hidden_state": features.last_hidden_state,
+            "pooler_output": features.pooler_output,
+        }
+        if self._output_class.__name__ == "BaseModelOutputWithDeepstackFeatures":
+            fields["deepstack_features"] = features.deepstack_features or []
+        output = self._output_class(**fields)
+        return_dict = kwargs.get("return_dict", getattr(self.tower.config, "return_dict", True))
+        return output.to_tuple() if return_dict is False else output
+
+
+class _Contents:
+    """What an encoder was made from: the tower's modules and parameters, and their versions.
+
+    Compared on every call in some tens of microseconds for a full tower; `tower.parameters()` would
+    take several times that.
+    """
+
+    def __init__(self, tower: torch.nn.Module):
+        modules = list(tower.modules())
+        self._children = [(m._modules, n, c) for m in modules for n, c in m._modules.items()]
+        slots = [
+            (m._parameters, n, p)
+            for m in modules
+            for n, p in m._parameters.items()
+            if p is not None
+        ]
+        self._slots = slots
+        self._parameters = [p for _, _, p in slots]
+        # inference tensors have no version counter
+        self._versioned = [p for p in self._parameters if not p.is_inference()]
+        self._pointers = self._read_pointers()
+        self._versions = self._read_versions()
+
+    def change(self) -> str | None:
+        """What has happened since: None, "values", "storage" or "modules", the gravest of them."""
+        if not all(names.get(n) is c for names, n, c in self._children):
+            return "modules"
+        if not all(names.get(n) is p for names, n, p in self._slots):
+            return "storage"
+        if self._pointers != self._read_pointers():
+            return "storage"
+        return None if self._versions == self._read_versions() else "values"
+
+    def place(self) -> tuple[str, torch.dtype]:
+        """Device type and dtype of the first parameter."""
+        first = self._parameters[0]
+        return first.device.type, first.dtype
+
+    def requires_grad(self) -> bool:
+        """True if any parameter does: training one bias needs the whole graph."""
+        return any(p.requires_grad for p in self._parameters)
+
+    def _read_pointers(self) -> list[int]:
+        return [p.data_ptr() for p in self._parameters]
+
+    def _read_versions(self) -> list[int]:
+        return [p._version for p in self._versioned]
+
+
+def _check_tower(tower: torch.nn.Module) -> None:
+    """Refuse a tower whose own forward does more than ours would.
+
+    Raises:
+        ValueError: unknown class, a module of another library inside, or a quantised parameter.
+    """
+    family_of_tower(tower)
+    for name, module in tower.named_modules():
+        home = type(module).__module__
+        if not f"{home}.".startswith(PLAIN_MODULES):
+            raise ValueError(
+                f"swap_vision_tower: {name!r} is a {home}.{type(module).__name__}, which the fused "
+                "forward would not run; merge adapters and dequantise the vision tower first"
+            )
+    for name, parameter in tower.named_parameters():
+        if not parameter.is_floating_point():
+            raise ValueError(
+                f"swap_vision_tower: parameter {name!r} is {parameter.dtype}; dequantise the "
+                "vision tower first"
+            )
+
+
+def _output_class(tower: torch.nn.Module) -> type:
+    """The class of output that the tower's forward returns, from the module that defines it."""
+    home = sys.modules[type(tower).__module__]
+    with_deepstack = getattr(home, "BaseModelOutputWithDeepstackFeatures", None)
+    return with_deepstack or home.BaseModelOutputWithPooling

@@ -1,0 +1,297 @@
+"""Pixels of images and videos to rows of `pixel_values`, as Hugging Face's Qwen processors do."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from .frame_rules import VideoRule, capped_pixels, resized_clip, resized_image, sampled_frames
+from .media import MAX_SOURCE_PIXELS, MediaError, load_image, media_kind
+from .spec import EncoderSpec
+from .video import OpenVideo, open_video
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class ImagePreprocessor:
+    """Settings of the preprocessing; calling it turns an input into pixel rows.
+
+    Pixel limits are areas after resizing. Those of videos count one frame for the rule "qwen2" and
+    all frames for "qwen3".
+
+    Attributes:
+        patch_size, temporal_patch_size, merge_size: As in `EncoderSpec`.
+        image_mean, image_std: Of each channel, for pixels from 0 to 1.
+        min_pixels, max_pixels: Limits of images.
+        video_min_pixels, video_max_pixels: Limits of videos.
+        video_rule: Whose arithmetic samples and resizes videos.
+        video_fps: Frames taken a second; None takes all, up to `max_frames`.
+        min_frames, max_frames: Bounds of the frames that are taken.
+        video_token_cap: `max_video_tokens` where `cap_pixels_per_frame` is on; None is off.
+        resample: PIL's filter.
+        rescale_factor: From stored values to 0..1.
+        max_source_pixels: Largest image or frame that is read, in pixels.
+    """
+
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+    min_pixels: int
+    max_pixels: int
+    video_min_pixels: int
+    video_max_pixels: int
+    video_rule: VideoRule
+    video_fps: float | None = 2.0
+    min_frames: int = 4
+    max_frames: int = 768
+    video_token_cap: int | None = None
+    resample: int = int(PIL.Image.Resampling.BICUBIC)
+    rescale_factor: float = 1 / 255
+    max_source_pixels: int = MAX_SOURCE_PIXELS
+
+    def __post_init__(self) -> None:
+        for low, high in (
+            ("min_pixels", "max_pixels"),
+            ("video_min_pixels", "video_max_pixels"),
+            ("min_frames", "max_frames"),
+        ):
+            if not 0 < getattr(self, low) <= getattr(self, high):
+                raise ValueError(
+                    f"ImagePreprocessor: {low} = {getattr(self, low)} and {high} = "
+                    f"{getattr(self, high)} must be positive and in order"
+                )
+        if len(self.image_mean) != 3 or len(self.image_std) != 3 or 0 in self.image_std:
+            raise ValueError(
+                f"ImagePreprocessor: image_mean = {self.image_mean} and image_std = "
+                f"{self.image_std} must be three numbers each, and no deviation zero"
+            )
+        if self.video_fps is not None and not self.video_fps > 0:
+            raise ValueError(
+                f"ImagePreprocessor: video_fps = {self.video_fps} must be positive; None takes all"
+            )
+
+    @classmethod
+    def for_family(cls, spec: EncoderSpec) -> "ImagePreprocessor":
+        """The settings that the family's checkpoints were released with."""
+        is_qwen2 = spec.family in ("qwen2_vl", "qwen2_5_vl")
+        return cls(
+            patch_size=spec.patch_size,
+            temporal_patch_size=spec.temporal_patch_size,
+            merge_size=spec.merge_size,
+            image_mean=CLIP_MEAN if is_qwen2 else HALF,
+            image_std=CLIP_STD if is_qwen2 else HALF,
+            min_pixels=3136 if is_qwen2 else 65536,
+            max_pixels=12845056 if is_qwen2 else 16777216,
+            video_min_pixels=128 * 28 * 28 if is_qwen2 else 4096,
+            video_max_pixels=768 * 28 * 28 if is_qwen2 else 25165824,
+            video_rule="qwen2" if is_qwen2 else "qwen3",
+        )
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, spec: EncoderSpec) -> "ImagePreprocessor":
+        """The settings in a model folder, and the family's where it has none.
+
+        Reads, in transformers' order, processor_config.json (nested settings),
+        preprocessor_config.json and video_preprocessor_config.json; a video without settings of
+        its own takes those of images.
+
+        Raises:
+            ValueError: a file is no JSON object, or asks for what `from_configs` refuses.
+        """
+        nested = _read_json(Path(folder) / "processor_config.json")
+        image = nested.get("image_processor") or _read_json(
+            Path(folder) / "preprocessor_config.json"
+        )
+        video = nested.get("video_processor") or _read_json(
+            Path(folder) / "video_preprocessor_config.json"
+        )
+        return cls.from_configs(spec, image, video or image)
+
+    @classmethod
+    def from_configs(
+        cls, spec: EncoderSpec, image: Mapping[str, Any], video: Mapping[str, Any]
+    ) -> "ImagePreprocessor":
+        """The family's settings, changed by those of an image and of a video processor.
+
+        Raises:
+            ValueError: a patch geometry other than the tower's, a step switched off, or mean and
+                deviation that differ between images and videos.
+        """
+        preset = cls.for_family(spec)
+        changes: dict[str, Any] = {}
+        for config, title in ((image, "image"), (video, "video")):
+            for key in ("patch_size", "temporal_patch_size", "merge_size"):
+                if config.get(key) not in (None, getattr(spec, key)):
+                    raise ValueError(
+                        f"{title} processor: {key} = {config[key]}, but the tower has "
+                        f"{getattr(spec, key)}; use the processor of this model"
+                    )
+            for key in ("do_resize", "do_rescale", "do_normalize"):
+                if config.get(key) is False:
+                    raise ValueError(
+                        f"{title} processor: {key} = false is not supported; preprocess yourself "
+                        "and call the encoder with pixel_values"
+                    )
+        for key in ("image_mean", "image_std"):
+            if image.get(key) is not None:
+                changes[key] = tuple(image[key])
+            if video.get(key) is not None and tuple(video[key]) != changes.get(
+                key, getattr(preset, key)
+            ):
+                raise ValueError(
+                    f"video processor: {key} = {video[key]} differs from that of images; encode "
+                    "videos through pixel_values"
+                )
+        for key in ("resample", "rescale_factor"):
+            if image.get(key) is not None:
+                changes[key] = image[key]
+        for prefix, config in (("", image), ("video_", video)):
+            for name, value in zip(("min_pixels", "max_pixels"), _limits(config), strict=True):
+                if value is not None:
+                    changes[prefix + name] = int(value)
+        for key, name in (
+            ("fps", "video_fps"),
+            ("min_frames", "min_frames"),
+            ("max_frames", "max_frames"),
+        ):
+            if video.get(key) is not None:
+                changes[name] = video[key]
+        if video.get("cap_pixels_per_frame"):
+            default = 128000 if preset.video_rule == "qwen2" else 768
+            changes["video_token_cap"] = int(video.get("max_video_tokens") or default)
+        return replace(preset, **changes)
+
+    def __call__(self, source: Any) -> tuple[np.ndarray, Grid]:
+        """Rows [t*h*w, C*tp*P*P] fp32 and (t, h, w) of one image or video.
+
+        Args:
+            source: What `load_image` takes, a video file or its bytes, or a `Video`.
+
+        Raises:
+            MediaError: the input cannot be used.
+        """
+        if media_kind(source) == "video":
+            return self.video(open_video(source, max_source_pixels=self.max_source_pixels))
+        return self.image(load_image(source, max_source_pixels=self.max_source_pixels))
+
+    def image(self, image: PIL.Image.Image) -> tuple[np.ndarray, Grid]:
+        """Rows and grid of an RGB image; both temporal slices of a row are the same."""
+        height, width = resized_image(
+            image.height, image.width, self._factor, self.min_pixels, self.max_pixels
+        )
+        return self._rows(self._resize(image, height, width)[None])
+
+    def video(self, video: OpenVideo) -> tuple[np.ndarray, Grid]:
+        """Rows and grid of a video: sampled, each frame resized, an odd count padded by the last.
+
+        Raises:
+            MediaError: a frame cannot be decoded.
+        """
+        indices = sampled_frames(
+            self.video_rule, video.num_frames, video.fps, self.video_fps,
+            self.min_frames, self.max_frames, self.temporal_patch_size,
+        )  # fmt: skip
+        # a clip shorter than a patch is filled up before its size is chosen
+        count = max(len(indices), self.temporal_patch_size)
+        low, high = self.video_min_pixels, self.video_max_pixels
+        if self.video_token_cap is not None:
+            high = capped_pixels(
+                self.video_rule, count, self._factor, self.temporal_patch_size, low, high,
+                self.video_token_cap,
+            )  # fmt: skip
+        if self.video_rule == "qwen3":
+            height, width = resized_clip(
+                count, video.height, video.width, self._factor, self.temporal_patch_size, low, high
+            )
+        else:
+            height, width = resized_image(video.height, video.width, self._factor, low, high)
+        frames = [self._resize(frame, height, width) for frame in video.frames(indices)]
+        frames += frames[-1:] * (-len(frames) % self.temporal_patch_size)
+        return self._rows(np.stack(frames))
+
+    @property
+    def _factor(self) -> int:
+        return self.patch_size * self.merge_size
+
+    @cached_property
+    def _table(self) -> np.ndarray:
+        """[3, 256] fp32: the normalised value of each byte, by Hugging Face's own roundings."""
+        unit = (np.arange(256, dtype=np.float64) * self.rescale_factor).astype(np.float32)
+        mean = np.array(self.image_mean, dtype=np.float32)[:, None]
+        std = np.array(self.image_std, dtype=np.float32)[:, None]
+        return (unit - mean) / std
+
+    def _resize(self, image: PIL.Image.Image, height: int, width: int) -> np.ndarray:
+        return np.asarray(
+            image.resize((width, height), resample=PIL.Image.Resampling(self.resample))
+        )
+
+    def _rows(self, frames: np.ndarray) -> tuple[np.ndarray, Grid]:
+        """[F, H, W, 3] uint8, F of 1 or a multiple of the temporal patch size, to rows.
+
+        Rows follow (t, h / merge, w / merge, merge, merge), values (C, tp, P, P).
+        """
+        size, merge = self.patch_size, self.merge_size
+        depth = min(len(frames), self.temporal_patch_size)
+        t, h, w = len(frames) // depth, frames.shape[1] // size, frames.shape[2] // size
+        blocks = frames.reshape(
+            t, depth, h // merge, merge, size, w // merge, merge, size, frames.shape[3]
+        )
+        patches = np.ascontiguousarray(blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7))
+        patches = patches.reshape(t * h * w, 3, depth, size * size)
+        rows = np.empty((t * h * w, 3, self.temporal_patch_size, size * size), dtype=np.float32)
+        for channel in range(3):
+            rows[:, channel, :depth] = self._table[channel].take(patches[:, channel])
+        rows[:, :, depth:] = rows[:, :, :1]
+        return rows.reshape(t * h * w, -1), (t, h, w)
+
+
+def preprocess_named(
+    preprocessor: ImagePreprocessor, source: Any, index: int
+) -> tuple[np.ndarray, Grid]:
+    """`preprocessor(source)`; errors of inputs without a path say which one of many it was.
+
+    Raises:
+        MediaError: the input cannot be used.
+    """
+    try:
+        return preprocessor(source)
+    except MediaError as error:
+        if isinstance(source, str | Path):
+            raise
+        raise MediaError(f"input {index} ({error.source})", error.problem) from error
+
+
+def _limits(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """(min, max) pixels in any of the styles that configs were released with."""
+    size = config.get("size") or {}
+    if not isinstance(size, Mapping):
+        raise ValueError(f"processor: size = {size!r} must be an object with pixel limits")
+    low = size.get("shortest_edge", size.get("min_pixels"))
+    high = size.get("longest_edge", size.get("max_pixels"))
+    given_low, given_high = config.get("min_pixels"), config.get("max_pixels")
+    return low if given_low is None else given_low, high if given_high is None else given_high
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); download the model again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a JSON object is expected, found {type(content).__name__}")
+    return content

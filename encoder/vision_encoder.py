@@ -1,0 +1,393 @@
+"""A vision tower as an object: loaded or taken from a live model, called, captured."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..capture import (
+    BufferSpec,
+    EncoderCudaGraphConfig,
+    EncoderCudaGraphManager,
+    EncoderItemSpec,
+    RungLimits,
+)
+from ..kernels.attention import check_backend, choose_backend
+from ..kernels.layout import layout_ref, num_windows
+from .checkpoint import Checkpoint
+from .families import family_of_tower
+from .forward import Batch, check_layers, output_shapes, tower_forward
+from .grids import Grid, check_pixels, parse_grids
+from .spec import EncoderSpec
+from .weights import TowerWeights
+
+MIN_BUDGET, MAX_BUDGET = 16, 8192  # tokens: of an automatic ladder
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+@dataclass
+class VisionOutput:
+    """Features of a packed batch; rows follow the items in the caller's order.
+
+    Attributes:
+        last_hidden_state: [T, D] patches before the merger, in Hugging Face's row order (that of
+            the windows in a tower with windows; see `VisionEncoder.row_order`).
+        pooler_output: [M, out] merged tokens.
+        deepstack_features: [M, out] for each deepstack merger; None for towers without them.
+        hidden_states: [T, D] after each block asked for, by block index.
+    """
+
+    last_hidden_state: torch.Tensor
+    pooler_output: torch.Tensor
+    deepstack_features: list[torch.Tensor] | None
+    hidden_states: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+class VisionEncoder:
+    """A tower with fused kernels, eager until `capture` is called.
+
+    Attributes:
+        spec: What the tower is.
+        device, dtype: Where its weights are, and their type.
+        attention: Backend of the blocks that attend over whole frames.
+        source: Name of the checkpoint, None for a live module.
+        revision: Commit of the checkpoint on the Hub.
+        graphs: The capture manager, None while not captured.
+    """
+
+    def __init__(
+        self,
+        spec: EncoderSpec,
+        weights: TowerWeights,
+        *,
+        attention: str | None = None,
+        source: str | None = None,
+        revision: str | None = None,
+    ):
+        parameter = weights.tensors["patch.weight"]
+        self.spec = spec
+        self.weights = weights
+        self.device: torch.device = parameter.device
+        self.dtype: torch.dtype = parameter.dtype
+        if attention is None:
+            attention = choose_backend(self.device, self.dtype, spec.head_dim)
+        else:
+            check_backend(attention, self.dtype, self.device, spec.head_dim)
+        self.attention = attention
+        self.source = source
+        self.revision = revision
+        self.graphs: EncoderCudaGraphManager | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        attention: str | None = None,
+    ) -> "VisionEncoder":
+        """Load only the vision tower of a model folder or Hub repository.
+
+        Args:
+            path_or_id: Folder written by `save_pretrained`, or a Hub id.
+            dtype: Type of the weights; None or "auto" is the checkpoint's own on a GPU and fp32 on
+                the CPU.
+            device: None is the current GPU if there is one, else the CPU.
+            revision, token, cache_dir, local_files_only: As in transformers.
+            attention: Backend for whole-frame attention; None chooses (see `vitgraph info`).
+
+        Raises:
+            ValueError: the model cannot be found or read, has no supported tower, or a tensor is
+                missing or misshapen; or an argument has no such value.
+        """
+        place = pick_device(device)
+        checkpoint = Checkpoint.open(
+            path_or_id,
+            revision=revision,
+            local_files_only=local_files_only,
+            token=token,
+            cache_dir=cache_dir,
+        )
+        return cls.from_checkpoint(checkpoint, dtype=dtype, device=place, attention=attention)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        attention: str | None = None,
+    ) -> "VisionEncoder":
+        """`from_pretrained` for a checkpoint that has been opened."""
+        place = pick_device(device)
+        family, config = checkpoint.family_and_config()
+        spec = family.spec(config)
+        tensors = checkpoint.tower_tensors(place)
+        stored = next(iter(tensors.values())).dtype
+        kind = pick_dtype(dtype, place, stored)
+        weights = TowerWeights(spec, family.weight_map(spec), tensors, place, kind)
+        return cls(
+            spec, weights, attention=attention, source=checkpoint.name, revision=checkpoint.revision
+        )
+
+    @classmethod
+    def from_hf(cls, tower: torch.nn.Module, *, attention: str | None = None) -> "VisionEncoder":
+        """Take a live Hugging Face tower, on its device and in its dtype.
+
+        Weights whose layout does not change share memory with the tower; `load_weights` re-reads
+        all of them after the tower was changed.
+
+        Raises:
+            ValueError: the class of the tower is not supported, or it holds no data (meta device).
+        """
+        family = family_of_tower(tower)
+        spec = family.spec(tower.config)
+        state = dict(tower.named_parameters())
+        parameter = next(iter(state.values()))
+        devices = {p.device for p in state.values()}
+        if len(devices) > 1 or parameter.device.type == "meta":
+            raise ValueError(
+                f"from_hf: the tower's parameters are on {sorted(map(str, devices))}; move the "
+                "whole tower to one device first (no device_map that splits or offloads it)"
+            )
+        kind = pick_dtype(parameter.dtype, parameter.device, parameter.dtype)
+        weights = TowerWeights(spec, family.weight_map(spec), state, parameter.device, kind)
+        return cls(spec, weights, attention=attention)
+
+    def load_weights(self, tower: torch.nn.Module) -> None:
+        """Re-read every weight from `tower` into the same memory; captured graphs see them.
+
+        Raises:
+            ValueError: a tensor is missing or has another shape; nothing has changed then.
+        """
+        self.weights.load(dict(tower.named_parameters()))
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Hugging Face's names (without `visual.`) and values, bit for bit in this dtype."""
+        return self.weights.state_dict()
+
+    def __call__(
+        self,
+        pixel_values: torch.Tensor,
+        grid_thw: torch.Tensor | Sequence[Sequence[int]],
+        *,
+        layers: Sequence[int] = (),
+    ) -> VisionOutput:
+        """Encode packed images and videos.
+
+        Args:
+            pixel_values: [T, P] normalised pixel rows of all items, any float dtype and device;
+                values are rounded to the tower's dtype.
+            grid_thw: [N, 3] (t, h, w) in patches; keep it on the CPU, reading it from a GPU waits.
+            layers: Blocks whose output is wanted as well; such calls run eagerly.
+
+        Raises:
+            TypeError, ValueError: what `grids.parse_grids` and `grids.check_pixels` refuse, or a
+                layer outside the tower.
+        """
+        grids = parse_grids(grid_thw, self.spec)
+        check_pixels(pixel_values, grids, self.spec)
+        wanted = check_layers(self.spec, layers)
+        states: dict[int, torch.Tensor] = {}
+        with torch.no_grad():
+            if self.graphs is not None and not wanted:
+                outputs = self.graphs.execute(pixel_values, grids)
+            else:
+                outputs = self._eager(pixel_values, grids, wanted, states)
+        num_deepstack = len(self.spec.deepstack_layers)
+        return VisionOutput(
+            outputs["last_hidden_state"],
+            outputs["pooler_output"],
+            [outputs[f"deepstack_{j}"] for j in range(num_deepstack)] if num_deepstack else None,
+            states,
+        )
+
+    def capture(
+        self,
+        config: EncoderCudaGraphConfig | Mapping[str, Any] | str | None = None,
+        *,
+        graph_pool: Any = None,
+        show_progress: bool = False,
+    ) -> EncoderCudaGraphManager:
+        """Record one CUDA graph per token budget; later calls replay them where a batch fits.
+
+        Raises:
+            ValueError: the configuration is invalid.
+            RuntimeError: the tower is not on a CUDA device.
+        """
+        if self.device.type != "cuda":
+            raise RuntimeError(
+                f"capture: CUDA graphs need a CUDA device, this tower is on {self.device}; "
+                "load it with device='cuda' or call it without capture"
+            )
+        manager = EncoderCudaGraphManager(self, config)
+        manager.capture(graph_pool=graph_pool, show_progress=show_progress)
+        self.graphs = manager
+        return manager
+
+    def release_graphs(self) -> None:
+        """Free the captured graphs and their buffers; calls run eagerly again."""
+        if self.graphs is not None:
+            self.graphs.clear()
+            self.graphs = None
+
+    def row_order(self, grid_thw: torch.Tensor | Sequence[Sequence[int]]) -> torch.Tensor | None:
+        """Index [T] (CPU) that brings patch rows of an output to the order of the pixel rows.
+
+        None for towers whose outputs have that order already.
+        """
+        if not self.spec.window_size:
+            return None
+        grids = parse_grids(grid_thw, self.spec)
+        limits = self._exact_limits(grids)
+        plan = layout_ref(
+            torch.tensor(grids, dtype=torch.int32).view(-1, 3),
+            torch.zeros(1),
+            num_rows=limits.max_patches,
+            num_frames=limits.max_frames,
+            num_windows=limits.max_windows,
+            merge=self.spec.merge_size,
+            window=self.spec.window_size,
+        )
+        return plan.source.long().argsort()
+
+    # What capture asks of an encoder: `capture.SupportsEncoderCudaGraph`.
+
+    def budget_range(self) -> tuple[int, int]:
+        """Smallest and largest rung of an automatic ladder, in tokens."""
+        return MIN_BUDGET, MAX_BUDGET
+
+    def item_specs(self, grid_thw: Sequence[Grid]) -> list[EncoderItemSpec]:
+        """What each item takes of a rung."""
+        window, per_token = self.spec.window_size, self.spec.patches_per_token
+        return [
+            EncoderItemSpec(t * h * w, t * h * w // per_token, t, t * num_windows(h, w, window))
+            for t, h, w in grid_thw
+        ]
+
+    def rung_limits(self, token_budget: int, max_items: int, max_frames: int) -> RungLimits:
+        """Capacities of a rung.
+
+        Windows of 16 tokens tile a frame but for its lower and right edge; twice as many and one a
+        frame are room for all but the thinnest grids, which run eagerly.
+        """
+        full = (self.spec.window_size // self.spec.merge_size) ** 2
+        windows = -(-2 * token_budget // full) + max_frames if full else 0
+        patches = token_budget * self.spec.patches_per_token
+        return RungLimits(token_budget, patches, max_items, max_frames, windows)
+
+    def input_specs(self, limits: RungLimits) -> dict[str, BufferSpec]:
+        """Static inputs of a rung."""
+        pixels = (limits.max_patches, self.spec.patch_values)
+        return {
+            "pixel_values": BufferSpec(pixels, self.dtype, "patches"),
+            "grid": BufferSpec((limits.max_items, 3), torch.int32, "items"),
+        }
+
+    def output_specs(self, limits: RungLimits) -> dict[str, BufferSpec]:
+        """Static outputs of a rung."""
+        return {
+            name: BufferSpec(
+                shape, self.dtype, "patches" if name == "last_hidden_state" else "tokens"
+            )
+            for name, shape in output_shapes(self.spec, limits.max_patches).items()
+        }
+
+    def graph_forward(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        outputs: Mapping[str, torch.Tensor],
+        limits: RungLimits,
+    ) -> None:
+        """The work that a graph records."""
+        batch = Batch(inputs["pixel_values"], inputs["grid"], limits, limits.max_patches)
+        tower_forward(self.weights, batch, outputs, attention=self.attention)
+
+    def eager_forward(
+        self, pixel_values: torch.Tensor, grid_thw: Sequence[Grid]
+    ) -> dict[str, torch.Tensor]:
+        """The same kernels on exactly this layout, into new tensors."""
+        return self._eager(pixel_values, list(grid_thw), [], {})
+
+    def _eager(
+        self,
+        pixel_values: torch.Tensor,
+        grids: list[Grid],
+        layers: list[int],
+        states: dict[int, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        pixels = pixel_values.to(device=self.device, dtype=self.dtype).contiguous()
+        outputs = {
+            name: pixels.new_empty(shape)
+            for name, shape in output_shapes(self.spec, pixels.shape[0]).items()
+        }
+        states.update({i: pixels.new_empty(len(pixels), self.spec.hidden_size) for i in layers})
+        if not grids:
+            return outputs
+        table = torch.tensor(grids, dtype=torch.int32).to(self.device, non_blocking=True)
+        longest = max(h * w for _, h, w in grids)
+        batch = Batch(pixels, table, self._exact_limits(grids), longest)
+        tower_forward(self.weights, batch, outputs, attention=self.attention, states=states)
+        return outputs
+
+    def _exact_limits(self, grids: Sequence[Grid]) -> RungLimits:
+        items = self.item_specs(grids)
+        return RungLimits(
+            token_budget=sum(i.output_tokens for i in items),
+            max_patches=sum(i.input_size for i in items),
+            max_items=len(items),
+            max_frames=sum(i.num_frames for i in items),
+            max_windows=sum(i.num_windows for i in items),
+        )
+
+
+def pick_device(device: torch.device | str | None) -> torch.device:
+    """The device asked for; None is the current GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device = {device!r} is not a device: use 'cuda', 'cuda:0' or 'cpu'"
+        ) from error
+    if place.type not in ("cpu", "cuda"):
+        raise ValueError(f"device = {device!r} is not supported: use 'cuda' or 'cpu'")
+    if place.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device = {device!r}: no CUDA device is available; use device='cpu'")
+        place = torch.device(
+            "cuda", torch.cuda.current_device() if place.index is None else place.index
+        )
+    return place
+
+
+def pick_dtype(
+    dtype: torch.dtype | str | None, device: torch.device, stored: torch.dtype
+) -> torch.dtype:
+    """The dtype asked for; None or "auto" is `stored` on a GPU and fp32 on the CPU.
+
+    Raises:
+        ValueError: not one of the supported dtypes on this device.
+    """
+    if dtype is None or dtype == "auto":
+        return stored if device.type == "cuda" else torch.float32
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if kind not in DTYPES or (kind == torch.float64 and device.type == "cuda"):
+        raise ValueError(
+            f"dtype = {dtype!r} is not supported on {device.type}: use 'bfloat16', 'float16' or "
+            "'float32' ('float64' on the CPU only)"
+        )
+    return kind

@@ -1,0 +1,94 @@
+"""How Hugging Face's tensors become ours, and back: exact rules, one per prepared tensor.
+
+Every rule is algebra on whole tensors (reshape, stack, zero padding), so `unpack(pack(x)) == x`
+bit for bit. A rule that only reshapes returns a view: a tower taken from a live module shares its
+memory.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One prepared tensor.
+
+    Attributes:
+        name: Our name.
+        sources: Hugging Face's names, without the tower's prefix.
+        shape: Shape of each source.
+        pad_rows, pad_columns: Zero rows and columns appended to each source.
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    shape: tuple[int, ...]
+    pad_rows: int = 0
+    pad_columns: int = 0
+
+    def pack(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The prepared tensor; sources are stacked along the rows.
+
+        Raises:
+            ValueError: a source is missing or has another shape.
+        """
+        parts = [self._source(tensors, name) for name in self.sources]
+        if self.pad_rows or self.pad_columns:
+            # F.pad takes the last axis first
+            pads = [0, self.pad_columns] if parts[0].ndim == 2 else []
+            parts = [F.pad(p, [*pads, 0, self.pad_rows]) for p in parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def unpack(self, prepared: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Hugging Face's tensors, by name."""
+        rows = prepared.shape[0] // len(self.sources)
+        parts = {}
+        for i, name in enumerate(self.sources):
+            part = prepared[i * rows : (i + 1) * rows - self.pad_rows]
+            if self.pad_columns:
+                part = part[:, : -self.pad_columns]
+            parts[name] = part.reshape(self.shape)
+        return parts
+
+    def _source(self, tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+        tensor = tensors.get(name)
+        if tensor is None:
+            raise ValueError(
+                f"weights: tensor {name!r} is missing (expected shape {list(self.shape)}); "
+                "the checkpoint is incomplete or of another tower family"
+            )
+        if tuple(tensor.shape) != self.shape:
+            raise ValueError(
+                f"weights: tensor {name!r} has shape {list(tensor.shape)}, expected "
+                f"{list(self.shape)}; the checkpoint does not match its config"
+            )
+        # a convolution whose stride is its kernel is a matrix
+        return tensor.flatten(1) if tensor.ndim > 2 else tensor
+
+
+def linear(ours: str, theirs: str, rows: int, columns: int, *, bias: bool = True) -> list[Rule]:
+    """Rules of an `nn.Linear`: its weight, and its bias if it has one."""
+    rules = [Rule(f"{ours}.weight", (f"{theirs}.weight",), (rows, columns))]
+    return [*rules, Rule(f"{ours}.bias", (f"{theirs}.bias",), (rows,))] if bias else rules
+
+
+def norm(ours: str, theirs: str, width: int, kind: str) -> list[Rule]:
+    """Rules of a LayerNorm (weight and bias) or an RMSNorm (weight)."""
+    rules = [Rule(f"{ours}.weight", (f"{theirs}.weight",), (width,))]
+    return (
+        [*rules, Rule(f"{ours}.bias", (f"{theirs}.bias",), (width,))] if kind == "layer" else rules
+    )
+
+
+def merger(
+    ours: str, theirs: tuple[str, str, str], norm_width: int, kind: str, joined: int, out: int
+):
+    """Rules of a merger: its norm and its two linear layers, named by `theirs`."""
+    return [
+        *norm(f"{ours}.norm", theirs[0], norm_width, kind),
+        *linear(f"{ours}.fc1", theirs[1], joined, joined),
+        *linear(f"{ours}.fc2", theirs[2], out, joined),
+    ]

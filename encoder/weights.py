@@ -1,0 +1,157 @@
+"""A tower's weights on one device, prepared for the kernels, and convertible back.
+
+Two kinds of tensors: `tensors`, exact images of Hugging Face's by the family's rules; and offsets
+derived from them. The residual stream is updated in place by library GEMMs that can add either a
+bias or the stream, not both, so the biases of `proj` and `down` are left out of it, and every
+reader of the stream adds the sum left out so far (an offset, fp32 [D]).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .spec import EncoderSpec
+from .weight_map import Rule
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """One block; `norm1_offset` and `norm2_offset` are what the stream lacks at either norm."""
+
+    norm1_weight: torch.Tensor
+    norm1_bias: torch.Tensor | None
+    norm1_offset: torch.Tensor
+    qkv_weight: torch.Tensor
+    qkv_bias: torch.Tensor
+    proj_weight: torch.Tensor
+    norm2_weight: torch.Tensor
+    norm2_bias: torch.Tensor | None
+    norm2_offset: torch.Tensor
+    up_weight: torch.Tensor
+    up_bias: torch.Tensor
+    down_weight: torch.Tensor
+
+
+@dataclass(frozen=True)
+class MergerWeights:
+    """One merger; `offset` has the width of its norm."""
+
+    norm_weight: torch.Tensor
+    norm_bias: torch.Tensor | None
+    offset: torch.Tensor
+    fc1_weight: torch.Tensor
+    fc1_bias: torch.Tensor
+    fc2_weight: torch.Tensor
+    fc2_bias: torch.Tensor
+
+
+class TowerWeights:
+    """Prepared weights of a tower.
+
+    Attributes:
+        tensors: Prepared tensors by our names.
+        blocks, merger, deepstack: The same tensors, grouped as the forward reads them.
+        offsets: [depth + 1, D]: what the stream lacks before block i, and after the last.
+        inv_freq: [head_dim / 4] fp32 rope frequencies.
+    """
+
+    def __init__(
+        self,
+        spec: EncoderSpec,
+        rules: list[Rule],
+        source: Mapping[str, torch.Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        """Prepare the tensors of `source` (Hugging Face's names, no prefix).
+
+        Tensors that need no change of layout, device or dtype share memory with `source`.
+
+        Raises:
+            ValueError: a tensor is missing or has another shape.
+        """
+        self.spec = spec
+        self.rules = rules
+        self.tensors = {
+            rule.name: rule.pack(source).detach().to(device=device, dtype=dtype).contiguous()
+            for rule in rules
+        }
+        # sums of many biases: wider than the stream, so that they add no rounding of their own
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        D, depth = spec.hidden_size, spec.depth
+        self.offsets = torch.zeros(depth + 1, D, dtype=wide, device=device)
+        self._middle = torch.zeros(depth, D, dtype=wide, device=device)
+        joined = D * spec.patches_per_token
+        self._joined = torch.zeros(len(spec.deepstack_layers), joined, dtype=wide, device=device)
+        self._fill_offsets()
+        # fp32 on the CPU, as transformers computes it
+        exponent = torch.arange(0, spec.head_dim // 2, 2, dtype=torch.float32) / (
+            spec.head_dim // 2
+        )
+        self.inv_freq = (1.0 / spec.rope_theta**exponent).to(device)
+
+        self.blocks = [self._block(i) for i in range(depth)]
+        self.merger = self._merger("merger", self.offsets[-1])
+        self.deepstack = [
+            self._merger(f"deepstack.{j}", self._joined[j])
+            for j in range(len(spec.deepstack_layers))
+        ]
+
+    def load(self, source: Mapping[str, torch.Tensor]) -> None:
+        """Read new values into the same memory, so that captured graphs see them.
+
+        Raises:
+            ValueError: a tensor is missing or has another shape; nothing has changed then.
+        """
+        packed = {rule.name: rule.pack(source).detach() for rule in self.rules}
+        for name, tensor in packed.items():
+            if tensor.data_ptr() != self.tensors[name].data_ptr():
+                self.tensors[name].copy_(tensor)
+        self._fill_offsets()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Hugging Face's tensors by Hugging Face's names, without the tower's prefix."""
+        state = {}
+        for rule in self.rules:
+            state.update(rule.unpack(self.tensors[rule.name]))
+        return state
+
+    def _fill_offsets(self) -> None:
+        lacking = torch.zeros_like(self.offsets[0])
+        for i in range(self.spec.depth):
+            self.offsets[i] = lacking
+            lacking = lacking + self.tensors[f"blocks.{i}.proj.bias"]
+            self._middle[i] = lacking
+            lacking = lacking + self.tensors[f"blocks.{i}.down.bias"]
+        self.offsets[-1] = lacking
+        for j, layer in enumerate(self.spec.deepstack_layers):
+            self._joined[j] = self.offsets[layer + 1].repeat(self.spec.patches_per_token)
+
+    def _block(self, i: int) -> BlockWeights:
+        get, name = self.tensors.get, f"blocks.{i}"
+        return BlockWeights(
+            norm1_weight=self.tensors[f"{name}.norm1.weight"],
+            norm1_bias=get(f"{name}.norm1.bias"),
+            norm1_offset=self.offsets[i],
+            qkv_weight=self.tensors[f"{name}.qkv.weight"],
+            qkv_bias=self.tensors[f"{name}.qkv.bias"],
+            proj_weight=self.tensors[f"{name}.proj.weight"],
+            norm2_weight=self.tensors[f"{name}.norm2.weight"],
+            norm2_bias=get(f"{name}.norm2.bias"),
+            norm2_offset=self._middle[i],
+            up_weight=self.tensors[f"{name}.up.weight"],
+            up_bias=self.tensors[f"{name}.up.bias"],
+            down_weight=self.tensors[f"{name}.down.weight"],
+        )
+
+    def _merger(self, name: str, offset: torch.Tensor) -> MergerWeights:
+        return MergerWeights(
+            norm_weight=self.tensors[f"{name}.norm.weight"],
+            norm_bias=self.tensors.get(f"{name}.norm.bias"),
+            offset=offset,
+            fc1_weight=self.tensors[f"{name}.fc1.weight"],
+            fc1_bias=self.tensors[f"{name}.fc1.bias"],
+            fc2_weight=self.tensors[f"{name}.fc2.weight"],
+            fc2_bias=self.tensors[f"{name}.fc2.bias"],
+        )

@@ -1,0 +1,114 @@
+"""Rotary position embedding of q and k, in place in the fused qkv buffer.
+
+    y1 = x1 * cos - x2 * sin        x1, x2 the lower and upper half of a head
+    y2 = x2 * cos + x1 * sin
+
+Shapes: qkv [T, 3, H, D] contiguous; cos, sin [T, D/2] fp32. Rotation is fp32 whatever the dtype of
+qkv (fp64 for fp64), with one rounding at the end. v and the rows past the live ones stay as they
+are. Memory-bound: q and k are read and written once, 4*T*H*D elements.
+https://arxiv.org/abs/2104.09864, in the half-split form of Hugging Face's towers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .dispatch import use_reference
+from .roofline import Cost
+
+
+def rope_ref(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Plain PyTorch definition for x [T, heads, D]; returns a new tensor of the same dtype."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    cos, sin = cos[:, None].to(wide.dtype), sin[:, None].to(wide.dtype)
+    x1, x2 = wide.chunk(2, -1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).to(x.dtype)
+
+
+def cost(T: int, H: int, D: int, dtype: torch.dtype) -> Cost:
+    """q and k read and written once, cos and sin read once."""
+    return Cost(flops=6 * T * H * D, bytes=4 * T * H * D * dtype.itemsize + 4 * T * D)
+
+
+@triton.jit
+def _rope_kernel(
+    qkv_ptr,  # [T, 3, H, 2 * HALF]
+    cos_ptr,  # [T, HALF]
+    sin_ptr,  # [T, HALF]
+    live_ptr,  # [1] or None
+    HEADS: tl.constexpr,  # 2 * H: q and k lie side by side
+    HALF: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):
+    t = tl.program_id(0)
+    if live_ptr is not None and t >= tl.load(live_ptr):
+        return
+    h = tl.arange(0, BLOCK_H)
+    j = tl.arange(0, BLOCK_HALF)
+    in_half = j < HALF
+    mask = (h < HEADS)[:, None] & in_half[None, :]
+    base = t.to(tl.int64) * (HEADS // 2 * 3 * 2 * HALF)
+    at = qkv_ptr + base + h[:, None] * (2 * HALF) + j[None, :]
+    x1 = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    x2 = tl.load(at + HALF, mask=mask, other=0.0).to(tl.float32)
+    angle = t.to(tl.int64) * HALF + j
+    cos = tl.load(cos_ptr + angle, mask=in_half, other=0.0)[None, :]
+    sin = tl.load(sin_ptr + angle, mask=in_half, other=0.0)[None, :]
+    dtype = qkv_ptr.dtype.element_ty
+    tl.store(at, (x1 * cos - x2 * sin).to(dtype), mask=mask)
+    tl.store(at + HALF, (x2 * cos + x1 * sin).to(dtype), mask=mask)
+
+
+def rope_(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    live_rows: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Rotate q and k of `qkv` in place and return it; see the module docstring.
+
+    Args:
+        qkv: [T, 3, H, D], contiguous, D even.
+        cos, sin: [T, D/2] fp32 (fp64 for fp64).
+        live_rows: int32 [1]; rows from there on are left as they are.
+
+    Raises:
+        ValueError: shapes disagree, or a tensor is not contiguous.
+    """
+    if qkv.ndim != 4 or qkv.shape[1] != 3 or qkv.shape[3] % 2 or not qkv.is_contiguous():
+        raise ValueError(
+            f"rope_: qkv must be contiguous [T, 3, H, D] with D even, got {tuple(qkv.shape)} "
+            f"with strides {qkv.stride()}"
+        )
+    T, _, H, D = qkv.shape
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.shape != (T, D // 2) or not table.is_contiguous():
+            raise ValueError(
+                f"rope_: {name} must be contiguous [{T}, {D // 2}], got {tuple(table.shape)}"
+            )
+    if use_reference(qkv):
+        n = T if live_rows is None else int(live_rows)
+        qk = qkv[:n, :2].flatten(1, 2)
+        qkv[:n, :2] = rope_ref(qk, cos[:n], sin[:n]).view(n, 2, H, D)
+        return qkv
+    if T == 0:
+        return qkv
+    _rope_kernel[(T,)](
+        qkv, cos, sin, live_rows, HEADS=2 * H, HALF=D // 2,
+        BLOCK_H=triton.next_power_of_2(2 * H), BLOCK_HALF=triton.next_power_of_2(D // 2),
+    )  # fmt: skip
+    return qkv
+
+
+@torch.library.custom_op("vitgraph::rope_", mutates_args=("qkv",))
+def rope_op(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, live_rows: torch.Tensor | None
+) -> None:
+    """`rope_` as an operator that torch.compile can trace around."""
+    rope_(qkv, cos, sin, live_rows)
+
+
+@rope_op.register_fake
+def _(qkv, cos, sin, live_rows):
+    return None

@@ -1,0 +1,144 @@
+"""A tiny encoder whose outputs betray every mistake of layout, and a recorder without CUDA."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import pytest
+import torch
+from vitgraph.capture import BufferSpec, EncoderItemSpec, RungLimits
+
+WIDTH = 6
+MERGE = 4
+LONGEST_SIDE = 64
+
+
+class FakeEncoder:
+    """Every frame is a segment; everything is computed from the grid table, on its device.
+
+    `last_hidden_state` is a patch plus the sum of its frame, `pooler_output` the sum of 4 patches
+    plus the item's (h, w). Padding rows of both are NaN. Pixels that are whole numbers make all
+    sums exact, so results can be compared bitwise.
+    """
+
+    def __init__(self, device: str = "cpu", budget_range: tuple[int, int] = (16, 128)):
+        self.device = torch.device(device)
+        self.range = budget_range
+        self.fail_at: int | None = None
+        self.recorded_grids: list[list[list[int]]] = []
+
+    def budget_range(self) -> tuple[int, int]:
+        return self.range
+
+    def item_specs(self, grid_thw: Sequence[tuple[int, int, int]]) -> list[EncoderItemSpec]:
+        specs = []
+        for t, h, w in grid_thw:
+            if h % 2 or w % 2 or max(h, w) > LONGEST_SIDE:
+                raise ValueError(f"item_specs: grid {(t, h, w)} is odd or over {LONGEST_SIDE}")
+            specs.append(EncoderItemSpec(t * h * w, t * h * w // MERGE, t))
+        return specs
+
+    def rung_limits(self, token_budget: int, max_items: int, max_frames: int) -> RungLimits:
+        # Rounded up as an aligned GEMM would want it.
+        max_patches = -(-token_budget * MERGE // 128) * 128
+        return RungLimits(token_budget, max_patches, max_items, max_frames, 0)
+
+    def input_specs(self, limits: RungLimits) -> dict[str, BufferSpec]:
+        return {
+            "pixel_values": BufferSpec((limits.max_patches, WIDTH), torch.float32, "patches"),
+            "grid": BufferSpec((limits.max_items, 3), torch.int32, "items"),
+        }
+
+    def output_specs(self, limits: RungLimits) -> dict[str, BufferSpec]:
+        return {
+            "last_hidden_state": BufferSpec((limits.max_patches, WIDTH), torch.float32, "patches"),
+            "pooler_output": BufferSpec((limits.token_budget, WIDTH), torch.float32, "tokens"),
+        }
+
+    def graph_forward(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        outputs: Mapping[str, torch.Tensor],
+        limits: RungLimits,
+    ) -> None:
+        if limits.token_budget == self.fail_at:
+            raise FloatingPointError("kernel went wrong")
+        if self.device.type != "cuda":
+            self.recorded_grids.append(inputs["grid"].tolist())
+        self._forward(inputs["pixel_values"], inputs["grid"], outputs, limits.max_frames)
+
+    def eager_forward(
+        self, pixel_values: torch.Tensor, grid_thw: Sequence[tuple[int, int, int]]
+    ) -> dict[str, torch.Tensor]:
+        patches = sum(t * h * w for t, h, w in grid_thw)
+        outputs = {
+            "last_hidden_state": torch.empty(patches, WIDTH, device=self.device),
+            "pooler_output": torch.empty(patches // MERGE, WIDTH, device=self.device),
+        }
+        grid = torch.tensor(grid_thw, dtype=torch.int32, device=self.device)
+        pixels = pixel_values.to(self.device, torch.float32)
+        self._forward(pixels, grid, outputs, sum(t for t, _, _ in grid_thw))
+        return outputs
+
+    def _forward(
+        self,
+        pixels: torch.Tensor,
+        grid: torch.Tensor,
+        outputs: Mapping[str, torch.Tensor],
+        frames: int,
+    ) -> None:
+        t, h, w = grid.long().unbind(1)
+        item_ends = (t * h * w).cumsum(0)
+        frame_ends = t.cumsum(0)
+        row = torch.arange(len(pixels), device=self.device)
+        live = row < item_ends[-1]
+        item = torch.searchsorted(item_ends, row, right=True).clamp(max=len(grid) - 1)
+        inside = row - (item_ends - t * h * w)[item]
+        frame = (frame_ends - t)[item] + inside // (h * w)[item].clamp(min=1)
+        frame = torch.where(live, frame, frames)
+        pixels = torch.where(live[:, None], pixels, 0)
+        sums = torch.zeros(frames + 1, WIDTH, device=self.device).index_add_(0, frame, pixels)
+        hidden = torch.where(live[:, None], pixels + sums[frame], torch.nan)
+        outputs["last_hidden_state"].copy_(hidden)
+        tokens = len(outputs["pooler_output"])
+        merged = pixels[: tokens * MERGE].view(tokens, MERGE, WIDTH).sum(1)
+        first = slice(None, tokens * MERGE, MERGE)
+        size = (1000 * h + w)[item[first]]
+        pooled = torch.where(live[first][:, None], merged + size[:, None], torch.nan)
+        outputs["pooler_output"].copy_(pooled)
+
+
+class RerunRecorder:
+    """Stands in for CUDA graphs on the CPU: a replay runs the recorded work again."""
+
+    class Rerun:
+        def __init__(self, work: Callable[[], None]):
+            self.replay = work
+
+    def new_pool(self) -> str:
+        return "pool"
+
+    def record(self, work: Callable[[], None], pool: object) -> Rerun:
+        work()
+        work()
+        return self.Rerun(work)
+
+
+@pytest.fixture
+def fake_encoder() -> type[FakeEncoder]:
+    return FakeEncoder
+
+
+@pytest.fixture
+def rerun_recorder() -> RerunRecorder:
+    return RerunRecorder()
+
+
+@pytest.fixture
+def pixels_for() -> Callable[..., torch.Tensor]:
+    """Whole-number pixel rows for a grid."""
+
+    def make(grid: Sequence[tuple[int, int, int]], seed: int = 0) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        patches = sum(t * h * w for t, h, w in grid)
+        return torch.randint(-8, 9, (patches, WIDTH), generator=generator).float()
+
+    return make

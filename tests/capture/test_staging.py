@@ -1,0 +1,136 @@
+import pytest
+import torch
+from vitgraph.capture import BufferSpec, EncoderItemSpec, staging
+
+SPECS = {
+    "rows": BufferSpec((8, 2), torch.float32, "patches"),
+    "grid": BufferSpec((4, 3), torch.int32, "items"),
+}
+ITEMS = [EncoderItemSpec(8, 2, 2), EncoderItemSpec(4, 1), EncoderItemSpec(12, 3, 3)]
+OFFSETS = staging.RowOffsets.of({"patches", "tokens", "items", "frames"}, ITEMS)
+
+
+def test_buffers_are_zero_and_slices_share_their_memory():
+    buffers = staging.allocate(SPECS, torch.device("cpu"))
+    assert all(not buffer.any() for buffer in buffers.values())
+    half = {"rows": BufferSpec((4, 2), torch.float32, "patches"), "grid": SPECS["grid"]}
+    slices = staging.leading_slices(buffers, half)
+    assert slices["rows"].shape == (4, 2)
+    assert slices["rows"].data_ptr() == buffers["rows"].data_ptr()
+
+
+def test_buffers_allocated_in_inference_mode_can_be_written_outside():
+    with torch.inference_mode():
+        buffers = staging.allocate(SPECS, torch.device("cpu"))
+        slices = staging.leading_slices(buffers, SPECS)
+    staging.stage_grid(slices["grid"], [(1, 2, 2)])
+    assert slices["grid"].sum() == 5
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        BufferSpec((9, 2), torch.float32, "patches"),
+        BufferSpec((4, 3), torch.float32, "patches"),
+        BufferSpec((4, 2), torch.float64, "patches"),
+    ],
+    ids=["rows", "width", "dtype"],
+)
+def test_refuses_slices_that_are_none(spec):
+    buffers = staging.allocate(SPECS, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"rows is .*only the leading axis"):
+        staging.leading_slices(buffers, {**SPECS, "rows": spec})
+
+
+def test_refuses_other_names():
+    buffers = staging.allocate(SPECS, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"\['rows'\], the largest rung \['grid', 'rows'\]"):
+        staging.leading_slices(buffers, {"rows": SPECS["rows"]})
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        torch.tensor([[1, 4, 6], [2, 2, 2]]),
+        torch.tensor([[1, 4, 6], [2, 2, 2]], dtype=torch.int32),
+        [(1, 4, 6), (2, 2, 2)],
+        [[1, 4, 6], [2, 2, 2]],
+    ],
+)
+def test_grid_rows(grid):
+    assert staging.grid_rows(grid) == [(1, 4, 6), (2, 2, 2)]
+
+
+@pytest.mark.parametrize("grid", [torch.empty(0, 3), torch.empty(0, dtype=torch.int64), []])
+def test_grid_rows_of_nothing(grid):
+    assert staging.grid_rows(grid) == []
+
+
+@pytest.mark.parametrize(
+    ("grid", "error", "message"),
+    [
+        (torch.tensor([1, 4, 6]), ValueError, r"grid_thw is \[3\]"),
+        (torch.ones(2, 2, dtype=torch.int64), ValueError, r"grid_thw is \[2, 2\]"),
+        ([(1, 4)], ValueError, r"grid_thw\[0\]=\(1, 4\) is not"),
+        ([(1, 4, 4), (1, 0, 4)], ValueError, r"grid_thw\[1\]=\(1, 0, 4\) must be at least 1"),
+        (torch.ones(1, 3), TypeError, "whole numbers"),
+        ([(1, 2.5, 4)], TypeError, "whole numbers"),
+    ],
+)
+def test_refuses_grid(grid, error, message):
+    with pytest.raises(error, match=message):
+        staging.grid_rows(grid)
+
+
+def test_runs():
+    assert staging.runs_of([]) == []
+    assert staging.runs_of([0, 1, 2]) == [(0, 3)]
+    assert staging.runs_of([0, 2, 3, 7]) == [(0, 1), (2, 4), (7, 8)]
+
+
+def test_offsets_of_every_kind():
+    assert OFFSETS.offsets["patches"] == [0, 8, 12, 24]
+    assert OFFSETS.offsets["tokens"] == [0, 2, 3, 6]
+    assert OFFSETS.offsets["items"] == [0, 1, 2, 3]
+    assert OFFSETS.offsets["frames"] == [0, 2, 3, 6]
+    assert OFFSETS.span("patches", (1, 3)) == (8, 16)
+
+
+def test_grid_table_is_written_whole():
+    table = torch.full((4, 3), 7, dtype=torch.int32)
+    staging.stage_grid(table, [(1, 2, 4), (3, 2, 2)])
+    assert table.tolist() == [[1, 2, 4], [3, 2, 2], [0, 0, 0], [0, 0, 0]]
+    staging.stage_grid(table, [])
+    assert not table.any()
+
+
+def test_pixels_are_packed_cast_and_later_rows_left():
+    source = torch.arange(48, dtype=torch.float64).view(24, 2)
+    buffer = torch.full((32, 2), -1.0)
+    staging.stage_pixels(buffer, source, OFFSETS, [(0, 1), (2, 3)])
+    assert torch.equal(buffer[:8], source[:8].float())
+    assert torch.equal(buffer[8:20], source[12:].float())
+    assert (buffer[20:] == -1).all()
+    gathered = staging.gather_pixels(source, OFFSETS, [(0, 1), (2, 3)])
+    assert torch.equal(gathered.float(), buffer[:20])
+
+
+def test_scattered_rows_go_home():
+    specs = {
+        "patch": BufferSpec((32, 2), torch.float32, "patches"),
+        "token": BufferSpec((8, 1), torch.float32, "tokens"),
+    }
+    results = staging.empty_results(specs, OFFSETS, torch.device("cpu"))
+    whole = {"patch": torch.randn(24, 2), "token": torch.randn(6, 1)}
+    for runs in ([(1, 2)], [(0, 1), (2, 3)]):
+        packed = {
+            name: torch.cat(
+                [
+                    whole[name][first : first + count]
+                    for first, count in (OFFSETS.span(spec.rows, run) for run in runs)
+                ]
+            )
+            for name, spec in specs.items()
+        }
+        staging.scatter_rows(results, packed, specs, OFFSETS, runs)
+    assert all(torch.equal(results[name], whole[name]) for name in specs)

@@ -1,0 +1,175 @@
+"""Tiny random towers and full models of every family, with weights that parity tests can trust.
+
+transformers' default initialisation (std 0.02) is blind: without rope, a tiny tower's output
+changes by 5.6e-6. `boost` scales weights by their fan-in and doubles queries and keys.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VisionTransformerPretrainedModel,
+)
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeVisionModel
+
+IDS = {
+    "image_token_id": 500,
+    "video_token_id": 501,
+    "vision_start_token_id": 502,
+    "vision_end_token_id": 503,
+}
+TEXT: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+}
+TEXT_QWEN3 = TEXT | {
+    "head_dim": 16,
+    "rope_parameters": TEXT["rope_parameters"] | {"mrope_interleaved": True},
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+QWEN3_VISION: dict[str, Any] = {
+    "depth": 4,
+    "hidden_size": 64,
+    "num_heads": 2,
+    "intermediate_size": 96,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 64,
+    "deepstack_visual_indexes": [0, 2],
+}
+VISION: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {"depth": 3, "embed_dim": 64, "num_heads": 2, "mlp_ratio": 2, "hidden_size": 64},
+    "qwen2_5_vl": {
+        "depth": 4,
+        "hidden_size": 64,
+        "num_heads": 2,
+        "intermediate_size": 96,
+        "out_hidden_size": 64,
+        "fullatt_block_indexes": [1, 3],
+        "window_size": 112,
+    },
+    "qwen3_vl": QWEN3_VISION,
+    "qwen3_vl_moe": QWEN3_VISION,
+}
+TEXTS = {
+    "qwen2_vl": TEXT,
+    "qwen2_5_vl": TEXT,
+    "qwen3_vl": TEXT_QWEN3,
+    "qwen3_vl_moe": TEXT_QWEN3 | EXPERTS,
+}
+MODELS = {
+    "qwen2_vl": (transformers.Qwen2VLForConditionalGeneration, transformers.Qwen2VLConfig),
+    "qwen2_5_vl": (transformers.Qwen2_5_VLForConditionalGeneration, transformers.Qwen2_5_VLConfig),
+    "qwen3_vl": (transformers.Qwen3VLForConditionalGeneration, transformers.Qwen3VLConfig),
+    "qwen3_vl_moe": (
+        transformers.Qwen3VLMoeForConditionalGeneration,
+        transformers.Qwen3VLMoeConfig,
+    ),
+}
+TOWERS = {
+    "qwen2_vl": Qwen2VisionTransformerPretrainedModel,
+    "qwen2_5_vl": Qwen2_5_VisionTransformerPretrainedModel,
+    "qwen3_vl": Qwen3VLVisionModel,
+    "qwen3_vl_moe": Qwen3VLMoeVisionModel,
+}
+
+
+def boost(module: torch.nn.Module) -> None:
+    """Weights under which every part of a model shows in its output."""
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if p.ndim < 2:
+                p.add_(torch.randn_like(p) * 0.05)
+                continue
+            # a stack of experts [E, out, in] has the fan-in of one of them
+            fan_in = p.shape[-1] if p.ndim <= 3 else p[0].numel()
+            p.normal_(0, 0.3 if "pos_embed" in name else 1 / math.sqrt(fan_in))
+            if name.endswith(("qkv.weight", "q_proj.weight", "k_proj.weight")):
+                p.mul_(2)
+
+
+@pytest.fixture(scope="session")
+def build_tower() -> Callable[..., Any]:
+    """`build_tower(family, dtype=torch.float32, seed=0, **config)`: boosted, in eval mode."""
+
+    def build(
+        family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any
+    ) -> Any:
+        cls = TOWERS[family]
+        torch.manual_seed(seed)
+        tower = cls._from_config(cls.config_class(**VISION[family] | overrides))
+        boost(tower)
+        return tower.to(dtype).eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def build_model() -> Callable[..., Any]:
+    """`build_model(family, seed=0)`: a boosted full model, fp32, in eval mode."""
+
+    def build(family: str, seed: int = 0) -> Any:
+        model_class, config_class = MODELS[family]
+        torch.manual_seed(seed)
+        model = model_class(
+            config_class(text_config=TEXTS[family], vision_config=VISION[family], **IDS)
+        )
+        boost(model)
+        return model.eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def pixel_rows() -> Callable[..., torch.Tensor]:
+    """`pixel_rows(family, grids, seed=1)`: random pixel rows [T, P] for grids (t, h, w)."""
+
+    def rows(family: str, grids: Any, seed: int = 1) -> torch.Tensor:
+        patch = 14 if family.startswith("qwen2") else 16
+        generator = torch.Generator().manual_seed(seed)
+        count = sum(t * h * w for t, h, w in grids)
+        return torch.randn(count, 3 * 2 * patch**2, generator=generator)
+
+    return rows
+
+
+@pytest.fixture(scope="session")
+def model_inputs(pixel_rows: Callable[..., torch.Tensor]) -> Callable[..., dict[str, torch.Tensor]]:
+    """`model_inputs(family, seed=1)`: a prompt with two images and a video of two frames."""
+
+    def inputs(family: str, seed: int = 1) -> dict[str, torch.Tensor]:
+        images, videos = [(1, 8, 12), (1, 4, 6)], [(2, 4, 8)]
+        runs = [(502, 0, 1), (500, 1, 24), (503, 0, 1), (502, 0, 1), (500, 1, 6), (503, 0, 1)]
+        if family.startswith("qwen3"):  # a run of tokens for each frame
+            runs += [(502, 0, 1), (501, 2, 8), (503, 0, 1)] * 2
+        else:
+            runs += [(502, 0, 1), (501, 2, 16), (503, 0, 1)]
+        runs += [(11, 0, 1), (12, 0, 1)]
+        ids = torch.tensor([[token for token, _, count in runs for _ in range(count)]])
+        kinds = torch.tensor([[kind for _, kind, count in runs for _ in range(count)]])
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "mm_token_type_ids": kinds,
+            "pixel_values": pixel_rows(family, images, seed),
+            "image_grid_thw": torch.tensor(images),
+            "pixel_values_videos": pixel_rows(family, videos, seed + 1),
+            "video_grid_thw": torch.tensor(videos),
+        }
+
+    return inputs

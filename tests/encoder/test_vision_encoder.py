@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+import torch
+import vitgraph.bench.towers_config as towers
+from vitgraph.encoder import VisionEncoder
+
+GRIDS = [(1, 4, 6), (2, 2, 4)]
+PATCHES = 40
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    hf = towers.empty_tower(towers.tower_config("tiny-qwen3-vl"), device="cpu", dtype=torch.float32)
+    return VisionEncoder.from_hf(towers.boost_(hf, seed=0))
+
+
+@pytest.fixture
+def pixels():
+    return torch.randn(PATCHES, 1536, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "grids", [GRIDS, torch.tensor(GRIDS), np.array(GRIDS), [torch.tensor(g) for g in GRIDS]]
+)
+def test_grids_in_any_integer_form(encoder, pixels, grids):
+    want = encoder(pixels, GRIDS)
+    got = encoder(pixels, grids)
+    assert torch.equal(got.pooler_output, want.pooler_output)
+    assert got.pooler_output.shape == (10, 64)
+    assert got.last_hidden_state.shape == (40, 64)
+
+
+def test_nothing_in_nothing_out(encoder):
+    out = encoder(torch.zeros(0, 1536), torch.zeros(0, 3, dtype=torch.long))
+    assert out.pooler_output.shape == (0, 64)
+    assert out.deepstack_features is not None
+    assert [f.shape for f in out.deepstack_features] == [(0, 64), (0, 64)]
+
+
+def test_layers(encoder, pixels):
+    out = encoder(pixels, GRIDS, layers=[0, -1])
+    assert list(out.hidden_states) == [0, encoder.spec.depth - 1]
+    assert torch.equal(out.hidden_states[encoder.spec.depth - 1], out.last_hidden_state)
+    with pytest.raises(ValueError, match=r"layers = \[4\]: \[4\] outside this tower's blocks 0..3"):
+        encoder(pixels, GRIDS, layers=[4])
+
+
+def test_items_do_not_see_each_other(encoder, pixels):
+    both = encoder(pixels, GRIDS).pooler_output
+    first = encoder(pixels[:24], GRIDS[:1]).pooler_output
+    second = encoder(pixels[24:], GRIDS[1:]).pooler_output
+    torch.testing.assert_close(both, torch.cat([first, second]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("grids", "error", "message"),
+    [
+        ([(1, 4, 5)], ValueError, r"\(1, 4, 5\).*multiples of the merge size 2.*32 pixels"),
+        ([(0, 4, 6)], ValueError, r"grid_thw\[0\] = \(0, 4, 6\): every side must be at least 1"),
+        ([(1, -4, 6)], ValueError, "at least 1"),
+        ([(1, 4)], ValueError, "three integers"),
+        ([(1, 4.5, 6)], TypeError, "three integers"),
+        ([7], TypeError, "three integers"),
+        (torch.tensor([[1.0, 4, 6]]), TypeError, "integer type"),
+        (torch.tensor([1, 4, 6]), ValueError, r"\[3\] must be \[items, 3\]"),
+        ([(1, 4, 4)], ValueError, "40 rows, but grid_thw describes 16 patches in 1 items"),
+    ],
+)
+def test_bad_grids(encoder, pixels, grids, error, message):
+    with pytest.raises(error, match=message):
+        encoder(pixels, grids)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda p: p.to(torch.uint8), TypeError, "torch.uint8 must be a floating-point"),
+        (lambda p: p.numpy(), TypeError, "ndarray"),
+        (lambda p: p[:, :1176], ValueError, r"\[40, 1176\] must be \[patches, 1536\]"),
+        (lambda p: p.flatten(), ValueError, "must be"),
+        (lambda p: p.index_fill(0, torch.tensor([30]), float("nan")), ValueError,
+         r"NaN or infinity in row 30 \(item 1, grid \(2, 2, 4\)\)"),
+        (lambda p: p.index_fill(0, torch.tensor([0]), float("inf")), ValueError, "item 0"),
+    ],
+)  # fmt: skip
+def test_bad_pixels(encoder, pixels, change, error, message):
+    with pytest.raises(error, match=message):
+        encoder(change(pixels), GRIDS)
+
+
+def test_capture_needs_a_gpu(encoder):
+    with pytest.raises(RuntimeError, match="need a CUDA device, this tower is on cpu"):
+        encoder.capture()
+
+
+def test_results_are_the_callers(encoder, pixels):
+    first = encoder(pixels, GRIDS).pooler_output
+    kept = first.clone()
+    encoder(pixels * 2, GRIDS)
+    assert torch.equal(first, kept)
+    assert not first.is_inference()

@@ -1,0 +1,112 @@
+import pytest
+import torch
+import vitgraph.bench.towers_config as towers
+from vitgraph.encoder.families import FAMILIES, family_of_model, family_of_tower
+from vitgraph.encoder.vision_encoder import VisionEncoder
+from vitgraph.encoder.weights import TowerWeights
+
+TINY = ["tiny-qwen2-vl", "tiny-qwen2.5-vl", "tiny-qwen3-vl"]
+
+
+def tower(name, dtype=torch.float32):
+    model = towers.empty_tower(towers.tower_config(name), device="cpu", dtype=dtype)
+    return towers.boost_(model, seed=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", TINY)
+def test_state_dict_gives_hugging_face_back_bit_for_bit(name, dtype):
+    hf = tower(name, dtype)
+    weights = TowerWeights(
+        family_of_tower(hf).spec(hf.config),
+        family_of_tower(hf).weight_map(family_of_tower(hf).spec(hf.config)),
+        hf.state_dict(), torch.device("cpu"), dtype,
+    )  # fmt: skip
+    state = weights.state_dict()
+    assert state.keys() == hf.state_dict().keys()
+    for key, value in hf.state_dict().items():
+        assert torch.equal(state[key], value), key
+
+
+@pytest.mark.parametrize("name", [n for n in towers.TOWERS if not n.startswith("tiny")])
+def test_rules_cover_every_published_tower(name):
+    hf = towers.empty_tower(towers.tower_config(name), device="meta", dtype=torch.bfloat16)
+    family = family_of_tower(hf)
+    spec = family.spec(hf.config)
+    rules = family.weight_map(spec)
+    theirs = {key: tuple(p.shape) for key, p in hf.named_parameters()}
+    assert {s: r.shape for r in rules for s in r.sources} == theirs
+    # rows of every matrix start on 16 bytes, which fast GEMMs need
+    for rule in rules:
+        packed = rule.pack(dict(hf.named_parameters()))
+        if packed.ndim == 2:
+            assert packed.shape[1] % 8 == 0, rule.name
+
+
+def test_odd_mlp_is_padded_with_zeros():
+    hf = tower("tiny-qwen2.5-vl")
+    family = family_of_tower(hf)
+    config = hf.config
+    config.intermediate_size = 90
+    hf = type(hf)._from_config(config).eval().requires_grad_(False)
+    towers.boost_(hf, seed=2)
+    encoder = VisionEncoder.from_hf(hf)
+    assert encoder.spec.padded_mlp_size == 128
+    up = encoder.weights.tensors["blocks.0.up.weight"]
+    assert up.shape == (256, 64)
+    assert (up[90:128] == 0).all()
+    assert torch.equal(up[128:218], hf.blocks[0].mlp.up_proj.weight)
+    assert family.model_type == "qwen2_5_vl"
+    grid = [(1, 8, 12), (1, 4, 6)]
+    pixels = torch.randn(120, 1176, generator=torch.Generator().manual_seed(0))
+    want = hf(pixels, grid_thw=torch.tensor(grid)).pooler_output
+    torch.testing.assert_close(encoder(pixels, grid).pooler_output, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_live_module_is_shared_and_reloads_in_place():
+    hf = tower("tiny-qwen3-vl")
+    encoder = VisionEncoder.from_hf(hf)
+    qkv = encoder.weights.tensors["blocks.0.qkv.weight"]
+    assert qkv.data_ptr() == hf.blocks[0].attn.qkv.weight.data_ptr()
+    pixels, grid = torch.randn(24, 1536), [(1, 4, 6)]
+    before = encoder(pixels, grid).pooler_output
+    addresses = {k: v.data_ptr() for k, v in encoder.weights.tensors.items()}
+    # no constant: LayerNorm would not see it
+    hf.blocks[0].attn.proj.bias.add_(torch.randn(64))
+    encoder.load_weights(hf)
+    assert {k: v.data_ptr() for k, v in encoder.weights.tensors.items()} == addresses
+    after = encoder(pixels, grid).pooler_output
+    want = hf(pixels, grid_thw=torch.tensor(grid)).pooler_output
+    assert not torch.allclose(after, before, atol=1e-2)
+    torch.testing.assert_close(after, want, rtol=1e-4, atol=1e-4)
+
+
+def test_missing_and_misshapen_tensors_are_named():
+    hf = tower("tiny-qwen3-vl")
+    family = family_of_tower(hf)
+    spec = family.spec(hf.config)
+    state = dict(hf.named_parameters())
+    cpu = torch.device("cpu")
+    missing = {k: v for k, v in state.items() if k != "blocks.2.mlp.linear_fc1.weight"}
+    message = r"'blocks.2.mlp.linear_fc1.weight' is missing .*\[96, 64\]"
+    with pytest.raises(ValueError, match=message):
+        TowerWeights(spec, family.weight_map(spec), missing, cpu, torch.float32)
+    state["merger.norm.weight"] = torch.ones(65)
+    with pytest.raises(ValueError, match=r"'merger.norm.weight' has shape \[65\], expected \[64\]"):
+        TowerWeights(spec, family.weight_map(spec), state, cpu, torch.float32)
+
+
+def test_unknown_families_list_the_supported():
+    supported = "qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe"
+    with pytest.raises(ValueError, match=f"'llama'.*{supported}"):
+        family_of_model("llama")
+    with pytest.raises(ValueError, match=r"'Linear' is not supported; .*Qwen3VLMoeVisionModel"):
+        family_of_tower(torch.nn.Linear(1, 1))
+    assert set(FAMILIES) == {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"}
+
+
+def test_a_tower_without_data_is_refused():
+    config = towers.tower_config("tiny-qwen3-vl")
+    hf = towers.empty_tower(config, device="meta", dtype=torch.float32)
+    with pytest.raises(ValueError, match="on \\['meta'\\]"):
+        VisionEncoder.from_hf(hf)

@@ -1,0 +1,102 @@
+"""Machine code for sm_90 of the kernels that move rows, at the launch parameters they ship with."""
+
+import pytest
+import torch
+import triton
+from vitgraph.kernels import layout, norm, patch_embed, residual, rope
+from vitgraph.kernels.compiled import inspect
+
+
+@pytest.mark.parametrize("is_rms", [False, True], ids=["layer", "rms"])
+@pytest.mark.parametrize("D", [1024, 1152, 1280, 4608])
+def test_norm(D, is_rms):
+    launch = norm.config(D)
+    none = {"destination_ptr": None} | ({"bias_ptr": None} if is_rms else {})
+    info = inspect(
+        norm._norm_kernel,
+        {
+            "x_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*bf16", "offset_ptr": "*fp32",
+            "live_ptr": "*i32", "y_ptr": "*bf16", "T": "i32", "D": "i32", "eps": "fp32",
+        },
+        none | {
+            "IS_RMS": is_rms, "LIVE_GROUP": 1, "ROWS": launch.rows,
+            "BLOCK_D": triton.next_power_of_2(D),
+        },
+        divisible=["D"],
+        num_warps=launch.num_warps,
+    )  # fmt: skip
+    assert info.spill_bytes == 0
+    assert info.count("LDG.E.128") >= 2
+    assert info.count("STG.E.128") >= 1
+
+
+@pytest.mark.parametrize("D", [64, 72, 80])
+def test_rope(D):
+    info = inspect(
+        rope._rope_kernel,
+        {"qkv_ptr": "*bf16", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "live_ptr": "*i32"},
+        {
+            "HEADS": 32, "HALF": D // 2, "BLOCK_H": 32,
+            "BLOCK_HALF": triton.next_power_of_2(D // 2),
+        },
+    )  # fmt: skip
+    assert info.spill_bytes == 0
+    # half a head is 64, 72 or 80 bytes: every row of it starts on 8 bytes at least
+    assert info.count("LDG.E.64") + info.count("LDG.E.128") >= 2
+
+
+@pytest.mark.parametrize("T", [256, 16384])
+@pytest.mark.parametrize(("P", "D", "side"), [(1536, 1152, 48), (1176, 1280, 0)])
+def test_patch_embed(T, P, D, side):
+    launch = patch_embed.config(T, torch.bfloat16)
+    info = inspect(
+        patch_embed._patch_embed_kernel,
+        {
+            "pixels_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*bf16",
+            "source_ptr": "*i32", "table_ptr": "*bf16", "position_ptr": "*i32",
+            "live_ptr": "*i32", "x_ptr": "*bf16", "T": "i32", "D": "i32",
+        },
+        ({} if side else {"table_ptr": None, "position_ptr": None, "bias_ptr": None}) | {
+            "P": P, "SIDE": side, "BLOCK_T": launch.BLOCK_T, "BLOCK_D": launch.BLOCK_D,
+            "BLOCK_P": launch.BLOCK_P,
+        },
+        divisible=["D"],
+        num_warps=launch.num_warps, num_stages=launch.num_stages,
+    )  # fmt: skip
+    assert info.spill_bytes == 0
+    assert info.count("HGMMA") > 0
+
+
+def test_residual():
+    info = inspect(
+        residual._residual_kernel,
+        {
+            "x_ptr": "*bf16", "offset_ptr": "*fp32", "live_ptr": "*i32", "out_ptr": "*bf16",
+            "T": "i32", "D": "i32",
+        },
+        {"BLOCK_T": residual.BLOCK_T, "BLOCK_D": 2048},
+        divisible=["D"],
+    )  # fmt: skip
+    assert info.spill_bytes == 0
+    assert info.count("LDG.E.128") >= 2
+
+
+@pytest.mark.parametrize("window", [0, 8])
+def test_layout(window):
+    info = inspect(
+        layout._layout_kernel,
+        {
+            "grid_ptr": "*i32", "inv_freq_ptr": "*fp32", "cu_seqlens_ptr": "*i32",
+            "cu_window_seqlens_ptr": "*i32", "position_ptr": "*i32", "source_ptr": "*i32",
+            "cos_ptr": "*fp32", "sin_ptr": "*fp32", "live_ptr": "*i32", "num_items": "i32",
+            "num_rows": "i32", "num_frames": "i32", "num_windows": "i32",
+        },
+        {
+            "MERGE": 2, "WINDOW": window, "HALF": 40, "BLOCK": layout.BLOCK,
+            "BLOCK_I": layout.BLOCK_I, "BLOCK_HALF": 64,
+        },
+    )  # fmt: skip
+    # the reduction of large angles needs a short array in local memory; nothing else may spill
+    assert info.spill_bytes <= 32
+    # angles reach thousands of radians: the approximate instructions alone would be wrong
+    assert "sin.approx" not in info.ptx

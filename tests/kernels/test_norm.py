@@ -1,0 +1,101 @@
+import pytest
+import torch
+from vitgraph.kernels.norm import norm, norm_op, norm_ref
+from vitgraph.kernels.testing import assert_as_accurate
+
+SHAPES = [
+    pytest.param(1, 1152, id="one"),
+    pytest.param(3, 127, id="odd"),
+    pytest.param(4, 1152, id="qwen3-vl-8b"),
+    pytest.param(5, 1280, id="qwen2.5-vl"),
+    pytest.param(2, 4608, id="deepstack"),
+]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def arguments(T, D, dtype, device, kind):
+    g = torch.Generator().manual_seed(T * D)
+    # an offset row mean catches one-pass variance
+    x = torch.randn(T, D, generator=g) + 3
+    weight = torch.randn(D, generator=g) + 1
+    bias = torch.randn(D, generator=g) if kind == "layer" else None
+    offset = torch.randn(D, generator=g).to(device)
+    move = lambda v: None if v is None else v.to(device, dtype)  # noqa: E731
+    return (move(x), move(weight), move(bias), 1e-6), offset
+
+
+def double(args):
+    return tuple(a.double() if isinstance(a, torch.Tensor) else a for a in args)
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("T", "D"), SHAPES)
+def test_matches_oracle(T, D, dtype, kind, device):
+    args, offset = arguments(T, D, dtype, device, kind)
+    eager = norm_ref(*args, kind=kind, offset=offset)
+    oracle = norm_ref(*double(args), kind=kind, offset=offset.double())
+    assert_as_accurate(norm(*args, kind=kind, offset=offset), eager, oracle)
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize("live", [0, 1, 4, 7])
+def test_padding_is_zero_and_never_read(live, kind, device):
+    args, offset = arguments(7, 96, torch.float32, device, kind)
+    clean = norm(*args, kind=kind, offset=offset)
+    args[0][live:] = float("nan")
+    live_rows = torch.tensor([live * 4], dtype=torch.int32, device=device)
+    y = norm(*args, kind=kind, offset=offset, live_rows=live_rows, live_group=4)
+    assert torch.equal(y[:live], clean[:live])
+    assert (y[live:] == 0).all()
+
+
+def test_destination(device):
+    args, offset = arguments(9, 64, torch.float32, device, "rms")
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0)).int().to(device)
+    live = torch.tensor([9], dtype=torch.int32, device=device)
+    plain = norm(*args, kind="rms", offset=offset)
+    moved = norm(*args, kind="rms", offset=offset, destination=order, live_rows=live)
+    assert torch.equal(moved[order.long()], plain)
+    oracle = norm_ref(*args, kind="rms", offset=offset, destination=order)
+    assert torch.equal(oracle[order.long()], norm_ref(*args, kind="rms", offset=offset))
+
+
+def test_rows_do_not_depend_on_their_neighbours(device):
+    args, _ = arguments(6, 1152, torch.bfloat16, device, "layer")
+    whole = norm(*args, kind="layer")
+    for t in range(6):
+        alone = norm(args[0][t : t + 1], *args[1:], kind="layer")
+        assert torch.equal(alone[0], whole[t])
+
+
+def test_writes_into_out_and_empty(device):
+    args, _ = arguments(3, 64, torch.float32, device, "layer")
+    out = torch.full_like(args[0], float("nan"))
+    assert norm(*args, kind="layer", out=out) is out
+    assert torch.equal(out, norm(*args, kind="layer"))
+    assert norm(args[0][:0], *args[1:], kind="layer").shape == (0, 64)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "batch"}, "'layer' or 'rms'"),
+        ({"weight": torch.ones(7)}, r"weight \(7,\) must be \[8\]"),
+        ({"offset": torch.ones(9)}, "offset"),
+        ({"x": torch.zeros(8, 4).T}, "contiguous"),
+        ({"x": torch.zeros(1, 20000), "weight": torch.ones(20000)}, "over the limit"),
+    ],
+)
+def test_bad_arguments(change, message):
+    args = {"x": torch.zeros(4, 8), "weight": torch.ones(8), "bias": None, "kind": "rms"} | change
+    with pytest.raises(ValueError, match=message):
+        norm(args["x"], args["weight"], args["bias"], 1e-6, kind=args["kind"],
+             offset=args.get("offset"))  # fmt: skip
+
+
+@pytest.mark.parametrize("check", ["test_schema", "test_faketensor"])
+def test_opcheck(check, device):
+    (x, w, b, eps), offset = arguments(2, 8, torch.float32, device, "layer")
+    args = (x, w, b, eps, "layer", offset, None, None, 1)
+    torch.library.opcheck(norm_op, args, test_utils=check)

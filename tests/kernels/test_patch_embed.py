@@ -1,0 +1,84 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from vitgraph.kernels.layout import layout_ref
+from vitgraph.kernels.patch_embed import (
+    bilinear_taps,
+    patch_embed,
+    patch_embed_op,
+    patch_embed_ref,
+)
+from vitgraph.kernels.testing import assert_as_accurate
+
+GRID = torch.tensor([[1, 4, 6], [2, 2, 10], [1, 2, 2]], dtype=torch.int32)
+ROWS = 24 + 40 + 4
+
+
+def arguments(P, D, side, dtype, device, padding=0):
+    g = torch.Generator().manual_seed(P + D)
+    make = lambda *s: torch.randn(*s, generator=g).to(device, dtype)  # noqa: E731
+    plan = layout_ref(
+        GRID.to(device), torch.ones(1), num_rows=ROWS + padding, num_frames=4, num_windows=8,
+        merge=2, window=4,
+    )  # fmt: skip
+    args = (make(ROWS + padding, P), make(D, P) * P**-0.5, make(D))
+    extra = {"source": plan.source, "position": plan.position}
+    if side:
+        extra["table"] = make(side**2, D)
+    return args, extra
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("P", "D", "side"), [(24, 16, 4), (1176, 40, 0), (96, 136, 9)])
+def test_matches_oracle(P, D, side, dtype, device):
+    args, extra = arguments(P, D, side, dtype, device)
+    oracle_extra = extra | ({"table": extra["table"].double()} if side else {})
+    eager = patch_embed_ref(*args, **extra)
+    oracle = patch_embed_ref(*(a.double() for a in args), **oracle_extra)
+    assert_as_accurate(patch_embed(*args, **extra), eager, oracle)
+
+
+@pytest.mark.parametrize("live", [0, 1, 24, 68])
+def test_padding_is_zero_and_stale_pixels_are_not_read(live, device):
+    args, extra = arguments(24, 16, 4, torch.float32, device, padding=12)
+    extra["source"] = None
+    clean = patch_embed(*args, **extra)
+    args[0][live:] = float("nan")
+    live_rows = torch.tensor([live], dtype=torch.int32, device=device)
+    x = patch_embed(*args, **extra, live_rows=live_rows)
+    assert torch.equal(x[:live], clean[:live])
+    assert (x[live:] == 0).all()
+
+
+def test_positions_are_those_of_interpolate(device):
+    table = torch.randn(49, 5, generator=torch.Generator().manual_seed(0)).double()
+    _, extra = arguments(24, 16, 4, torch.float32, "cpu")
+    position = extra["position"]
+    taps, weights = bilinear_taps(position, 7, torch.float64)
+    got = (table[taps] * weights[..., None]).sum(1)
+    for row, (h, w, height, width) in enumerate(position.tolist()):
+        image = table.T.reshape(1, 5, 7, 7)
+        resized = F.interpolate(image, (height, width), mode="bilinear", align_corners=True)
+        # a single row or column sits on the first table entry, as transformers has it
+        torch.testing.assert_close(got[row], resized[0, :, h, w], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "weight", "table", "message"),
+    [
+        (torch.zeros(4, 8), torch.zeros(6, 7), None, r"weight \[D, 8\]"),
+        (torch.zeros(8, 4).T, torch.zeros(6, 8), None, "contiguous"),
+        (torch.zeros(4, 8), torch.zeros(6, 8), torch.zeros(8, 6), "square grid"),
+        (torch.zeros(4, 8), torch.zeros(6, 8), torch.zeros(9, 6), "`position`"),
+    ],
+)
+def test_bad_arguments(pixels, weight, table, message):
+    with pytest.raises(ValueError, match=message):
+        patch_embed(pixels, weight, table=table)
+
+
+@pytest.mark.parametrize("check", ["test_schema", "test_faketensor"])
+def test_opcheck(check, device):
+    args, extra = arguments(24, 16, 4, torch.float32, device)
+    full = (*args, extra["source"], extra["table"], extra["position"], None)
+    torch.library.opcheck(patch_embed_op, full, test_utils=check)
