@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         runner = _run_towers if arguments.command == "towers" else _run_kernels
         rows, extra, text = runner(arguments)
     except ValueError as error:
-        print(f"vitgraph bench: {error}", file=sys.stderr)
+        print(f"vitgraph {error}", file=sys.stderr)
         return 2
     if arguments.json:
         meta = {**conditions(["vitgraph", "bench", *given]), **extra}
@@ -68,7 +68,7 @@ def _run_towers(arguments: argparse.Namespace) -> tuple[list[dict], dict, str]:
     from .towers_config import DEFAULT_TOWERS
     from .workloads import WORKLOADS, resolve
 
-    providers = list(arguments.providers or towers.DEFAULT_PROVIDERS)
+    providers: list[str] = list(arguments.providers or towers.DEFAULT_PROVIDERS)
     if arguments.compile and "hf-compile-graph" not in providers:
         providers.append("hf-compile-graph")
     rows = towers.run(

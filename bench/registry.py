@@ -147,19 +147,20 @@ def _attention_inputs(dims: Dims, draw: Draw) -> tuple[Any, ...]:
 
 def _attention_ref(qkv, ends, longest):
     # a head at a time: in fp64 the scores of 16 heads and 16,384 rows would take 34 GB
-    heads = [
-        attention.attention_ref(*qkv[:, :, h : h + 1].unbind(1), ends, scale=qkv.shape[-1] ** -0.5)
-        for h in range(qkv.shape[2])
-    ]
+    heads = []
+    for h in range(qkv.shape[2]):
+        q, k, v = qkv[:, :, h : h + 1].unbind(1)
+        heads.append(attention.attention_ref(q, k, v, ends, scale=qkv.shape[-1] ** -0.5))
     return torch.cat(heads, 1)
 
 
 def _attention(qkv, ends, longest, backend):
-    out = torch.empty_like(qkv[:, 0], memory_format=torch.contiguous_format)
+    q, k, v = qkv.unbind(1)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    scale = q.shape[-1] ** -0.5
     attention.varlen_attention(
-        *qkv.unbind(1), ends,
-        max_seqlen=longest, scale=qkv.shape[-1] ** -0.5, out=out, backend=backend,
-    )  # fmt: skip
+        q, k, v, ends, max_seqlen=longest, scale=scale, out=out, backend=backend
+    )
     return out
 
 
@@ -174,7 +175,8 @@ def _window_inputs(dims: Dims, draw: Draw) -> tuple[Any, ...]:
 
 
 def _window_ref(qkv, cos, sin, ends):
-    return windows.window_attention_ref(*qkv.unbind(1), cos, sin, ends, scale=qkv.shape[-1] ** -0.5)
+    q, k, v = qkv.unbind(1)
+    return windows.window_attention_ref(q, k, v, cos, sin, ends, scale=q.shape[-1] ** -0.5)
 
 
 def _window_parts(qkv, cos, sin, ends, backend):
@@ -182,8 +184,9 @@ def _window_parts(qkv, cos, sin, ends, backend):
 
 
 def _window(qkv, cos, sin, ends):
-    out = torch.empty_like(qkv[:, 0], memory_format=torch.contiguous_format)
-    windows.window_attention(*qkv.unbind(1), cos, sin, ends, scale=qkv.shape[-1] ** -0.5, out=out)
+    q, k, v = qkv.unbind(1)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    windows.window_attention(q, k, v, cos, sin, ends, scale=q.shape[-1] ** -0.5, out=out)
     return out
 
 

@@ -58,7 +58,7 @@ def run(
         providers: Names in `PROVIDERS`.
         device: None is the current GPU if there is one, else the CPU (where floors are None and
             contenders that need a GPU say so).
-        dtype: Of the towers.
+        dtype: Of the towers, bf16 or fp16: the oracle is fp32.
         budgets: Which graphs `ours` captures; see `OursTower`.
         attention: Backend of `ours`; None for its choice.
         effort: How long to measure.
@@ -66,8 +66,12 @@ def run(
         log: Takes one line for each finished row.
 
     Raises:
-        ValueError: an unknown tower or provider.
+        ValueError: an unknown tower or provider, or a dtype as wide as the oracle's.
     """
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"bench: dtype = {dtype}; errors are taken against fp32, use bfloat16 or float16"
+        )
     unknown = [name for name in providers if name not in PROVIDERS]
     if unknown:
         raise ValueError(
@@ -83,19 +87,21 @@ def run(
         ours = OursTower(tower, list(workloads.values()), budgets, attention)
         vllm = VllmTower(tower_config(name).family, tower)
         builders = {**hf_builders(tower), **vllm.builders(), **ours.builders()}
+        wanted = {provider: builders[provider] for provider in providers}
         oracle = fp32_copy(name, tower)
         shape = TowerShape.of(tower.config)
         for label, grids in workloads.items():
             job = make_job(grids, shape.patch_values, device=place, dtype=dtype, seed=seed)
             floor = meter.floor(shape, grids) if meter is not None else None
-            wanted = {provider: builders[provider] for provider in providers}
             reference = _reference(oracle, builders["hf-eager-sdpa"], job, shape.merge)
             for row in _measure(job, wanted, reference, floor, effort, place):
                 rows.append({"tower": name, "workload": label, **row})
                 log(_line(rows[-1]))
+            del reference
+            _free(place)  # graphs and features of this job, before those of the next
         ours.release()
         vllm.release()
-        del tower, oracle, ours, vllm, builders, reference
+        del tower, oracle, ours, vllm, builders, wanted
         _free(place)
     return rows
 
@@ -173,7 +179,7 @@ def _measure(
     synchronize = torch.cuda.synchronize if device.type == "cuda" else _nothing
     calls = {name: provider.call for name, provider in ready.items()}
     timings = time_calls(calls, synchronize, effort)
-    rows = [
+    return [
         _row(
             name,
             job,
@@ -185,10 +191,6 @@ def _measure(
         )
         for name in builders
     ]
-    ready.clear()
-    calls.clear()
-    _free(device)
-    return rows
 
 
 def _row(

@@ -1,9 +1,9 @@
 """Published vision towers, built from Hugging Face's configurations with random weights.
 
 The weights are *boosted*: with Hugging Face's own initialisation (standard deviation 0.02)
-attention contributes so little that a tower without rotary embedding passes a comparison. Here every
-matrix is scaled by its fan-in, q and k are doubled, and norms and biases get noise, so that dropping the
-rotary embedding or a segment boundary changes the output by tens of per cent.
+attention contributes so little that a tower without rotary embedding passes a comparison. Here
+every matrix is scaled by its fan-in, q and k are doubled, and norms and biases get noise, so that
+dropping the rotary embedding or a segment boundary changes the output by tens of per cent.
 """
 
 from dataclasses import dataclass

@@ -17,6 +17,7 @@ import torch
 
 from ..capture import EncoderCudaGraphConfig
 from .families import family_of_tower
+from .tower_contents import TowerContents
 from .vision_encoder import VisionEncoder, VisionOutput
 
 logger = logging.getLogger("vitgraph")
@@ -54,7 +55,8 @@ class SwappedTower:
     Weights that were changed in place are read again before the next fused call, and a tower that
     was moved or cast gets a new encoder. Changes made behind autograd's back (`p.data.copy_`) are
     seen only after a call with grad: call `refresh()`. Hooks on modules inside the tower do not
-    fire in fused calls; those on the tower itself do.
+    fire in fused calls; those on the tower itself do. A wrapper that `forward` had before the swap
+    (accelerate's) runs only around Hugging Face's forward.
 
     A copy or pickle of the model contains the plain Hugging Face tower.
 
@@ -80,7 +82,7 @@ class SwappedTower:
         self._said_no_graphs = False
         self._is_dirty = False
         self.encoder = self._build()
-        self._seen = _Contents(tower)
+        self._seen = TowerContents(tower)
         tower.forward = self
         self.is_active = True
 
@@ -131,8 +133,8 @@ class SwappedTower:
         current = self.tower.__dict__.get("forward")
         if current is not self:
             raise RuntimeError(
-                f"restore: the tower's forward is now {current!r}, set after swap_vision_tower; "
-                "undo that first (accelerate: remove_hook_from_module)"
+                f"restore: the tower's forward is now a {type(current).__name__}, set after "
+                "swap_vision_tower; undo that first (accelerate: remove_hook_from_module)"
             )
         if self._patched_before is None:
             del self.tower.forward
@@ -209,7 +211,7 @@ class SwappedTower:
             with torch.inference_mode(False), torch.no_grad():
                 self.encoder.load_weights(self.tower)
             self._refreshes += 1
-        self._seen = _Contents(self.tower)
+        self._seen = TowerContents(self.tower)
         self._is_dirty = False
 
     def _build(self) -> VisionEncoder:
@@ -236,55 +238,6 @@ class SwappedTower:
         output = self._output_class(**fields)
         return_dict = kwargs.get("return_dict", getattr(self.tower.config, "return_dict", True))
         return output.to_tuple() if return_dict is False else output
-
-
-class _Contents:
-    """What an encoder was made from: the tower's modules and parameters, and their versions.
-
-    Compared on every call in some tens of microseconds for a full tower; `tower.parameters()` would
-    take several times that.
-    """
-
-    def __init__(self, tower: torch.nn.Module):
-        modules = list(tower.modules())
-        self._children = [(m._modules, n, c) for m in modules for n, c in m._modules.items()]
-        slots = [
-            (m._parameters, n, p)
-            for m in modules
-            for n, p in m._parameters.items()
-            if p is not None
-        ]
-        self._slots = slots
-        self._parameters = [p for _, _, p in slots]
-        # inference tensors have no version counter
-        self._versioned = [p for p in self._parameters if not p.is_inference()]
-        self._pointers = self._read_pointers()
-        self._versions = self._read_versions()
-
-    def change(self) -> str | None:
-        """What has happened since: None, "values", "storage" or "modules", the gravest of them."""
-        if not all(names.get(n) is c for names, n, c in self._children):
-            return "modules"
-        if not all(names.get(n) is p for names, n, p in self._slots):
-            return "storage"
-        if self._pointers != self._read_pointers():
-            return "storage"
-        return None if self._versions == self._read_versions() else "values"
-
-    def place(self) -> tuple[str, torch.dtype]:
-        """Device type and dtype of the first parameter."""
-        first = self._parameters[0]
-        return first.device.type, first.dtype
-
-    def requires_grad(self) -> bool:
-        """True if any parameter does: training one bias needs the whole graph."""
-        return any(p.requires_grad for p in self._parameters)
-
-    def _read_pointers(self) -> list[int]:
-        return [p.data_ptr() for p in self._parameters]
-
-    def _read_versions(self) -> list[int]:
-        return [p._version for p in self._versioned]
 
 
 def _check_tower(tower: torch.nn.Module) -> None:

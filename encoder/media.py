@@ -2,7 +2,9 @@
 
 import io
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +14,12 @@ import PIL.ImageOps
 import torch
 
 IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .avif .jp2".split()
+    {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+    | {".avif", ".jp2"}
 )
-VIDEO_SUFFIXES = frozenset(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .wmv .flv".split())
+VIDEO_SUFFIXES = frozenset(
+    {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv"}
+)
 
 # Beyond PIL's own limit (PIL.Image.MAX_IMAGE_PIXELS x 2, 179 million) a file is refused first by
 # PIL, which reads that limit as a global; ours is what stays when a program lifts PIL's.
@@ -43,6 +48,19 @@ class MediaError(ValueError):
         self.problem = problem
 
 
+@dataclass(frozen=True)
+class Video:
+    """Frames in memory.
+
+    Attributes:
+        frames: [F, H, W, 3] uint8 (or floats from 0 to 1), or a sequence of images of one size.
+        fps: Their rate, by which they are sampled; None takes them as sampled already.
+    """
+
+    frames: Any
+    fps: float | None = None
+
+
 def describe(source: Any) -> str:
     """A short name of an input, for messages."""
     if isinstance(source, str | Path):
@@ -62,8 +80,6 @@ def media_kind(source: Any) -> Kind:
     Raises:
         MediaError: no such file, an empty one, an unsupported suffix, or bytes that are neither.
     """
-    from .video import Video
-
     if isinstance(source, Video | Mapping):
         return "video"
     if isinstance(source, str | Path):
@@ -161,26 +177,24 @@ def load_image(source: Any, *, max_source_pixels: int = MAX_SOURCE_PIXELS) -> PI
         image = PIL.Image.fromarray(_to_uint8(source, name, max_source_pixels))
     elif isinstance(source, PIL.Image.Image):
         check_size(name, source.height, source.width, max_source_pixels)
-        with _LOAD_LOCK:
+        with _LOAD_LOCK, _decoding(name):
             image = _to_rgb(source, name)
     elif isinstance(source, str | Path | bytes | bytearray | memoryview):
-        image = _decode(source, name, max_source_pixels)
+        path = isinstance(source, str | Path)
+        file = readable_file(source) if path else io.BytesIO(source)
+        with _decoding(name), PIL.Image.open(file) as stored:
+            check_size(name, stored.height, stored.width, max_source_pixels)
+            image = _to_rgb(stored, name)
     else:
-        raise MediaError(
-            name, "not an image: pass a path, bytes, a PIL image, an array or a tensor"
-        )
+        raise MediaError(name, "not an image: pass a path, bytes, PIL image, array or tensor")
     return image
 
 
-def _decode(source: Any, name: str, max_source_pixels: int) -> PIL.Image.Image:
-    if isinstance(source, str | Path):
-        file: Any = readable_file(source)
-    else:
-        file = io.BytesIO(source)
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """What PIL raises, as `MediaError`."""
     try:
-        with PIL.Image.open(file) as image:
-            check_size(name, image.height, image.width, max_source_pixels)
-            return _to_rgb(image, name)
+        yield
     except MediaError:
         raise
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
@@ -189,27 +203,23 @@ def _decode(source: Any, name: str, max_source_pixels: int) -> PIL.Image.Image:
         ) from error
     except PIL.UnidentifiedImageError as error:
         raise MediaError(name, "not an image that PIL can read; convert it to PNG") from error
-
-
-def _to_rgb(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
-    try:
-        image.load()
-        if image.mode in ("I", "F"):
-            raise MediaError(
-                name,
-                f"32-bit pixels (PIL mode {image.mode}) have no fixed range; scale it to uint8",
-            )
-        if image.mode.startswith("I;16"):
-            upright = PIL.ImageOps.exif_transpose(image)
-            high = (np.asarray(upright).astype(np.uint16) >> 8).astype(np.uint8)
-            return PIL.Image.fromarray(high).convert("RGB")
-        return PIL.ImageOps.exif_transpose(image).convert("RGB")
-    except MediaError:
-        raise
     except Exception as error:  # decoders of foreign bytes raise nearly anything
         raise MediaError(
             name, f"the image is corrupt or truncated ({error}); copy or export it again"
         ) from error
+
+
+def _to_rgb(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
+    image.load()
+    if image.mode in ("I", "F"):
+        raise MediaError(
+            name, f"32-bit pixels (PIL mode {image.mode}) have no fixed range; scale to uint8"
+        )
+    upright = PIL.ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I;16"):
+        high = (np.asarray(upright).astype(np.uint16) >> 8).astype(np.uint8)
+        upright = PIL.Image.fromarray(high)
+    return upright.convert("RGB")
 
 
 def _to_uint8(source: np.ndarray | torch.Tensor, name: str, max_source_pixels: int) -> np.ndarray:
@@ -221,9 +231,7 @@ def _to_uint8(source: np.ndarray | torch.Tensor, name: str, max_source_pixels: i
     else:
         array = source
     if array.ndim == 4:
-        raise MediaError(
-            name, "four axes: wrap a video in Video(frames, fps=...), or pass list(images)"
-        )
+        raise MediaError(name, "four axes: wrap a video in Video(frames), or pass list(images)")
     if array.ndim not in (2, 3):
         raise MediaError(name, "an image has the shape [H, W], [H, W, C] or [C, H, W]")
     if array.ndim == 3:
@@ -242,8 +250,8 @@ def _to_uint8(source: np.ndarray | torch.Tensor, name: str, max_source_pixels: i
         if low < 0 or high > 1:
             raise MediaError(
                 name,
-                f"float pixels must lie in 0..1, found {low:g}..{high:g}; pass uint8 for 0..255, and "
-                "pixels before any normalisation",
+                f"float pixels must lie in 0..1, found {low:g}..{high:g}; pass uint8 for 0..255, "
+                "and pixels before any normalisation",
             )
         array = np.rint(array.astype(np.float32) * 255).astype(np.uint8)
     elif array.dtype != np.uint8:

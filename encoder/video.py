@@ -13,20 +13,15 @@ import numpy as np
 import PIL.Image
 import torch
 
-from .media import MAX_SOURCE_PIXELS, MediaError, check_size, describe, load_image, readable_file
-
-
-@dataclass(frozen=True)
-class Video:
-    """Frames in memory.
-
-    Attributes:
-        frames: [F, H, W, 3] uint8 (or floats from 0 to 1), or a sequence of images of one size.
-        fps: Their rate, by which they are sampled; None takes them as sampled already.
-    """
-
-    frames: Any
-    fps: float | None = None
+from .media import (
+    MAX_SOURCE_PIXELS,
+    MediaError,
+    Video,
+    check_size,
+    describe,
+    load_image,
+    readable_file,
+)
 
 
 @dataclass(frozen=True)

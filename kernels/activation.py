@@ -21,7 +21,7 @@ import triton.language as tl
 
 from .dispatch import use_reference
 from .roofline import Cost
-from .rows import check_live_rows, row_programs
+from .rows import ceil_div, check_live_rows, row_programs
 
 Activation = Literal["gelu_tanh", "gelu_erf", "quick_gelu", "silu"]
 
@@ -111,7 +111,7 @@ def activation_(
         live.copy_(activation_ref(live, activation))
         return x
     T, features = x.shape
-    blocks = triton.cdiv(T, BLOCK_T) * triton.cdiv(features, BLOCK_F)
+    blocks = ceil_div(T, BLOCK_T) * ceil_div(features, BLOCK_F)
     kernel: Any = _activation_kernel[(row_programs(x.device, blocks),)]
     kernel(x, live_rows, T, features, x.stride(0), activation, BLOCK_T=BLOCK_T, BLOCK_F=BLOCK_F)
     return x

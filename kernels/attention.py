@@ -252,17 +252,25 @@ def _fa3(q, k, v, cu_seqlens, *, max_seqlen: int, scale: float, out) -> None:
     _copy_live(result[0] if isinstance(result, tuple) else result, cu_seqlens, out)
 
 
+def _triton(q, k, v, cu_seqlens, *, max_seqlen: int, scale: float, out) -> None:
+    from .attention_triton import varlen_attention_triton
+
+    varlen_attention_triton(q, k, v, cu_seqlens, scale=scale, out=out)
+
+
 @lru_cache(maxsize=len(BACKENDS))
 def _implementation(backend: str) -> Callable[..., None]:
-    if backend == "triton":
-        from .attention_triton import varlen_attention_triton
-
-        return varlen_attention_triton
     if backend == "fa4":
         from .attention_fa4 import varlen_attention_fa4
 
         return varlen_attention_fa4
-    return {"reference": _reference, "torch": _torch, "fa2": _fa2, "fa3": _fa3}[backend]
+    return {
+        "reference": _reference,
+        "triton": _triton,
+        "torch": _torch,
+        "fa2": _fa2,
+        "fa3": _fa3,
+    }[backend]
 
 
 def varlen_attention(
@@ -283,7 +291,7 @@ def varlen_attention(
             every row must be finite, those past the last segment included.
         cu_seqlens: int32 [S + 1] on the same device; its tail repeats the last offset.
         max_seqlen: rows of the longest segment, or more. The grid of "torch", "fa2" and "fa3"
-            follows from it, so they drop the rows of a longer segment; for the others it is a hint.
+            follows from it, so they drop the rows of a longer segment; "fa4" takes it as a hint.
         scale: factor of the scores, positive.
         out: [T, H, D], contiguous. Rows from `cu_seqlens[-1]` on are left as they are.
         backend: one of `BACKENDS`; see `choose_backend`.

@@ -72,6 +72,7 @@ def _compile_here(
     capability: int,
 ) -> CompiledInfo:
     import triton
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -90,7 +91,7 @@ def _compile_here(
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in divisible},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    cuobjdump = triton.knobs.nvidia.cuobjdump.path
+    cuobjdump = knobs.nvidia.cuobjdump.path
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()

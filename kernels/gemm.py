@@ -28,7 +28,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .activation import Activation, activation_ref, apply_activation
 from .dispatch import use_reference
 from .roofline import Cost
-from .rows import check_live_rows, num_sms
+from .rows import ceil_div, check_live_rows, num_sms
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -94,10 +94,10 @@ def gemm_config(
         return FP32_CONFIG
 
     def time(config: GemmConfig) -> float:
-        tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
+        tiles = ceil_div(M, config.block_m) * ceil_div(N, config.block_n)
         area = config.block_m * config.block_n
         # the epilogue and the filling of the pipeline cost a tile as much as some 256 of its K
-        return triton.cdiv(tiles, num_sms) * area * (K + 256) / TILE_RATES[config]
+        return ceil_div(tiles, num_sms) * area * (K + 256) / TILE_RATES[config]
 
     return min((c for c in TILE_RATES if is_spill_free(c, activation)), key=time)
 
@@ -286,7 +286,7 @@ def gemm(
             TensorDescriptor.from_tensor(m, block)
             for m, block in zip(operands, blocks, strict=True)
         )  # pyright: ignore[reportAssignmentType]
-    tiles = triton.cdiv(M, bm) * triton.cdiv(N, bn)
+    tiles = ceil_div(M, bm) * ceil_div(N, bn)
     kernel: Any = _gemm_kernel[(min(sms * config.programs_per_sm, tiles),)]
     kernel(
         operands[0], operands[1], bias, operands[2], live_rows,

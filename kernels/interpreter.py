@@ -101,7 +101,7 @@ def _repair_arithmetic() -> None:
 
 
 def _refuse_bf16_reductions() -> None:
-    interface = triton_interpreter.ReduceScanOpInterface
+    interface: Any = triton_interpreter.ReduceScanOpInterface
     check_tensor, atomic_rmw = interface.check_tensor, _Builder.create_atomic_rmw
 
     def check(self, inputs):

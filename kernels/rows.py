@@ -20,6 +20,11 @@ def num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def ceil_div(a: int, b: int) -> int:
+    """`a / b` rounded up."""
+    return -(-a // b)
+
+
 def row_programs(device: torch.device, blocks: int) -> int:
     """Programs of a memory-bound kernel that loops over `blocks`.
 

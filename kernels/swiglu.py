@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .dispatch import use_reference
 from .roofline import Cost
-from .rows import check_live_rows, row_programs
+from .rows import ceil_div, check_live_rows, row_programs
 
 BLOCK_T, BLOCK_F = 4, 512
 
@@ -98,7 +98,7 @@ def swiglu(
         live = T if live_rows is None else min(int(live_rows), T)
         out[:live].copy_(swiglu_ref(gate_up[:live]))
         return out
-    blocks = triton.cdiv(T, BLOCK_T) * triton.cdiv(features, BLOCK_F)
+    blocks = ceil_div(T, BLOCK_T) * ceil_div(features, BLOCK_F)
     kernel: Any = _swiglu_kernel[(row_programs(gate_up.device, blocks),)]
     kernel(
         gate_up, out, live_rows, T, features, gate_up.stride(0), out.stride(0),

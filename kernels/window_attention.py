@@ -31,6 +31,7 @@ from .attention_triton import (
     next_power_of_2,
     split_head_dim,
     store_rows,
+    value_block,
 )
 from .dispatch import use_reference
 from .roofline import Cost
@@ -43,10 +44,11 @@ def window_attention_ref(
 ) -> torch.Tensor:
     """Plain PyTorch definition, in the dtype of its inputs (pass fp64 for the oracle)."""
     half = q.shape[-1] // 2
-    c, s = cos[:, None, :], sin[:, None, :]
+    wide = torch.promote_types(q.dtype, cos.dtype)
+    c, s = cos[:, None, :].to(wide), sin[:, None, :].to(wide)
 
     def rotate(x):
-        x1, x2 = x[..., :half].to(c.dtype), x[..., half:].to(c.dtype)
+        x1, x2 = x[..., :half].to(wide), x[..., half:].to(wide)
         return torch.cat((x1 * c - x2 * s, x2 * c + x1 * s), dim=-1).to(x.dtype)
 
     return attention_ref(rotate(q), rotate(k), v, cu_window_seqlens, scale=scale, out=out)
@@ -155,7 +157,9 @@ def _window_attention_kernel(
 
     # a score does not depend on the order of the columns: the halves are multiplied apart, and
     # never have to be joined
-    q1, q2 = _load_rotated(q_base, cos_q, sin_q, rows_m, left, STRIDE_QT, HALF, 0, H0)
+    q1, q2 = _load_rotated(  # pyright: ignore[reportGeneralTypeIssues]
+        q_base, cos_q, sin_q, rows_m, left, STRIDE_QT, HALF, 0, H0
+    )
     k1, k2 = _load_rotated(k_base, cos_k, sin_k, rows_n, length, STRIDE_KT, HALF, 0, H0)
     scores = tl.dot(q1, tl.trans(k1), input_precision="ieee")
     scores = tl.dot(q2, tl.trans(k2), scores, input_precision="ieee")
@@ -195,7 +199,7 @@ def kernel_constants(q, k, v, config: LaunchConfig) -> dict[str, int]:
         "H0": H0,
         "H1": H1,
         "D0": D0,
-        "D1": D1,
+        "D1": value_block(D1),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
     }

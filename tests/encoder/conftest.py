@@ -173,3 +173,38 @@ def model_inputs(pixel_rows: Callable[..., torch.Tensor]) -> Callable[..., dict[
         }
 
     return inputs
+
+
+@pytest.fixture(params=list(TOWERS))
+def family(request: pytest.FixtureRequest) -> str:
+    """Every supported family in turn."""
+    return request.param
+
+
+@pytest.fixture
+def model(build_model, family):
+    """A full model of `family`."""
+    return build_model(family)
+
+
+@pytest.fixture
+def inputs(model_inputs, family):
+    """Arguments of `model`."""
+    return model_inputs(family)
+
+
+@pytest.fixture
+def call(pixel_rows):
+    """`call(family="qwen3_vl", seed=1)`: arguments of a tower's forward, an image and a video."""
+    grids = [(1, 8, 12), (2, 4, 6)]
+
+    def arguments(family: str = "qwen3_vl", seed: int = 1):
+        return pixel_rows(family, grids, seed), torch.tensor(grids)
+
+    return arguments
+
+
+@pytest.fixture
+def qwen3(build_model):
+    """A full model of the one family with everything but windows."""
+    return build_model("qwen3_vl")

@@ -91,14 +91,20 @@ def test_live_rows(live, aligned, device):
     assert out[num_live:written].isnan().all(), "the rows named as written have changed"
 
 
-def test_strided_operands(device):
-    wide_x, wide_out = make(device, 40, 64), torch.zeros(40, 96, device=device)
-    weight = make(device, 48, 32, seed=1)
-    x, out = wide_x[:, 16:48], wide_out[:, 32:80]
+@pytest.mark.parametrize("start", [16, 13], ids=["descriptors", "pointers"])
+def test_strided_operands(start, device):
+    K, N = 29, 45
+    surroundings = {"fill_value": float("nan"), "device": device}
+    wide_x, wide_weight = torch.full((40, 64), **surroundings), torch.full((N, 64), **surroundings)
+    x, weight = wide_x[:, start : start + K], wide_weight[:, start : start + K]
+    x.copy_(make(device, 40, K))
+    weight.copy_(make(device, N, K, seed=1))
+    wide_out = torch.zeros(40, 96, device=device)
+    out = wide_out[:, 32 : 32 + N]
     assert gemm(x, weight, out=out) is out
-    check(out.contiguous(), x.contiguous(), weight, None)
+    check(out.contiguous(), x.contiguous(), weight.contiguous(), None)
     assert not wide_out[:, :32].any()
-    assert not wide_out[:, 80:].any()
+    assert not wide_out[:, 32 + N :].any()
 
 
 def test_result_of_a_row_does_not_depend_on_the_others(device):

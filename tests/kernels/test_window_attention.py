@@ -104,6 +104,16 @@ def test_packing_leaves_a_window_bitwise_unchanged(device):
     assert torch.equal(alone, out[rows])
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # the interpreter, in head 1
+def test_heads_are_independent(device):
+    q, k, v, cos, sin, cu, out = make([30], 3, 80, torch.float32, device)
+    for x in (q, k, v):
+        x[:, 1] = NAN
+    window_attention(q, k, v, cos, sin, cu, scale=0.2, out=out)
+    heads = [x[:, ::2] for x in (q, k, v)]
+    check(*heads, cos, sin, cu, out[:, ::2], 0.2)
+
+
 def test_nothing_to_do(device):
     q, k, v, cos, sin, _, out = make([3], 1, 16, torch.float32, device)
     cu = torch.zeros(1, dtype=torch.int32, device=device)

@@ -1,0 +1,271 @@
+"""The `vitgraph` command: embed, info, bench.
+
+Exit status: 0 done, 1 some inputs failed, 2 the command could not start. Results go to stdout,
+progress and errors to stderr. torch is imported by the commands that need it, not by `--help`.
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+app = typer.Typer(
+    help="Vision encoders of Hugging Face VLMs, fused and replayed as CUDA graphs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="vitgraph")
+
+
+@app.command()
+def embed(
+    model: Annotated[str, typer.Argument(help="Hub id, folder, or 'demo' (random weights).")],
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="INPUT...", help="Images and videos, or folders of them.", show_default=False
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="FILE.safetensors, FILE.npy or FILE.parquet.")
+    ],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Items in one call of the tower.")] = 32,
+    num_workers: Annotated[
+        int | None, typer.Option(min=0, help="Threads that decode. [default: cores, up to 8]")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first inputs.")] = None,
+    pool: Annotated[str, typer.Option(help="mean, max, or tokens for all of them.")] = "mean",
+    normalize: Annotated[bool, typer.Option(help="Scale embeddings to length 1.")] = False,
+    layers: Annotated[
+        str | None, typer.Option(help="Blocks to pool as well, such as 3,7,-1.")
+    ] = None,
+    recursive: Annotated[bool, typer.Option(help="Search folders below folders.")] = True,
+    glob: Annotated[str | None, typer.Option(help="Names that count in folders: '*.png'.")] = None,
+    local_files_only: Annotated[bool, typer.Option(help="Never ask the Hub.")] = False,
+    graphs: Annotated[
+        bool | None,
+        typer.Option(help="CUDA graphs. [default: on a GPU, unless --layers]", show_default=False),
+    ] = None,
+    attention: Annotated[str | None, typer.Option(help="Backend, see `vitgraph info`.")] = None,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Errors only.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Log what happens.")] = False,
+) -> None:
+    """Write one embedding for each image and video.
+
+    Folders are searched for known suffixes, in sorted order; hidden files do not count. An input
+    that cannot be used is reported and left out, and the exit status is then 1.
+    """
+    _configure_logging(quiet, verbose)
+    with _usage_errors():
+        from .writers import check_output, run_metadata, write_embeddings
+
+        blocks = _parse_layers(layers)
+        check_output(output, ragged=pool == "tokens", layers=blocks is not None)
+        paths = _find_inputs(inputs, recursive, glob)[:limit]
+
+        from .embedder import POOLS, Embedder
+        from .forward import check_layers
+
+        if pool not in POOLS:
+            raise ValueError(f"--pool {pool}: choose from {', '.join(POOLS)}")
+        embedder = Embedder.from_pretrained(
+            model,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            local_files_only=local_files_only,
+            attention=attention,
+            graphs=False if graphs is None and blocks is not None else graphs,
+        )
+        encoder = embedder.encoder
+        checked = check_layers(encoder.spec, blocks or ())
+
+    with _out_of_memory():
+        result = embedder.encode(
+            paths,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            pool=pool,  # pyright: ignore[reportArgumentType]
+            normalize_embeddings=normalize,
+            layers=blocks,
+            on_error="skip",
+            show_progress_bar=not quiet,
+        )
+    for error in embedder.errors:
+        typer.echo(f"error: {error.message}", err=True)
+    skipped = {error.index for error in embedder.errors}
+    names = [str(path) for index, path in enumerate(paths) if index not in skipped]
+    if not names:
+        typer.echo(f"error: none of {len(paths)} inputs could be used; nothing written", err=True)
+        raise typer.Exit(1)
+    embeddings, by_layer = (result, None) if blocks is None else result
+    metadata = run_metadata(
+        model=model,
+        revision=encoder.revision,
+        dtype=str(encoder.dtype).removeprefix("torch."),
+        pooling=pool,
+        normalized=normalize,
+        layers=checked,
+    )
+    try:
+        write_embeddings(output, names, embeddings, metadata, by_layer)
+    except OSError as error:
+        _fail(f"output {output}: {error.strerror or error}", 1)
+    if not quiet:
+        width = embeddings[0].shape[-1]
+        tail = f", {len(skipped)} failed" if skipped else ""
+        typer.echo(f"{output}: {len(names)} embeddings of width {width}{tail}")
+    if skipped:
+        raise typer.Exit(1)
+
+
+@app.command()
+def info(
+    model: Annotated[str | None, typer.Argument(help="Hub id, folder, or 'demo'.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    local_files_only: Annotated[bool, typer.Option(help="Never ask the Hub.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Show the device, versions, attention backends, and what a model's tower is."""
+    with _usage_errors():
+        from .writers import package_versions
+
+        report: dict[str, Any] = {
+            "device": _device_name(),
+            "versions": package_versions(),
+            "attention": _attention_backends(),
+        }
+        if model is not None:
+            report["model"] = model
+            report["spec"] = _spec(model, revision, local_files_only)
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+        return
+    typer.echo(f"device  {report['device']}")
+    for name, version in report["versions"].items():
+        typer.echo(f"{name}  {version or 'not installed'}")
+    typer.echo("attention backends")
+    for name, reason in report["attention"].items():
+        typer.echo(f"  {name}  {'available' if reason is None else reason}")
+    if model is not None:
+        typer.echo(f"{model}")
+        for name, value in report["spec"].items():
+            typer.echo(f"  {name}  {value}")
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def bench(context: typer.Context) -> None:
+    """Measure kernels and towers; `vitgraph bench --help` lists the options."""
+    from ..bench.__main__ import main as run
+
+    raise typer.Exit(run(context.args) or 0)
+
+
+def _find_inputs(inputs: list[Path], recursive: bool, glob: str | None) -> list[Path]:
+    """Files as given, and those in folders."""
+    from .media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+
+    known = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+    found = []
+    for path in inputs:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        pattern = glob or "*"
+        inside = sorted(
+            file
+            for file in (path.rglob(pattern) if recursive else path.glob(pattern))
+            if file.suffix.lower() in known
+            and file.is_file()
+            and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        )
+        if not inside:
+            named = f" that match {glob!r}" if glob else ""
+            raise ValueError(f"{path}: no images or videos{named} in this folder")
+        found += inside
+    return found
+
+
+def _parse_layers(layers: str | None) -> list[int] | None:
+    if layers is None:
+        return None
+    try:
+        return [int(part) for part in layers.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--layers {layers}: give block indices such as 3,7,-1") from error
+
+
+def _spec(model: str, revision: str | None, local_files_only: bool) -> dict[str, Any]:
+    if model == "demo":
+        from .demo import demo_encoder
+
+        return demo_encoder("cpu").spec.to_dict()
+    from .checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(model, revision=revision, local_files_only=local_files_only)
+    family, config = checkpoint.family_and_config()
+    return family.spec(config).to_dict()
+
+
+def _device_name() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()} (compute capability {major}.{minor})"
+
+
+def _attention_backends() -> dict[str, str | None]:
+    from ..kernels.attention import backend_report
+
+    return backend_report()
+
+
+def _configure_logging(quiet: bool, verbose: bool) -> None:
+    level = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("vitgraph").setLevel(level)
+
+
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    """Errors of arguments, the model or the machine: one line, exit status 2."""
+    try:
+        yield
+    except (ValueError, ImportError, OSError, RuntimeError) as error:
+        logging.getLogger("vitgraph").info("usage error", exc_info=True)
+        _fail(" ".join(str(error).split()), 2)
+
+
+@contextmanager
+def _out_of_memory() -> Iterator[None]:
+    import torch
+
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        first_line = str(error).split(". ")[0]
+        _fail(f"{first_line}; lower --batch-size", 1)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(status)

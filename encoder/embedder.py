@@ -1,0 +1,362 @@
+"""Embeddings of many images and videos: decoded by threads while the tower runs."""
+
+import logging
+import os
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import PIL.Image
+import torch
+from huggingface_hub.utils import are_progress_bars_disabled
+from tqdm.auto import tqdm
+
+from .checkpoint import Checkpoint
+from .demo import demo_encoder
+from .forward import check_layers
+from .media import MediaError, Video
+from .preprocess import Grid, ImagePreprocessor, preprocess_named
+from .vision_encoder import VisionEncoder, pick_device
+
+logger = logging.getLogger("vitgraph")
+
+Pool = Literal["mean", "max", "tokens"]
+POOLS: tuple[Pool, ...] = ("mean", "max", "tokens")
+
+# Rows in one call of the tower, unless a single item has more: bounds the memory that a batch of
+# large images takes (65,536 rows of 1,536 values are 200 MB in bf16).
+MAX_BATCH_PATCHES = 65536
+
+Result = Any  # array or tensor [N, out], or a list of [m_i, out]
+
+
+@dataclass(frozen=True)
+class SkippedInput:
+    """An input left out under `on_error="skip"`: its position among the inputs, and why."""
+
+    index: int
+    message: str
+
+
+class LayerResults(NamedTuple):
+    """What `encode` returns when layers are asked for.
+
+    Attributes:
+        embeddings: What it returns without.
+        layers: The same of each block's patches, by block index.
+    """
+
+    embeddings: Result
+    layers: dict[int, Result]
+
+
+class Embedder:
+    """An encoder with the preprocessing that belongs to it.
+
+    Attributes:
+        encoder: The tower.
+        preprocessor: Its pixels.
+        errors: Inputs that the last `encode` skipped.
+    """
+
+    def __init__(self, encoder: VisionEncoder, preprocessor: ImagePreprocessor | None = None):
+        """`preprocessor` is by default the one that the tower's family was released with.
+
+        Raises:
+            ValueError: the preprocessor cuts other patches than the tower reads.
+        """
+        preprocessor = preprocessor or ImagePreprocessor.for_family(encoder.spec)
+        for key in ("patch_size", "temporal_patch_size", "merge_size"):
+            if getattr(preprocessor, key) != getattr(encoder.spec, key):
+                raise ValueError(
+                    f"Embedder: the preprocessor has {key} = {getattr(preprocessor, key)}, the "
+                    f"tower {getattr(encoder.spec, key)}; use ImagePreprocessor.for_family"
+                )
+        self.encoder = encoder
+        self.preprocessor = preprocessor
+        self.errors: list[SkippedInput] = []
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        attention: str | None = None,
+        graphs: Any = None,
+    ) -> "Embedder":
+        """Load a tower and its preprocessing.
+
+        Args:
+            model: Hub id, folder, or "demo" for a small tower with random weights (a folder of
+                that name is "./demo").
+            dtype, device, revision, local_files_only, token, cache_dir, attention: As in
+                `VisionEncoder.from_pretrained`.
+            graphs: True captures CUDA graphs with an automatic ladder, an `EncoderCudaGraphConfig`
+                (or a mapping, or JSON) with that one, False none; None captures on a GPU.
+
+        Raises:
+            ValueError: as `VisionEncoder.from_pretrained` and `ImagePreprocessor.from_folder`.
+            RuntimeError: graphs asked for without a GPU.
+        """
+        place = pick_device(device)
+        if graphs is None:
+            graphs = place.type == "cuda"
+        if graphs and place.type != "cuda":
+            raise RuntimeError(
+                f"graphs = {graphs!r}: CUDA graphs need a CUDA device, the tower goes to {place}; "
+                "use graphs=False"
+            )
+        if model == "demo":
+            encoder = demo_encoder(place, dtype, attention=attention)
+            embedder = cls(encoder)
+        else:
+            checkpoint = Checkpoint.open(
+                model,
+                revision=revision,
+                local_files_only=local_files_only,
+                token=token,
+                cache_dir=cache_dir,
+            )
+            encoder = VisionEncoder.from_checkpoint(
+                checkpoint, dtype=dtype, device=place, attention=attention
+            )
+            embedder = cls(encoder, ImagePreprocessor.from_folder(checkpoint.folder, encoder.spec))
+        if graphs is not False:
+            encoder.capture(None if graphs is True else graphs, show_progress=_show_progress(None))
+        return embedder
+
+    def encode(
+        self,
+        inputs: Any,
+        *,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        pool: Pool = "mean",
+        normalize_embeddings: bool = False,
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        truncate_dim: int | None = None,
+        layers: Sequence[int] | None = None,
+        on_error: Literal["raise", "skip"] = "raise",
+        num_workers: int | None = None,
+    ) -> Any:
+        """Embed images and videos, in their order.
+
+        An embedding does not depend on the other items of its batch beyond rounding. A batch is
+        packed without padding, so inputs are not sorted.
+
+        Args:
+            inputs: One item, or an iterable of items (a generator is read as it goes). An item is
+                a path, encoded bytes, a PIL image, an array or tensor of pixels (see
+                `media.load_image`), a `Video`, or {"frames": ..., "fps": ...}.
+            batch_size: Items in one call of the tower; fewer where they have more than 65,536
+                patches together.
+            show_progress_bar: None shows it when the logger "vitgraph" is at INFO.
+            pool: "mean" or "max" over an item's merged tokens, or "tokens" for all of them.
+            normalize_embeddings: Scale embeddings (with "tokens", each token) to length 1.
+            convert_to_numpy: Results in numpy; otherwise a list of tensors.
+            convert_to_tensor: Results as tensors on the tower's device; wins over numpy.
+            truncate_dim: Keep that many leading values, before normalising.
+            layers: Blocks whose patches are pooled as well (negative ones count from the end), for
+                "tokens" in the row order of `pixel_values`.
+            on_error: "raise" stops at the first bad input; "skip" leaves bad inputs out of the
+                results and lists them in `errors`.
+            num_workers: Threads that decode; 0 uses the caller's. None is one a core, up to 8.
+
+        Returns:
+            fp32 [N, out]; for "tokens" a list of [m_i, out]. For a single item [out] or [m, out].
+            With `layers`, a `LayerResults` of that and {block index: the same with width D}.
+
+        Raises:
+            MediaError: an input cannot be used (always for a single item).
+            ValueError: an argument has no such value.
+        """
+        _check(batch_size, pool, truncate_dim, on_error, num_workers, self._widths(layers))
+        wanted = check_layers(self.encoder.spec, layers or ())
+        single = _is_item(inputs)
+        items: Iterable[Any] = [inputs] if single else inputs
+        if num_workers is None:
+            num_workers = min(8, os.cpu_count() or 1)
+
+        self.errors = []
+        results: dict[int | None, list[torch.Tensor]] = {key: [] for key in (None, *wanted)}
+        total = len(items) if isinstance(items, Sized) else None
+        hide = not _show_progress(show_progress_bar)
+        with (
+            tqdm(total=total, unit="item", desc="encode", disable=hide) as bar,
+            closing(self._prepared(items, batch_size, num_workers)) as prepared,
+        ):
+            for batch in self._batches(prepared, batch_size, single or on_error == "raise"):
+                for key, rows in self._encode_batch(batch, pool, wanted).items():
+                    for row in rows:
+                        row = row[..., :truncate_dim]
+                        if normalize_embeddings:
+                            row = torch.nn.functional.normalize(row, dim=-1)
+                        results[key].append(row if convert_to_tensor else row.cpu())
+                bar.update(len(batch))
+
+        ragged = pool == "tokens"
+        outputs = {}
+        for key, rows in results.items():
+            width = self.encoder.spec.out_size if key is None else self.encoder.spec.hidden_size
+            width = min(width, truncate_dim or width)
+            outputs[key] = _collect(
+                rows, single, ragged, convert_to_numpy, convert_to_tensor, width
+            )
+        embeddings = outputs.pop(None)
+        return embeddings if layers is None else LayerResults(embeddings, outputs)
+
+    def _widths(self, layers: Sequence[int] | None) -> list[int]:
+        spec = self.encoder.spec
+        return [spec.out_size, *([spec.hidden_size] if layers else [])]
+
+    def _prepared(
+        self, items: Iterable[Any], batch_size: int, num_workers: int
+    ) -> Generator[tuple[torch.Tensor, Grid] | MediaError, None, None]:
+        """Pixel rows of each item in order, or its error; up to a batch ahead of the reader."""
+        numbered = enumerate(items)
+        if num_workers == 0:
+            for index, item in numbered:
+                yield self._prepare(item, index)
+            return
+        pool = ThreadPoolExecutor(num_workers, thread_name_prefix="vitgraph-decode")
+        try:
+            ahead: deque[Future[Any]] = deque(
+                pool.submit(self._prepare, item, index)
+                for index, item in islice(numbered, batch_size + num_workers)
+            )
+            while ahead:
+                done = ahead.popleft().result()
+                for index, item in islice(numbered, 1):
+                    ahead.append(pool.submit(self._prepare, item, index))
+                yield done
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _prepare(self, item: Any, index: int) -> tuple[torch.Tensor, Grid] | MediaError:
+        try:
+            rows, grid = preprocess_named(self.preprocessor, item, index)
+        except MediaError as error:
+            return error
+        return torch.from_numpy(rows).to(self.encoder.dtype), grid
+
+    def _batches(
+        self,
+        prepared: Iterator[tuple[torch.Tensor, Grid] | MediaError],
+        batch_size: int,
+        raises: bool,
+    ) -> Iterator[list[tuple[torch.Tensor, Grid]]]:
+        batch: list[tuple[torch.Tensor, Grid]] = []
+        num_rows = 0
+        for index, item in enumerate(prepared):
+            if isinstance(item, MediaError):
+                if raises:
+                    raise item
+                self.errors.append(SkippedInput(index, str(item)))
+                logger.info("skipped: %s", item)
+                continue
+            if batch and (len(batch) == batch_size or num_rows + len(item[0]) > MAX_BATCH_PATCHES):
+                yield batch
+                batch, num_rows = [], 0
+            batch.append(item)
+            num_rows += len(item[0])
+        if batch:
+            yield batch
+
+    def _encode_batch(
+        self, batch: list[tuple[torch.Tensor, Grid]], pool: Pool, layers: list[int]
+    ) -> dict[int | None, list[torch.Tensor]]:
+        """Pooled fp32 rows of each item, of the output (None) and of each layer."""
+        grids = [grid for _, grid in batch]
+        num_rows = sum(len(rows) for rows, _ in batch)
+        pixels = torch.empty(
+            (num_rows, self.encoder.spec.patch_values),
+            dtype=self.encoder.dtype,
+            pin_memory=self.encoder.device.type == "cuda",
+        )
+        torch.cat([rows for rows, _ in batch], out=pixels)
+        output = self.encoder(pixels, grids, layers=layers)
+        patches = [t * h * w for t, h, w in grids]
+        tokens = [n // self.encoder.spec.patches_per_token for n in patches]
+        results: dict[int | None, list[torch.Tensor]] = {
+            None: _pooled(output.pooler_output, tokens, pool)
+        }
+        order = self.encoder.row_order(grids) if layers else None
+        for layer in layers:
+            states = output.hidden_states[layer]
+            if order is not None:
+                states = states[order.to(states.device)]
+            results[layer] = _pooled(states, patches, pool)
+        return results
+
+
+def _pooled(rows: torch.Tensor, counts: list[int], pool: Pool) -> list[torch.Tensor]:
+    parts = [part.float() for part in rows.split(counts)]
+    if pool == "tokens":
+        # not a view of the batch: an item that the caller keeps would keep all of them
+        return [part.clone() for part in parts]
+    return [part.mean(0) if pool == "mean" else part.amax(0) for part in parts]
+
+
+def _collect(
+    rows: list[torch.Tensor], single: bool, ragged: bool, numpy: bool, tensor: bool, width: int
+) -> Result:
+    if not tensor and not numpy:
+        return rows[0] if single else rows
+    if ragged or single:
+        parts = rows if tensor else [row.numpy() for row in rows]
+        return parts[0] if single else parts
+    matrix = torch.stack(rows) if rows else torch.empty(0, width)
+    return matrix if tensor else matrix.numpy()
+
+
+def _is_item(inputs: Any) -> bool:
+    kinds = (str, Path, bytes, bytearray, memoryview, PIL.Image.Image, Video, Mapping)
+    if isinstance(inputs, (*kinds, np.ndarray, torch.Tensor)):
+        return True
+    if not isinstance(inputs, Iterable):
+        raise ValueError(
+            f"encode: inputs of type {type(inputs).__name__} are neither an item (path, bytes, "
+            "image, array, Video) nor an iterable of items"
+        )
+    return False
+
+
+def _check(
+    batch_size: int,
+    pool: str,
+    truncate_dim: int | None,
+    on_error: str,
+    num_workers: int | None,
+    widths: list[int],
+) -> None:
+    if batch_size < 1:
+        raise ValueError(f"encode: batch_size = {batch_size} must be at least 1")
+    if pool not in POOLS:
+        raise ValueError(f"encode: pool = {pool!r} is unknown; choose from {', '.join(POOLS)}")
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"encode: on_error = {on_error!r} is unknown; choose 'raise' or 'skip'")
+    if num_workers is not None and num_workers < 0:
+        raise ValueError(f"encode: num_workers = {num_workers} must be 0 (no threads) or more")
+    if truncate_dim is not None and not 1 <= truncate_dim <= min(widths):
+        raise ValueError(
+            f"encode: truncate_dim = {truncate_dim} must be from 1 to the width {min(widths)}"
+        )
+
+
+def _show_progress(show: bool | None) -> bool:
+    if show is not None:
+        return show
+    return logger.isEnabledFor(logging.INFO) and not are_progress_bars_disabled()

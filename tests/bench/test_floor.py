@@ -1,0 +1,76 @@
+import pytest
+import torch
+from vitgraph.bench.floor import (
+    TowerShape,
+    gemms,
+    num_kernels,
+    num_untimed_kernels,
+    segment_lengths,
+)
+from vitgraph.bench.towers_config import TOWERS
+
+SHAPES = {name: TowerShape.of(config.vision_config()) for name, config in TOWERS.items()}
+PEAK = 790e12  # FLOP/s at which the figures below were taken
+
+
+def test_shape_of_each_family():
+    assert SHAPES["qwen3-vl-8b"] == TowerShape(
+        1152, 16, 27, 4304, False, 1536, 4096, 4, num_mergers=4, full_layers=27
+    )
+    assert SHAPES["qwen2.5-vl-7b"] == TowerShape(
+        1280, 16, 32, 3420, True, 1176, 3584, 4, num_mergers=1, full_layers=4
+    )
+    assert SHAPES["qwen2-vl-7b"] == TowerShape(
+        1280, 16, 32, 5120, False, 1176, 3584, 4, num_mergers=1, full_layers=32
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "patches", "ms"),
+    [
+        ("qwen3-vl-8b", 4096, 4.70),
+        ("qwen3-vl-8b", 16384, 18.79),
+        ("qwen2.5-vl-7b", 4096, 6.67),
+        ("qwen2.5-vl-7b", 16384, 26.67),
+        ("qwen2-vl-7b", 4096, 6.66),
+        ("qwen2-vl-7b", 16384, 26.62),
+    ],
+)
+def test_gemm_work(name, patches, ms):
+    flops = sum(g.flops for g in gemms(SHAPES[name], patches))
+    assert flops / PEAK * 1e3 == pytest.approx(ms, abs=0.006)
+
+
+def test_every_weight_is_in_exactly_one_gemm():
+    """Matrices of the tower, position table left out, are the GEMMs' weights (no padding here)."""
+    for name in ("qwen3-vl-8b", "qwen2.5-vl-32b", "qwen2-vl-7b"):
+        from vitgraph.bench.towers_config import empty_tower, tower_config
+
+        tower = empty_tower(tower_config(name), device="meta", dtype=torch.bfloat16)
+        matrices = sum(
+            p.numel()
+            for key, p in tower.named_parameters()
+            if p.ndim >= 2 and not key.startswith("pos_embed")
+        )
+        assert sum(g.weight_bytes for g in gemms(SHAPES[name], 784)) == 2 * matrices, name
+
+
+def test_odd_mlp_width_is_padded():
+    down = {a: gemms(SHAPES["qwen2.5-vl-7b"], 784, a)[4] for a in (16, 128)}
+    assert (down[16].name, down[16].K, down[128].K) == ("down", 3424, 3456)
+    assert gemms(SHAPES["qwen2.5-vl-7b"], 784)[3].N == 2 * 3424
+
+
+@pytest.mark.parametrize(
+    ("name", "kernels"), [("qwen3-vl-8b", 207), ("qwen2.5-vl-7b", 230), ("qwen2-vl-7b", 230)]
+)
+def test_kernel_counts(name, kernels):
+    shape = SHAPES[name]
+    assert num_kernels(shape) == kernels
+    timed = sum(g.count for g in gemms(shape, 784)) + shape.depth  # GEMMs and attention
+    timed += 2 * shape.depth + shape.num_mergers  # norms
+    assert num_kernels(shape) - num_untimed_kernels(shape) == timed
+
+
+def test_segments():
+    assert segment_lengths([(2, 4, 6), (1, 2, 2)]) == (24, 24, 4)

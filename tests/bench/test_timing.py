@@ -1,0 +1,26 @@
+import pytest
+from vitgraph.bench.timing import Effort, summarise, time_calls
+
+
+def test_summary_of_samples():
+    timing = summarise([5.0, 1.0, 2.0, 3.0, 4.0, 0.0])
+    assert (timing.ms, timing.p20, timing.p80, timing.samples) == (2.5, 1.0, 4.0, 6)
+    assert summarise([7.0]).p80 == 7.0
+    with pytest.raises(ValueError, match="no sample"):
+        summarise([])
+
+
+def test_contenders_take_turns_between_synchronisations():
+    events = []
+    calls = {name: lambda n=name: events.append(n) for name in "ab"}
+    effort = Effort(warmup_s=0.0, rounds=3)
+    timings = time_calls(calls, lambda: events.append("|"), effort)
+    warm_up, measured = events[:6], events[6:]
+    assert warm_up == ["|", "a", "|", "|", "b", "|"]
+    assert measured == ["|", "a", "|", "|", "b", "|"] * 3
+    assert {t.samples for t in timings.values()} == {3}
+
+
+def test_time_limit_keeps_the_least_rounds():
+    effort = Effort(warmup_s=0.0, rounds=100, min_rounds=4, limit_s=0.0)
+    assert time_calls({"a": lambda: None}, lambda: None, effort)["a"].samples == 4

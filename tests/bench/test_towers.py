@@ -1,0 +1,171 @@
+import json
+import math
+
+import pytest
+import torch
+from vitgraph.bench import towers
+from vitgraph.bench.__main__ import main
+from vitgraph.bench.ours_providers import OursTower
+from vitgraph.bench.provider import UnavailableError
+from vitgraph.bench.timing import Effort
+from vitgraph.bench.towers_config import build_tower
+from vitgraph.bench.vllm_providers import VllmTower
+
+TINY = ("tiny-qwen3-vl", "tiny-qwen2.5-vl", "tiny-qwen2-vl")
+WORKLOADS = {"one": ((1, 8, 12),), "mixed": ((1, 4, 6), (2, 10, 18), (1, 2, 2))}
+FAST = Effort(warmup_s=0.0, rounds=2, min_rounds=2)
+KEYS = {
+    "tower", "workload", "provider", "ms", "ms_p20", "ms_p80", "floor_ms", "floor_parts",
+    "patches", "padded_patches", "max_err_ratio",
+}  # fmt: skip
+
+
+def quiet(line):
+    pass
+
+
+def run(**kwargs):
+    return towers.run(workloads=WORKLOADS, device="cpu", effort=FAST, log=quiet, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return run(towers=TINY, providers=towers.PROVIDERS)
+
+
+def test_a_row_for_each_tower_workload_and_provider(rows):
+    assert [(r["tower"], r["workload"], r["provider"]) for r in rows] == [
+        (t, w, p) for t in TINY for w in WORKLOADS for p in towers.PROVIDERS
+    ]
+    for row in rows:
+        assert row.keys() - {"reason"} == KEYS
+        assert row["patches"] == {"one": 96, "mixed": 388}[row["workload"]]
+        assert row["floor_ms"] is None
+        assert (row["ms"] is None) == ("reason" in row)
+    text = towers.summary(rows)
+    assert "tiny-qwen3-vl mixed" in text
+    assert "ours: a CUDA graph needs a CUDA device" in text
+
+
+def test_what_runs_without_a_gpu(rows):
+    timed = {r["provider"] for r in rows if r["ms"] is not None}
+    assert timed == {"hf-eager-sdpa", "ours-eager"}
+    for row in rows:
+        if row["provider"] == "hf-eager-sdpa":
+            assert row["max_err_ratio"] < 1.01
+            assert 0 < row["ms_p20"] <= row["ms"] <= row["ms_p80"]
+            assert row["padded_patches"] == row["patches"]
+        elif row["provider"] != "ours-eager":
+            assert "CUDA device" in row["reason"]
+
+
+def test_a_wrong_contender_gets_no_time(monkeypatch):
+    from vitgraph.encoder.vision_encoder import VisionEncoder
+
+    right = VisionEncoder.eager_forward
+
+    def one_small_image_is_wrong(self, pixel_values, grid_thw):
+        out = right(self, pixel_values, grid_thw)
+        out["pooler_output"][-1] *= 1.5  # the last of 97 tokens, an image of its own
+        return out
+
+    monkeypatch.setattr(VisionEncoder, "eager_forward", one_small_image_is_wrong)
+    *_, row = run(towers=["tiny-qwen2-vl"], providers=["ours-eager"])
+    assert row["ms"] is None
+    assert row["max_err_ratio"] > towers.MAX_ERR_RATIO
+    assert row["reason"].startswith("error is")
+
+    monkeypatch.setattr(
+        VisionEncoder,
+        "eager_forward",
+        lambda self, x, g: {k: v * math.nan for k, v in right(self, x, g).items()},
+    )
+    row, *_ = run(towers=["tiny-qwen2-vl"], providers=["ours-eager"])
+    assert row["ms"] is None
+    assert "nan" in row["reason"]
+
+
+def test_a_contender_that_fails_does_not_stop_the_others(monkeypatch):
+    from vitgraph.encoder.vision_encoder import VisionEncoder
+
+    def broken(self, pixel_values, grid_thw):
+        raise RuntimeError("no luck\nmore")
+
+    monkeypatch.setattr(VisionEncoder, "eager_forward", broken)
+    rows = run(towers=["tiny-qwen2-vl"], providers=["ours-eager", "hf-eager-sdpa"])
+    assert [r.get("reason") for r in rows[:2]] == ["RuntimeError: no luck", None]
+
+
+def test_reference_needs_matching_features():
+    x = torch.ones(4, 3)
+    reference = towers.Reference([x], [x], [1, 3])
+    with pytest.raises(ValueError, match="shapes"):
+        reference.worst_ratio([x, x])
+
+
+def test_budgets_of_ours():
+    tower = build_tower("tiny-qwen2-vl", device="cpu", dtype=torch.float32)
+    grids = list(WORKLOADS.values())  # 24 and 97 tokens
+    configs = {b: OursTower(tower, grids, b).config() for b in ("auto", "ladder", "tight")}
+    assert configs["tight"].token_budgets == (24, 97)
+    assert configs["ladder"].token_budgets is None
+    ladder = [r.token_budget for r in configs["ladder"].resolve(OursTower(tower, grids).encoder())]
+    fitting = tuple(min(b for b in ladder if b >= tokens) for tokens in (24, 97))
+    assert configs["auto"].token_budgets == fitting
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_vllm_says_why_it_is_missing(family, monkeypatch):
+    monkeypatch.setattr("vitgraph.bench.vllm_providers.require_cuda", lambda device, name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    tower = build_tower("tiny-qwen2-vl", device="cpu", dtype=torch.float32)
+    builders = VllmTower(family, tower).builders()
+    reason = "vllm is not installed" if family == "qwen3_vl" else "no vLLM tower"
+    for name in ("vllm-eager", "vllm-graph"):
+        with pytest.raises(UnavailableError, match=reason):
+            builders[name](None)
+
+
+def test_command_line_writes_json(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("VITGRAPH_COMMIT", "abc123-dirty")
+    monkeypatch.setattr("vitgraph.bench.report._run", lambda *command: None)
+    path = tmp_path / "new" / "rows.json"
+    code = main([
+        "towers", "--towers", "tiny-qwen2-vl", "--workloads", "mix2", "--providers",
+        "hf-eager-sdpa", "ours", "--device", "cpu", "--quick", "--json", str(path),
+    ])  # fmt: skip
+    assert code == 0
+    written = json.loads(path.read_text())
+    meta = written["meta"]
+    for key in ("gpu", "driver", "clocks", "torch", "triton", "transformers", "date"):
+        assert key in meta
+    assert (meta["commit"], meta["dirty"]) == ("abc123", True)
+    assert meta["command"].startswith("vitgraph bench towers --towers tiny-qwen2-vl")
+    assert [r["provider"] for r in written["rows"]] == ["hf-eager-sdpa", "ours"]
+    assert list(tmp_path.glob("new/.*")) == []
+    assert "mix2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--towers", "qwen9"],
+        ["--workloads", "huge"],
+        ["--providers", "theirs"],
+        ["--dtype", "float32"],
+    ],
+)
+def test_command_line_refuses(arguments, capsys):
+    assert main(["towers", "--device", "cpu", *arguments]) == 2
+    assert "vitgraph bench: " in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tower", TINY)
+def test_on_a_gpu_ours_is_timed_and_has_a_floor(tower):
+    rows = towers.run([tower], WORKLOADS, towers.DEFAULT_PROVIDERS, effort=FAST, log=quiet)
+    by_name = {r["provider"]: r for r in rows if r["workload"] == "mixed"}
+    for name in ("hf-exact-graph", "ours-eager", "ours-graph", "ours"):
+        assert by_name[name]["ms"] is not None, by_name[name].get("reason")
+        assert by_name[name]["floor_ms"] > 0
+    assert by_name["ours"]["padded_patches"] >= by_name["ours"]["patches"]

@@ -1,0 +1,96 @@
+import pytest
+import torch
+from vitgraph.bench.provider import features_of
+from vitgraph.bench.towers_config import (
+    TOWERS,
+    boost_,
+    build_tower,
+    empty_tower,
+    fp32_copy,
+    tower_config,
+)
+
+# millions of parameters of the published towers
+PARAMETERS = {
+    "qwen3-vl-2b": 407,
+    "qwen3-vl-4b": 415,
+    "qwen3-vl-8b": 576,
+    "qwen3-vl-32b": 595,
+    "qwen2.5-vl-3b": 669,
+    "qwen2.5-vl-7b": 677,
+    "qwen2.5-vl-32b": 689,
+    "qwen2.5-vl-72b": 705,
+    "qwen2-vl-2b": 665,
+    "qwen2-vl-7b": 676,
+    "qwen2-vl-72b": 699,
+}
+TINY = [name for name in TOWERS if name.startswith("tiny")]
+GRID = torch.tensor([[1, 8, 12], [1, 4, 6], [3, 10, 18]])
+
+
+def pixels(tower):
+    config = tower.config
+    width = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    rows = int(GRID.prod(1).sum())
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_count(name):
+    tower = empty_tower(tower_config(name), device="meta", dtype=torch.bfloat16)
+    count = sum(p.numel() for p in tower.parameters())
+    assert round(count / 1e6) == PARAMETERS[name]
+    assert {p.dtype for p in tower.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_boosted_weights_are_seeded_and_frequencies_stay_fp32(name):
+    a, b, c = (build_tower(name, device="cpu", dtype=torch.bfloat16, seed=s) for s in (0, 0, 1))
+    for (key, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        assert torch.equal(x, y), key
+        assert x.isfinite().all(), key
+    assert not torch.equal(next(a.parameters()), next(c.parameters()))
+    frequencies = dict(a.named_buffers())["rotary_pos_emb.inv_freq"]
+    quarter = len(frequencies)
+    exact = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+    assert frequencies.dtype == torch.float32
+    torch.testing.assert_close(frequencies.double(), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_fp32_copy_has_the_same_values(name):
+    tower = build_tower(name, device="cpu", dtype=torch.bfloat16)
+    wide = fp32_copy(name, tower)
+    for (key, x), y in zip(tower.state_dict().items(), wide.state_dict().values(), strict=True):
+        assert torch.equal(x.float(), y), key
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_output_notices_a_missing_rope_and_a_missing_boundary(name, monkeypatch):
+    tower = build_tower(name, device="cpu", dtype=torch.float32)
+    x = pixels(tower)
+
+    def pooled(**kwargs):
+        with torch.inference_mode():
+            return features_of(tower(x, grid_thw=GRID, **kwargs))[0]
+
+    full = pooled()
+    one_segment = pooled(cu_seqlens=torch.tensor([0, len(x)], dtype=torch.int32))
+    tower.rotary_pos_emb.inv_freq.zero_()
+    no_rope = pooled()
+    for changed in (one_segment, no_rope):
+        assert (changed - full).norm() / full.norm() > 0.05
+
+
+def test_boost_gives_norms_a_scale_around_one():
+    tower = empty_tower(tower_config("tiny-qwen2.5-vl"), device="cpu", dtype=torch.float32)
+    weights = dict(boost_(tower, 0).named_parameters())
+    assert abs(weights["merger.ln_q.weight"].mean() - 1) < 0.1
+    assert abs(weights["blocks.0.attn.qkv.bias"].mean()) < 0.1
+    assert 1.5 < weights["blocks.0.attn.qkv.weight"].std() * 8 < 2.5
+    assert 0.8 < weights["blocks.0.attn.proj.weight"].std() * 8 < 1.2
+
+
+def test_unknown_tower():
+    with pytest.raises(ValueError, match="'qwen9' is not known"):
+        tower_config("qwen9")

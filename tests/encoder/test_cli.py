@@ -1,0 +1,165 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pyarrow import parquet
+from safetensors import safe_open
+from typer.testing import CliRunner
+from vitgraph.encoder.cli import app
+
+DATA = Path(__file__).parents[1] / "data"
+NAMES = ["astronaut.jpg", "chelsea.png", "coffee.jpg", "pan.mp4", "rocket.jpg"]
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def embed(*arguments):
+    return run("embed", "demo", *arguments, "--device", "cpu")
+
+
+def test_a_folder_to_safetensors(tmp_path):
+    output = tmp_path / "out.safetensors"
+    result = embed(DATA, "-o", output)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{output}: 5 embeddings of width 128\n"
+    assert "5/5" in result.stderr
+    with safe_open(output, "np") as file:
+        header = file.metadata()
+        assert file.get_tensor("embeddings").shape == (5, 128)
+    assert json.loads(header["names"]) == [str(DATA / name) for name in NAMES]
+    assert header["model"] == "demo"
+    assert header["dtype"] == "float32"
+    assert header["pooling"] == "mean"
+
+
+def test_options_reach_the_output(tmp_path):
+    output = tmp_path / "out.npy"
+    result = embed(DATA, "-o", output, "--normalize", "--limit", 2, "--pool", "max", "-q")
+    assert result.exit_code == 0, result.output
+    assert result.output == ""
+    matrix = np.load(output)
+    assert matrix.shape == (2, 128)
+    np.testing.assert_allclose(np.linalg.norm(matrix, axis=1), 1, rtol=1e-5)
+    output = tmp_path / "out.parquet"
+    result = embed(
+        DATA / "pan.mp4", DATA, "-o", output, "--glob", "*.jpg", "--pool", "tokens",
+        "--layers", "0,-1", "--dtype", "bfloat16", "--batch-size", 2, "--num-workers", 1,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    table = parquet.read_table(output)
+    assert table.column_names == ["name", "embedding", "layer_0", "layer_3"]
+    assert [Path(n).name for n in table["name"].to_pylist()] == [
+        "pan.mp4", "astronaut.jpg", "coffee.jpg", "rocket.jpg",
+    ]  # fmt: skip
+    assert table.schema.metadata[b"dtype"] == b"bfloat16"
+    assert table.schema.metadata[b"layers"] == b"[0, 3]"
+
+
+def test_folders_below_and_hidden_files(tmp_path):
+    picture = (DATA / "rocket.jpg").read_bytes()
+    for name in ("b/c.jpg", "a.JPG", ".hidden.jpg", ".git/d.jpg"):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture)
+    for extra, expected in (([], ["a.JPG", "c.jpg"]), (["--no-recursive"], ["a.JPG"])):
+        assert embed(tmp_path / "in", "-o", tmp_path / "out.npy", *extra).exit_code == 0
+        names = json.loads((tmp_path / "out.npy.json").read_text())["names"]
+        assert [Path(n).name for n in names] == expected
+
+
+def test_one_bad_input_among_many(tmp_path):
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes((DATA / "rocket.jpg").read_bytes()[:3000])
+    output = tmp_path / "out.npy"
+    result = embed(DATA / "coffee.jpg", bad, DATA / "rocket.jpg", "-o", output)
+    assert result.exit_code == 1
+    assert f"error: {bad}: the image is corrupt or truncated" in result.stderr
+    assert result.stdout == f"{output}: 2 embeddings of width 128, 1 failed\n"
+    names = json.loads((tmp_path / "out.npy.json").read_text())["names"]
+    assert [Path(n).name for n in names] == ["coffee.jpg", "rocket.jpg"]
+
+
+def test_all_bad_writes_nothing(tmp_path):
+    output = tmp_path / "out.npy"
+    result = embed(tmp_path / "missing.jpg", "-o", output)
+    assert result.exit_code == 1
+    assert "no such file" in result.stderr
+    assert "nothing written" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-o", "{tmp}/out.csv"], "unknown suffix '.csv'"),
+        (["-o", "{tmp}/none/out.npy"], "there is no folder"),
+        (["-o", "{tmp}/out.npy", "--pool", "tokens"], "tokens need more"),
+        (["-o", "{tmp}/out.npy", "--pool", "cls"], "choose from mean, max, tokens"),
+        (["-o", "{tmp}/out.npy", "--dtype", "int8"], "int8"),
+        (["-o", "{tmp}/out.npy", "--attention", "magic"], "magic"),
+        (["-o", "{tmp}/out.npy", "--graphs"], "need a CUDA device"),
+        (["-o", "{tmp}/out.safetensors", "--layers", "x"], "--layers x"),
+        (["-o", "{tmp}/out.safetensors", "--layers", "9"], "outside this tower's blocks"),
+        (["-o", "{tmp}/out.npy", "{tmp}"], "no images or videos in this folder"),
+    ],
+)
+def test_usage_errors_are_one_line(arguments, message, tmp_path):
+    result = embed(DATA / "rocket.jpg", *(a.format(tmp=tmp_path) for a in arguments))
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_model_and_option(tmp_path):
+    result = run("embed", "no such model", DATA / "rocket.jpg", "-o", tmp_path / "out.npy")
+    assert result.exit_code == 2
+    assert "no such model" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert embed(DATA, "-o", tmp_path / "out.npy", "--batch-size", 0).exit_code == 2
+    assert embed(DATA).exit_code == 2
+
+
+def test_info():
+    result = run("info", "demo", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["spec"]["depth"] == 4
+    assert report["versions"]["torch"]
+    assert "reference" in report["attention"]
+    text = run("info")
+    assert text.exit_code == 0
+    assert "attention backends" in text.stdout
+    assert run("info", "no such model").exit_code == 2
+
+
+def test_help_does_not_import_torch():
+    code = (
+        "import sys\n"
+        "from vitgraph.encoder.cli import main\n"
+        "try: main()\n"
+        "finally: assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert {"embed", "info", "bench"} <= set(done.stdout.split())
+
+
+def test_python_dash_m(tmp_path):
+    command = [sys.executable, "-m", "vitgraph.encoder", "embed", "demo"]
+    arguments = [DATA / "rocket.jpg", "-o", tmp_path / "out.npy", "--device", "cpu"]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert np.load(tmp_path / "out.npy").shape == (1, 128)
