@@ -6,7 +6,6 @@ same tower makes in bf16.
 
 import gc
 import random
-import warnings
 
 import pytest
 import torch
@@ -174,18 +173,16 @@ def test_packing_does_not_change_an_item(case):
     assert error <= 1.3 * rel_rms(eager["pooler_output"], oracle["pooler_output"])
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_replay_never_waits_for_the_device(case, captured):
     grids = LAYOUTS["8ximg448"]
     pixels = case.pixels(grids)
     want = ours(case.encoder, pixels, grids)
-    with warnings.catch_warnings():
-        # torch warns that this mode does not see every synchronisation yet
-        warnings.simplefilter("ignore", UserWarning)
-        try:
-            torch.cuda.set_sync_debug_mode("error")
-            got = ours(case.encoder, pixels, grids)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = ours(case.encoder, pixels, grids)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(got["pooler_output"], want["pooler_output"])
 
 

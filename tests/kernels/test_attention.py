@@ -193,13 +193,13 @@ def test_bad_arguments(changes, error, match):
         )  # fmt: skip
 
 
-def test_bad_head_dim():
+def test_bad_head_dim(device):
     x = torch.zeros(2, 1, 12)
     cu = torch.tensor([0, 2], dtype=torch.int32)
     with pytest.raises(ValueError, match="head dim 12"):
         varlen_attention(x, x, x, cu, max_seqlen=2, scale=1.0, out=x.clone(), backend="reference")
     with pytest.raises(ValueError, match="multiple of 8 up to 128, not 136"):
-        attention.check_backend("triton", torch.bfloat16, CPU, 136)
+        attention.check_backend("triton", torch.bfloat16, torch.device(device), 136)
 
 
 def test_reports_on_a_cpu():
