@@ -155,4 +155,4 @@ def _exact_graph(tower: Any, job: Job) -> Provider:
         graph.replay()
         return features_of(output)
 
-    return Provider(graph.replay, features, len(job.pixel_values))
+    return Provider(graph.replay, features, len(job.pixel_values), holds=(tower, kwargs))

@@ -36,11 +36,13 @@ class Provider:
         call: What is timed.
         features: Runs the same computation and returns [pooler_output, *deepstack_features].
         padded_patches: Rows of pixels that it computes on, padding included.
+        holds: What `call` reads by address, and nothing else keeps alive: a graph's inputs.
     """
 
     call: Callable[[], object]
     features: Callable[[], list[torch.Tensor]]
     padded_patches: int
+    holds: tuple[Any, ...] = ()
 
 
 Builder = Callable[[Job], Provider]

@@ -48,12 +48,14 @@ def next_power_of_2(n: int) -> int:
 def split_head_dim(head_dim: int) -> tuple[int, int]:
     """Widths of the two power-of-two column blocks; the second is 0 when one is enough.
 
-    `tl.dot` needs at least 16 columns, and the second block may reach past `head_dim`.
+    Only a remainder of up to 16 columns becomes a block of its own, which may reach past
+    `head_dim`. Wider ones are padded: Triton 3.6 compiles loops over two blocks whose second is 32
+    wide to code that gives wrong results on sm_90.
     """
     first = 1 << (head_dim.bit_length() - 1)
     if first == head_dim or first < 16:
         return max(first, 16), 0
-    return first, max(16, next_power_of_2(head_dim - first))
+    return (first, 16) if head_dim - first <= 16 else (2 * first, 0)
 
 
 def value_block(width: int) -> int:

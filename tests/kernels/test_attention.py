@@ -59,7 +59,7 @@ def test_layouts(lengths, pad, tail, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("D", [8, 16, 40, 64, 72, 80, 96, 112, 128])
+@pytest.mark.parametrize("D", [8, 16, 24, 40, 56, 64, 72, 80, 88, 96, 112, 128])
 def test_head_dims(D, dtype, device):
     q, k, v, cu, out = make([70, 0, 131], 1, D, dtype, device, pad=6, tail=2)
     scale = D**-0.5
@@ -148,7 +148,7 @@ def test_slots_cover_every_layout(block):
 @pytest.mark.parametrize(
     ("D", "expected"),
     [(8, (16, 0)), (16, (16, 0)), (24, (16, 16)), (64, (64, 0)), (72, (64, 16)), (80, (64, 16)),
-     (96, (64, 32)), (112, (64, 64)), (128, (128, 0))],
+     (56, (64, 0)), (96, (128, 0)), (112, (128, 0)), (128, (128, 0))],
 )  # fmt: skip
 def test_split_head_dim(D, expected):
     assert attention_triton.split_head_dim(D) == expected
