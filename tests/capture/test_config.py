@@ -75,12 +75,12 @@ class TestFromAny:
 class TestResolve:
     def test_budgets_and_items(self, fake_encoder):
         rungs = EncoderCudaGraphConfig((64, 512), 8).resolve(fake_encoder())
-        assert limits_of(rungs) == [(64, 8, 64), (512, 8, 256)]
+        assert limits_of(rungs) == [(64, 8, 8), (512, 8, 16)]
 
     def test_items_only(self, fake_encoder):
         config = EncoderCudaGraphConfig(max_vision_items_per_batch=100)
         rungs = config.resolve(fake_encoder(budget_range=(16, 128)))
-        assert limits_of(rungs) == [(b, 100, b) for b in (104, 112, 120, 128)]
+        assert limits_of(rungs) == [(b, 100, 100) for b in (104, 112, 120, 128)]
 
     def test_items_only_above_the_largest_budget(self, fake_encoder):
         config = EncoderCudaGraphConfig(max_vision_items_per_batch=129)
@@ -90,13 +90,13 @@ class TestResolve:
 
     def test_budgets_only(self, fake_encoder):
         rungs = EncoderCudaGraphConfig((48, 100, 1000)).resolve(fake_encoder())
-        assert limits_of(rungs) == [(48, 48, 48), (100, 100, 100), (1000, 256, 256)]
+        assert limits_of(rungs) == [(48, 8, 8), (100, 8, 8), (1000, 31, 31)]
 
     def test_neither(self, fake_encoder):
         rungs = EncoderCudaGraphConfig().resolve(fake_encoder(budget_range=(64, 1024)))
         assert len(rungs) == 4 * 8 + 1
-        assert limits_of(rungs)[0] == (64, 64, 64)
-        assert limits_of(rungs)[-1] == (1024, 256, 256)
+        assert limits_of(rungs)[0] == (64, 8, 8)
+        assert limits_of(rungs)[-1] == (1024, 32, 32)
 
     def test_every_item_has_a_token_and_a_frame(self, fake_encoder):
         encoder = fake_encoder(budget_range=(8, 4096))
@@ -109,7 +109,7 @@ class TestResolve:
         rungs = EncoderCudaGraphConfig((64, 512), 8, 32).resolve(fake_encoder())
         assert limits_of(rungs) == [(64, 8, 32), (512, 8, 32)]
         rungs = EncoderCudaGraphConfig((64, 512), max_frames_per_batch=100).resolve(fake_encoder())
-        assert limits_of(rungs) == [(64, 64, 100), (512, 100, 100)]
+        assert limits_of(rungs) == [(64, 8, 100), (512, 16, 100)]
 
     def test_budget_not_divisible_by_items_keeps_all_rows(self, fake_encoder):
         (rung,) = EncoderCudaGraphConfig((100,), 7).resolve(fake_encoder())
