@@ -125,15 +125,16 @@ def _attend(
     )  # fmt: skip
     linear(work.normed, block.qkv_weight, block.qkv_bias, out=work.qkv.flatten(1))
     scale = spec.head_dim**-0.5
+    q, k, v = work.qkv.unbind(1)
     if in_windows:
         window_attention(
-            *work.qkv.unbind(1), plan.cos, plan.sin, plan.cu_window_seqlens,
+            q, k, v, plan.cos, plan.sin, plan.cu_window_seqlens,
             scale=scale, max_window=spec.window_size**2, out=work.attended,
         )  # fmt: skip
     else:
         rope_(work.qkv, plan.cos, plan.sin, live)
         varlen_attention(
-            *work.qkv.unbind(1), plan.cu_seqlens,
+            q, k, v, plan.cu_seqlens,
             max_seqlen=max_seqlen, scale=scale, out=work.attended, backend=attention,
         )  # fmt: skip
     linear(work.attended.flatten(1), block.proj_weight, residual=x)

@@ -171,7 +171,9 @@ def _rows(
     MERGE: tl.constexpr, WINDOW: tl.constexpr, HALF: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
-    item, first, _, total = _find(r, grid_ptr, num_items, 0, WINDOW, BLOCK_I)
+    item, first, _, total = _find(  # pyright: ignore[reportGeneralTypeIssues]
+        r, grid_ptr, num_items, 0, WINDOW, BLOCK_I
+    )
     live = r < total
     h, w = _load_grid(grid_ptr, item, live)
     frame = (r - first) // (h * w)
@@ -216,7 +218,8 @@ def _rows(
     tl.store(sin_ptr + offset, tl.sin(angle), mask=mask2)
 
 
-@triton.jit
+# one compilation for all sizes
+@triton.jit(do_not_specialize=["num_items", "num_rows", "num_frames", "num_windows"])
 def _layout_kernel(
     grid_ptr,  # [I, 3]
     inv_freq_ptr,  # [HALF / 2]
@@ -336,10 +339,16 @@ def layout(
     programs = triton.cdiv(num_rows, BLOCK) + triton.cdiv(num_frames + 1, BLOCK)
     if window:
         programs += triton.cdiv(num_windows + 1, BLOCK)
+    constants = {
+        "MERGE": merge,
+        "WINDOW": window,
+        "HALF": half,
+        "BLOCK": BLOCK,
+        "BLOCK_I": BLOCK_I,
+        "BLOCK_HALF": triton.next_power_of_2(half),
+    }
     _layout_kernel[(programs,)](
         grid, inv_freq, out.cu_seqlens, out.cu_window_seqlens, out.position, out.source,
-        out.cos, out.sin, out.live, grid.shape[0], num_rows, num_frames, num_windows,
-        MERGE=merge, WINDOW=window, HALF=half,
-        BLOCK=BLOCK, BLOCK_I=BLOCK_I, BLOCK_HALF=triton.next_power_of_2(half),
+        out.cos, out.sin, out.live, grid.shape[0], num_rows, num_frames, num_windows, **constants,
     )  # fmt: skip
     return out

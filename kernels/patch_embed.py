@@ -106,7 +106,7 @@ def _tap(table_ptr, tap, d, D, weight, mask):
     return tl.load(at, mask=mask, other=0.0).to(tl.float32) * weight[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])  # one compilation for all row counts
 def _patch_embed_kernel(
     pixels_ptr,  # [T, P]
     weight_ptr,  # [D, P]

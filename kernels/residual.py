@@ -30,7 +30,7 @@ def cost(T: int, D: int, dtype: torch.dtype) -> Cost:
     return Cost(flops=T * D, bytes=2 * T * D * dtype.itemsize + 4 * D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])  # one compilation for all row counts
 def _residual_kernel(
     x_ptr,  # [T, D]
     offset_ptr,  # [D] fp32
@@ -79,9 +79,8 @@ def residual(
     state = torch.empty_like(x) if out is None else out
     if T == 0:
         return state
-    _residual_kernel[(triton.cdiv(T, BLOCK_T),)](
-        x, offset, live_rows, state, T, D, BLOCK_T=BLOCK_T, BLOCK_D=triton.next_power_of_2(D)
-    )
+    constants = {"BLOCK_T": BLOCK_T, "BLOCK_D": triton.next_power_of_2(D)}
+    _residual_kernel[(triton.cdiv(T, BLOCK_T),)](x, offset, live_rows, state, T, D, **constants)
     return state
 
 

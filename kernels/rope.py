@@ -94,10 +94,13 @@ def rope_(
         return qkv
     if T == 0:
         return qkv
-    _rope_kernel[(T,)](
-        qkv, cos, sin, live_rows, HEADS=2 * H, HALF=D // 2,
-        BLOCK_H=triton.next_power_of_2(2 * H), BLOCK_HALF=triton.next_power_of_2(D // 2),
-    )  # fmt: skip
+    constants = {
+        "HEADS": 2 * H,
+        "HALF": D // 2,
+        "BLOCK_H": triton.next_power_of_2(2 * H),
+        "BLOCK_HALF": triton.next_power_of_2(D // 2),
+    }
+    _rope_kernel[(T,)](qkv, cos, sin, live_rows, **constants)
     return qkv
 
 

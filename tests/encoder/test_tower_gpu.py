@@ -146,8 +146,8 @@ def test_small_large_small_with_poisoned_padding(case, captured):
             assert torch.equal(got[key], value), key
 
 
-def test_one_bad_item_stays_alone(case, captured):
-    """NaN pixels of one item reach neither its neighbours nor the next call."""
+def test_a_bad_item_does_not_reach_the_next_call(case, captured):
+    """NaN pixels leave NaN in every buffer that a graph addresses."""
     grids = LAYOUTS["ragged"]
     pixels = case.pixels(grids)
     want = ours(case.encoder, pixels, grids)["pooler_output"]
