@@ -45,8 +45,7 @@ class CudaGraphRecorder:
     """Records CUDA graphs on one side stream of `device`."""
 
     def __init__(self, device: torch.device):
-        # Warm-up and capture share one stream: a pool belongs to the stream it was filled on, and
-        # cuBLAS then finds the workspace that its warm-up allocated.
+        # Warm-up and capture share one stream: a pool belongs to the stream it was filled on.
         self._device = device
         self._stream = torch.cuda.Stream(device)
 
@@ -60,14 +59,21 @@ class CudaGraphRecorder:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         # The outer stream context outlives a capture that fails half-way: torch.cuda.graph leaves
         # its stream current when ending such a capture raises.
-        with torch.cuda.stream(self._stream):
-            work()
-            # thread_local: allocations by other threads do not break this capture.
-            with torch.cuda.graph(
-                graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
-            ):
+        try:
+            with torch.cuda.stream(self._stream):
                 work()
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+                # cuBLAS keeps a workspace a stream, outside the pool, and others may free it
+                # (Inductor does). Without one, the capture allocates its own in the pool.
+                torch._C._cuda_clearCublasWorkspaces()
+                # thread_local: allocations by other threads do not break this capture.
+                with torch.cuda.graph(
+                    graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
+                ):
+                    work()
+        finally:
+            # the one in the pool is for this graph alone
+            torch._C._cuda_clearCublasWorkspaces()
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
         return graph
 
 

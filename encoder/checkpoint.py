@@ -66,37 +66,44 @@ class Checkpoint:
 
             return cls(str(path_or_id), path, None, local)
 
-        def download(name: str) -> Path | None:
+        is_offline = local_files_only or huggingface_hub.constants.HF_HUB_OFFLINE
+
+        def download(name: str, commit: str | None = None) -> Path | None:
             try:
                 return Path(
                     huggingface_hub.hf_hub_download(
-                        str(path_or_id), name, revision=revision, token=token,
+                        str(path_or_id), name, revision=commit or revision, token=token,
                         cache_dir=cache_dir, local_files_only=local_files_only,
                     )
                 )  # fmt: skip
-            except LocalEntryNotFoundError:
-                # asked offline: nothing says whether the file exists
-                return None
+            except LocalEntryNotFoundError as error:
+                if is_offline:
+                    return None  # nothing says whether the file exists
+                raise CheckpointError(
+                    f"{path_or_id}: {name} could not be fetched ({error}); check the connection, "
+                    "or set HF_HUB_OFFLINE=1 to use what the cache holds"
+                ) from error
             except EntryNotFoundError:
                 return None
+            except HFValidationError as error:
+                raise CheckpointError(
+                    f"{path_or_id}: neither an existing folder nor a Hub id of the form owner/name"
+                ) from error
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{path_or_id}: {name}: the Hub refused: {error}") from error
 
-        try:
-            config = download("config.json")
-        except HFValidationError as error:
-            raise CheckpointError(
-                f"{path_or_id}: neither an existing folder nor a Hub id of the form owner/name"
-            ) from error
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path_or_id}: the Hub refused: {error}") from error
+        config = download("config.json")
         if config is None:
             raise CheckpointError(
                 f"{path_or_id}: not an existing folder, and config.json of this Hub id is neither "
                 "in the local cache nor could it be fetched; check the name, the connection and "
                 "HF_HUB_OFFLINE"
             )
+        # one commit for all files, also if the branch moves meanwhile
+        commit = config.parent.name
         for name in CONFIGS:
-            download(name)
-        return cls(str(path_or_id), config.parent, config.parent.name, download)
+            download(name, commit)
+        return cls(str(path_or_id), config.parent, commit, lambda name: download(name, commit))
 
     def family_and_config(self) -> tuple[Family, Any]:
         """The tower's family and its vision config.

@@ -123,8 +123,8 @@ def embed(
     )
     try:
         write_embeddings(output, names, embeddings, metadata, by_layer)
-    except OSError as error:
-        _fail(f"output {output}: {error.strerror or error}", 1)
+    except (OSError, ValueError) as error:
+        _fail(f"output {output}: {getattr(error, 'strerror', None) or error}", 1)
     if not quiet:
         width = embeddings[0].shape[-1]
         tail = f", {len(skipped)} failed" if skipped else ""

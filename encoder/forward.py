@@ -7,6 +7,7 @@ intermediate: norms write zeros there, and attention writes into a buffer that s
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,20 @@ def tower_forward(
         attention: Backend of the blocks that attend over whole frames.
         states: Block index to [T, D] tensors that take the stream after those blocks.
     """
+    device = batch.pixel_values.device
+    # Triton launches on the current device, and autocast would change dtypes between kernels
+    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with on_device, torch.autocast(device.type, enabled=False):
+        _forward(weights, batch, outputs, attention, states or {})
+
+
+def _forward(
+    weights: TowerWeights,
+    batch: Batch,
+    outputs: Mapping[str, torch.Tensor],
+    attention: str,
+    states: Mapping[int, torch.Tensor],
+) -> None:
     spec = weights.spec
     plan = layout(
         batch.grid,
@@ -102,7 +117,7 @@ def tower_forward(
             j = spec.deepstack_layers.index(i)
             joined = x.view(-1, spec.hidden_size * spec.patches_per_token)
             _merge(spec, weights.deepstack[j], joined, plan, None, outputs[f"deepstack_{j}"])
-        if states is not None and i in states:
+        if i in states:
             residual(x, weights.offsets[i + 1], live_rows=plan.live_rows, out=states[i])
     residual(x, weights.offsets[-1], live_rows=plan.live_rows, out=outputs["last_hidden_state"])
     _merge(spec, weights.merger, x, plan, reordered, outputs["pooler_output"])

@@ -118,8 +118,10 @@ def readable_file(source: str | Path) -> Path:
     """
     if isinstance(source, str) and "://" in source[:10]:
         raise MediaError(source, "URLs are not fetched; download the file and pass its path")
-    path = Path(source).expanduser()
+    path = Path(source)
     try:
+        if not path.exists():
+            path = path.expanduser()
         if path.is_dir():
             raise MediaError(str(source), "is a folder; pass the files in it")
         if not path.exists():
@@ -127,8 +129,9 @@ def readable_file(source: str | Path) -> Path:
         if path.stat().st_size == 0:
             raise MediaError(str(source), "the file is empty (0 bytes); copy or download it again")
         path.open("rb").close()
-    except OSError as error:
-        raise MediaError(str(source), f"cannot be read: {error.strerror or error}") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~name of an unknown user
+        problem = getattr(error, "strerror", None) or error
+        raise MediaError(str(source), f"cannot be read: {problem}") from error
     return path
 
 

@@ -33,7 +33,8 @@ def spec(config: Any) -> EncoderSpec:
         activation="silu",
         # whole tokens: 112 pixels are 4 tokens of 28, so 8 patches
         window_size=config.window_size // token_side * config.spatial_merge_size,
-        full_attention_layers=tuple(config.fullatt_block_indexes),
+        # a shallow tower may keep the default indices of a deep one
+        full_attention_layers=tuple(i for i in config.fullatt_block_indexes if i < config.depth),
     )
 
 

@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+MAX_WINDOW_SIDE = 16
+
 
 @dataclass(frozen=True)
 class EncoderSpec:
@@ -50,10 +52,15 @@ class EncoderSpec:
     rope_theta: float = 10000.0
 
     def __post_init__(self) -> None:
-        if self.hidden_size % self.num_heads or self.head_dim % 4:
+        if self.hidden_size % self.num_heads or self.head_dim % 8:
             raise ValueError(
                 f"EncoderSpec: hidden_size = {self.hidden_size} over num_heads = {self.num_heads} "
-                "must give a head dim that is a multiple of 4 (axial rope uses quarters)"
+                "must give a head dim that is a multiple of 8 (16-byte rows of a head)"
+            )
+        if self.window_size > MAX_WINDOW_SIDE:
+            raise ValueError(
+                f"EncoderSpec: window_size = {self.window_size} patches is over the limit of "
+                f"{MAX_WINDOW_SIDE}: the window kernel holds 256 patches"
             )
         if self.window_size % self.merge_size:
             raise ValueError(

@@ -220,7 +220,7 @@ class VisionEncoder:
         """Record one CUDA graph per token budget; later calls replay them where a batch fits.
 
         Raises:
-            ValueError: the configuration is invalid.
+            ValueError: the configuration is invalid, or the attention backend is "reference".
             RuntimeError: the tower is not on a CUDA device.
         """
         if self.device.type != "cuda":
@@ -228,7 +228,13 @@ class VisionEncoder:
                 f"capture: CUDA graphs need a CUDA device, this tower is on {self.device}; "
                 "load it with device='cuda' or call it without capture"
             )
+        if self.attention == "reference":
+            raise ValueError(
+                "capture: attention = 'reference' reads offsets on the host, which a graph cannot; "
+                "choose another backend (see `vitgraph info`) or call the encoder without capture"
+            )
         manager = EncoderCudaGraphManager(self, config)
+        self.release_graphs()  # room for the new ones
         manager.capture(graph_pool=graph_pool, show_progress=show_progress)
         self.graphs = manager
         return manager

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -33,7 +35,7 @@ class Rule:
         """The prepared tensor; sources are stacked along the rows.
 
         Raises:
-            ValueError: a source is missing or has another shape.
+            ValueError: a source is missing, has another shape, or is quantised.
         """
         parts = [self._source(tensors, name) for name in self.sources]
         if self.pad_rows or self.pad_columns:
@@ -64,6 +66,11 @@ class Rule:
             raise ValueError(
                 f"weights: tensor {name!r} has shape {list(tensor.shape)}, expected "
                 f"{list(self.shape)}; the checkpoint does not match its config"
+            )
+        if tensor.dtype not in DTYPES:
+            raise ValueError(
+                f"weights: tensor {name!r} is {tensor.dtype}; quantised towers are not supported, "
+                "use a checkpoint in bfloat16, float16 or float32"
             )
         # a convolution whose stride is its kernel is a matrix
         return tensor.flatten(1) if tensor.ndim > 2 else tensor

@@ -218,9 +218,7 @@ def _varlen_attention_kernel(
 ):
     slot = tl.program_id(0)
     head = tl.program_id(1)
-    segment, tile = find_segment(  # pyright: ignore[reportGeneralTypeIssues]
-        cu_seqlens_ptr, num_segments, slot, BLOCK_M, BLOCK_S
-    )
+    segment, tile = find_segment(cu_seqlens_ptr, num_segments, slot, BLOCK_M, BLOCK_S)
     if segment < 0:
         return
     begin = tl.load(cu_seqlens_ptr + segment)
@@ -302,8 +300,8 @@ def launch(q, k, v, cu_seqlens, scale: float, out, config: LaunchConfig) -> None
         num_segments,
         scale * LOG2E,
         **kernel_constants(q, k, v, out, config),
-        num_warps=config.num_warps,  # pyright: ignore[reportCallIssue]
-        num_stages=config.num_stages,  # pyright: ignore[reportCallIssue]
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
 
 

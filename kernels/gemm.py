@@ -278,7 +278,7 @@ def gemm(
         operands = tuple(
             TensorDescriptor.from_tensor(m, block)
             for m, block in zip(operands, blocks, strict=True)
-        )  # pyright: ignore[reportAssignmentType]
+        )
     tiles = ceil_div(M, bm) * ceil_div(N, bn)
     kernel: Any = _gemm_kernel[(min(sms * config.programs_per_sm, tiles),)]
     kernel(

@@ -171,9 +171,7 @@ def _rows(
     MERGE: tl.constexpr, WINDOW: tl.constexpr, HALF: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
-    item, first, _, total = _find(  # pyright: ignore[reportGeneralTypeIssues]
-        r, grid_ptr, num_items, 0, WINDOW, BLOCK_I
-    )
+    item, first, _, total = _find(r, grid_ptr, num_items, 0, WINDOW, BLOCK_I)
     live = r < total
     h, w = _load_grid(grid_ptr, item, live)
     frame = (r - first) // (h * w)

@@ -150,12 +150,19 @@ def norm(
     if kind not in ("layer", "rms"):
         raise ValueError(f"norm: kind = {kind!r}; use 'layer' or 'rms'")
     for name, vector in (("weight", weight), ("bias", bias), ("offset", offset)):
-        if vector is not None and vector.shape != (D,):
-            raise ValueError(f"norm: {name} {tuple(vector.shape)} must be [{D}], the width of x")
+        if vector is not None and (vector.shape != (D,) or not vector.is_contiguous()):
+            raise ValueError(
+                f"norm: {name} {tuple(vector.shape)} must be [{D}], the width of x, contiguous"
+            )
     if D > MAX_D:
         raise ValueError(f"norm: D = {D} is over the limit of {MAX_D}")
     if not x.is_contiguous():
         raise ValueError(f"norm: x must be contiguous, its strides are {x.stride()}")
+    if out is not None and (out.shape != x.shape or not out.is_contiguous()):
+        raise ValueError(
+            f"norm: out must be contiguous {list(x.shape)}, got {list(out.shape)} with strides "
+            f"{out.stride()}"
+        )
     if use_reference(x):
         num_live = None if live_rows is None else int(live_rows) // live_group
         y = norm_ref(
@@ -177,7 +184,7 @@ def norm(
         x, weight, bias, offset, destination, live_rows, y, T, D, eps,
         IS_RMS=kind == "rms", LIVE_GROUP=live_group, ROWS=launch.rows,
         BLOCK_D=triton.next_power_of_2(D),
-        num_warps=launch.num_warps,  # pyright: ignore[reportCallIssue]
+        num_warps=launch.num_warps,
     )  # fmt: skip
     return y
 

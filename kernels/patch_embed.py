@@ -213,7 +213,7 @@ def patch_embed(
         pixels, weight, bias, source, table, position, live_rows, x, T, D, P=P,
         SIDE=0 if table is None else int(table.shape[0] ** 0.5),
         BLOCK_T=launch.BLOCK_T, BLOCK_D=launch.BLOCK_D, BLOCK_P=launch.BLOCK_P,
-        num_warps=launch.num_warps, num_stages=launch.num_stages,  # pyright: ignore[reportCallIssue]
+        num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
     return x
 

@@ -73,6 +73,11 @@ def residual(
             f"residual: offset {tuple(offset.shape)} must be [{D}], and x contiguous "
             f"(strides {x.stride()})"
         )
+    if out is not None and (out.shape != x.shape or not out.is_contiguous()):
+        raise ValueError(
+            f"residual: out must be contiguous {list(x.shape)}, got {list(out.shape)} with strides "
+            f"{out.stride()}"
+        )
     if use_reference(x):
         state = residual_ref(x, offset, None if live_rows is None else int(live_rows))
         return state if out is None else out.copy_(state)

@@ -157,9 +157,7 @@ def _window_attention_kernel(
 
     # a score does not depend on the order of the columns: the halves are multiplied apart, and
     # never have to be joined
-    q1, q2 = _load_rotated(  # pyright: ignore[reportGeneralTypeIssues]
-        q_base, cos_q, sin_q, rows_m, left, STRIDE_QT, HALF, 0, H0
-    )
+    q1, q2 = _load_rotated(q_base, cos_q, sin_q, rows_m, left, STRIDE_QT, HALF, 0, H0)
     k1, k2 = _load_rotated(k_base, cos_k, sin_k, rows_n, length, STRIDE_KT, HALF, 0, H0)
     scores = tl.dot(q1, tl.trans(k1), input_precision="ieee")
     scores = tl.dot(q2, tl.trans(k2), scores, input_precision="ieee")
@@ -271,7 +269,7 @@ def window_attention(
         cu_window_seqlens,
         scale * LOG2E,
         **kernel_constants(q, k, v, config),
-        num_warps=config.num_warps,  # pyright: ignore[reportCallIssue]
+        num_warps=config.num_warps,
     )
 
 

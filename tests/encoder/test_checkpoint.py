@@ -1,8 +1,10 @@
 import json
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from vitgraph.encoder.checkpoint import Checkpoint, CheckpointError
 from vitgraph.encoder.vision_encoder import VisionEncoder
@@ -155,3 +157,34 @@ def test_dtypes(folder):
     half = VisionEncoder.from_pretrained(folder, device="cpu", dtype="bfloat16")
     assert half.dtype == torch.bfloat16
     assert half(torch.randn(4, 1536), [(1, 2, 2)]).pooler_output.dtype == torch.bfloat16
+
+
+def test_a_lost_connection_is_not_taken_for_a_missing_file(folder, monkeypatch):
+    """Preprocessing settings that could not be fetched must not become the family's defaults."""
+
+    def download(_repo, name, **_):
+        if name == "preprocessor_config.json":
+            raise LocalEntryNotFoundError("connection reset")
+        return str(folder / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(CheckpointError, match=r"preprocessor_config.json could not be fetched"):
+        Checkpoint.open("owner/model")
+
+
+def test_files_of_a_hub_model_are_of_one_commit(folder, monkeypatch):
+    asked = []
+
+    def download(_repo, name, *, revision, **_):
+        asked.append((name, revision))
+        if not (folder / name).is_file():
+            raise EntryNotFoundError(name)
+        return str(folder / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    checkpoint = Checkpoint.open("owner/model", revision="main")
+    VisionEncoder.from_checkpoint(checkpoint, device="cpu")
+    assert asked[0] == ("config.json", "main")
+    assert {revision for _, revision in asked[1:]} == {folder.name}
+    assert checkpoint.revision == folder.name

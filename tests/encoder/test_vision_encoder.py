@@ -93,6 +93,12 @@ def test_capture_needs_a_gpu(encoder):
         encoder.capture()
 
 
+def test_autocast_changes_nothing(encoder, pixels):
+    want = encoder(pixels, GRIDS).pooler_output
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(encoder(pixels, GRIDS).pooler_output, want)
+
+
 def test_results_are_the_callers(encoder, pixels):
     first = encoder(pixels, GRIDS).pooler_output
     kept = first.clone()

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import vitgraph.bench.towers_config as towers
@@ -94,6 +96,39 @@ def test_missing_and_misshapen_tensors_are_named():
     state["merger.norm.weight"] = torch.ones(65)
     with pytest.raises(ValueError, match=r"'merger.norm.weight' has shape \[65\], expected \[64\]"):
         TowerWeights(spec, family.weight_map(spec), state, cpu, torch.float32)
+
+
+def test_quantised_tensors_are_refused():
+    hf = tower("tiny-qwen3-vl")
+    family = family_of_tower(hf)
+    spec = family.spec(hf.config)
+    state = dict(hf.state_dict())
+    state["blocks.0.attn.qkv.weight"] = state["blocks.0.attn.qkv.weight"].to(torch.int8)
+    with pytest.raises(ValueError, match=r"'blocks.0.attn.qkv.weight' is torch.int8; quantised"):
+        TowerWeights(spec, family.weight_map(spec), state, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_heads": 5}, "multiple of 8"),
+        ({"num_heads": 16}, "multiple of 8"),
+        ({"window_size": 18}, "over the limit of 16"),
+        ({"window_size": 7}, "not a multiple of merge_size"),
+        ({"deepstack_layers": (4,)}, r"deepstack_layers holds \[4\], outside the blocks 0..3"),
+    ],
+)
+def test_specs_that_no_kernel_can_run(change, message):
+    hf = tower("tiny-qwen3-vl")
+    with pytest.raises(ValueError, match=message):
+        replace(family_of_tower(hf).spec(hf.config), **change)
+
+
+def test_a_shallow_tower_may_keep_the_indices_of_a_deep_one():
+    config = towers.tower_config("tiny-qwen2.5-vl").vision_config()
+    config.fullatt_block_indexes = [1, 7, 15]
+    hf = tower("tiny-qwen2.5-vl")
+    assert family_of_tower(hf).spec(config).full_attention_layers == (1,)
 
 
 def test_unknown_families_list_the_supported():

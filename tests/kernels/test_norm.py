@@ -84,6 +84,9 @@ def test_writes_into_out_and_empty(device):
         ({"weight": torch.ones(7)}, r"weight \(7,\) must be \[8\]"),
         ({"offset": torch.ones(9)}, "offset"),
         ({"x": torch.zeros(8, 4).T}, "contiguous"),
+        ({"weight": torch.ones(16)[::2]}, "weight .* contiguous"),
+        ({"out": torch.zeros(2, 8)}, r"out must be contiguous \[4, 8\], got \[2, 8\]"),
+        ({"out": torch.zeros(4, 16)[:, :8]}, "out must be contiguous"),
         ({"x": torch.zeros(1, 20000), "weight": torch.ones(20000)}, "over the limit"),
     ],
 )
@@ -91,7 +94,7 @@ def test_bad_arguments(change, message):
     args = {"x": torch.zeros(4, 8), "weight": torch.ones(8), "bias": None, "kind": "rms"} | change
     with pytest.raises(ValueError, match=message):
         norm(args["x"], args["weight"], args["bias"], 1e-6, kind=args["kind"],
-             offset=args.get("offset"))  # fmt: skip
+             offset=args.get("offset"), out=args.get("out"))  # fmt: skip
 
 
 @pytest.mark.parametrize("check", ["test_schema", "test_faketensor"])

@@ -27,6 +27,8 @@ def test_padding_is_zero(live, device):
 def test_bad_arguments():
     with pytest.raises(ValueError, match=r"offset \(3,\) must be \[4\]"):
         residual(torch.zeros(2, 4), torch.zeros(3))
+    with pytest.raises(ValueError, match=r"out must be contiguous \[2, 4\], got \[1, 4\]"):
+        residual(torch.zeros(2, 4), torch.zeros(4), out=torch.zeros(1, 4))
 
 
 @pytest.mark.parametrize("check", ["test_schema", "test_faketensor"])
