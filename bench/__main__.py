@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: `python -m vitgraph.bench towers` and `... kernels`."""
+"""Command line of the benchmarks: `python -m vitgraph.bench towers`, `kernels`, `readme`."""
 
 import argparse
 import sys
@@ -29,6 +29,8 @@ def _parser() -> argparse.ArgumentParser:
     kernels = commands.add_parser("kernels", help="single kernels against the roofline")
     kernels.add_argument("cases", nargs="*", metavar="CASE")
     kernels.add_argument("--shapes", metavar="TEXT", help="only shapes whose label holds TEXT")
+    readme = commands.add_parser("readme", help="the README's table, from a result of `towers`")
+    readme.add_argument("file", metavar="FILE")
     for command in (towers, kernels):
         command.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
         command.add_argument("--device", help="default: the GPU if there is one")
@@ -47,9 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     given = sys.argv[1:] if argv is None else list(argv)
     # after parsing: --help must not wait for transformers
+    from .readme_table import readme_table
     from .report import conditions, write_json
 
     try:
+        if arguments.command == "readme":
+            print(readme_table(arguments.file))
+            return 0
         runner = _run_towers if arguments.command == "towers" else _run_kernels
         rows, extra, text = runner(arguments)
     except ValueError as error:

@@ -13,10 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, vision_utils
 from transformers.vision_utils import (
     get_vision_cu_seqlens,
-    get_vision_interpolation_indices_and_weights,
     get_vision_position_ids,
     get_vision_window_index,
 )
@@ -79,7 +78,9 @@ def precomputed_kwargs(tower: Any, grid_thw: torch.Tensor) -> dict[str, Any]:
         kwargs["cu_window_seqlens"] = cu_windows
         kwargs["max_window_seqlen"] = _longest(cu_windows)
     if hasattr(config, "num_position_embeddings"):
-        indices, weights = get_vision_interpolation_indices_and_weights(
+        if not hasattr(vision_utils, "get_vision_interpolation_indices_and_weights"):
+            raise UnavailableError("precomputed positions need a newer transformers, such as 5.17")
+        indices, weights = vision_utils.get_vision_interpolation_indices_and_weights(
             grid_thw,
             num_grid_per_side=tower.num_grid_per_side,
             mode=tower.interpolation_mode,
