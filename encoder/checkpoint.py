@@ -80,8 +80,9 @@ class Checkpoint:
                 if is_offline:
                     return None  # nothing says whether the file exists
                 raise CheckpointError(
-                    f"{path_or_id}: {name} could not be fetched ({error}); check the connection, "
-                    "or set HF_HUB_OFFLINE=1 to use what the cache holds"
+                    f"{path_or_id}: not a folder here, and {name} could not be fetched from the "
+                    f"Hub ({error}); check the name and the connection, or set HF_HUB_OFFLINE=1 "
+                    "to use what the cache holds"
                 ) from error
             except EntryNotFoundError:
                 return None

@@ -18,12 +18,13 @@ pytestmark = pytest.mark.gpu
 
 NAMES = ["qwen3-vl-8b", "qwen3-vl-2b", "qwen2.5-vl-7b", "qwen2-vl-7b"]
 MIX = random.Random(7)
-LAYOUTS = {name: list(grids) for name, grids in WORKLOADS.items() if name != "img2048"} | {
+LAYOUTS = {name: list(grids) for name, grids in WORKLOADS.items()} | {
     "smallest": [(1, 2, 2)],
     "thin": [(1, 2, 128), (1, 128, 2), (1, 2, 2)],
     "ragged": [(1, 2 * MIX.randint(1, 30), 2 * MIX.randint(1, 30)) for _ in range(12)],
     "image-and-video": [(1, 28, 28), (4, 16, 20), (1, 10, 46), (3, 34, 6)],
     "tiles": [(1, 8, 8)] * 16,
+    "maximal": [(1, 96, 192)],  # all of the largest rung
 }
 BUDGETS = (16, 49, 196, 512, 1088, 1568, 4608)
 
