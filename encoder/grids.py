@@ -53,14 +53,22 @@ def parse_grids(grid_thw: torch.Tensor | Sequence[Any], spec: EncoderSpec) -> li
     return grids
 
 
-def check_pixels(pixel_values: torch.Tensor, grids: Sequence[Grid], spec: EncoderSpec) -> None:
+def check_pixels(
+    pixel_values: torch.Tensor,
+    grids: Sequence[Grid],
+    spec: EncoderSpec,
+    check_finite: bool | None = None,
+) -> None:
     """Refuse pixel rows that do not belong to `grids`.
 
-    Values are looked at on the CPU only: on a GPU that would cost a synchronisation.
+    Args:
+        pixel_values, grids, spec: The rows, what they should be, and for which tower.
+        check_finite: Whether to look at the values. None looks at them on the CPU only: on a GPU
+            that waits for the device.
 
     Raises:
         TypeError: not a floating-point tensor.
-        ValueError: the shape does not fit the grids, or a value on the CPU is not finite.
+        ValueError: the shape does not fit the grids, or a value that was looked at is not finite.
     """
     if not isinstance(pixel_values, torch.Tensor) or pixel_values.dtype not in PIXEL_DTYPES:
         kind = pixel_values.dtype if isinstance(pixel_values, torch.Tensor) else type(pixel_values)
@@ -80,7 +88,9 @@ def check_pixels(pixel_values: torch.Tensor, grids: Sequence[Grid], spec: Encode
             f"pixel_values: {pixel_values.shape[0]} rows, but grid_thw describes {expected} "
             f"patches in {len(grids)} items"
         )
-    if pixel_values.is_cpu and not bool(torch.isfinite(pixel_values).all()):
+    if check_finite is None:
+        check_finite = pixel_values.is_cpu
+    if check_finite and not bool(torch.isfinite(pixel_values).all()):
         row = int((~torch.isfinite(pixel_values).all(1)).nonzero()[0])
         item = bisect_right(list(accumulate(t * h * w for t, h, w in grids)), row)
         raise ValueError(

@@ -180,6 +180,7 @@ class VisionEncoder:
         grid_thw: torch.Tensor | Sequence[Sequence[int]],
         *,
         layers: Sequence[int] = (),
+        check_finite: bool | None = None,
     ) -> VisionOutput:
         """Encode packed images and videos.
 
@@ -188,13 +189,15 @@ class VisionEncoder:
                 values are rounded to the tower's dtype.
             grid_thw: [N, 3] (t, h, w) in patches; keep it on the CPU, reading it from a GPU waits.
             layers: Blocks whose output is wanted as well; such calls run eagerly.
+            check_finite: Refuse NaN and infinity. None does so for pixels on the CPU; True also
+                for those on a GPU, which waits for the device; False never.
 
         Raises:
             TypeError, ValueError: what `grids.parse_grids` and `grids.check_pixels` refuse, or a
                 layer outside the tower.
         """
         grids = parse_grids(grid_thw, self.spec)
-        check_pixels(pixel_values, grids, self.spec)
+        check_pixels(pixel_values, grids, self.spec, check_finite)
         wanted = check_layers(self.spec, layers)
         states: dict[int, torch.Tensor] = {}
         with torch.no_grad():

@@ -70,9 +70,9 @@ class GemmConfig:
     group_m: int = 8
 
 
-# The relative rate at which a multiprocessor works through a tile of this size: a larger tile
-# reads fewer bytes from shared memory for each product. 128 x 256 would be next, but its epilogues
-# take every register, and which of them spill depends on the release of Triton.
+# Estimates, not measurements: how fast a multiprocessor works through a tile of this size. A
+# larger tile reads fewer bytes from shared memory for each product. 128 x 256 would be next, but
+# its epilogues take every register, and which of them spill depends on the release of Triton.
 TILE_RATES = {
     GemmConfig(128, 128, 64, num_warps=8, num_stages=4): 0.85,
     GemmConfig(64, 128, 64, num_warps=4, num_stages=4, programs_per_sm=2): 0.65,

@@ -88,6 +88,25 @@ def test_bad_pixels(encoder, pixels, change, error, message):
         encoder(change(pixels), GRIDS)
 
 
+def test_values_are_looked_at_only_where_asked(encoder, pixels):
+    pixels[30] = float("nan")
+    assert encoder(pixels, GRIDS, check_finite=False).pooler_output.isnan().any()
+    with pytest.raises(ValueError, match="NaN or infinity in row 30"):
+        encoder(pixels, GRIDS, check_finite=True)
+
+
+@pytest.mark.gpu
+def test_pixels_on_a_gpu_are_checked_on_request(pixels):
+    config = towers.tower_config("tiny-qwen3-vl")
+    hf = towers.empty_tower(config, device="cuda", dtype=torch.bfloat16)
+    encoder = VisionEncoder.from_hf(towers.boost_(hf, seed=0))
+    on_gpu = pixels.cuda()
+    on_gpu[30] = float("nan")
+    with pytest.raises(ValueError, match=r"row 30 \(item 1, grid \(2, 2, 4\)\)"):
+        encoder(on_gpu, GRIDS, check_finite=True)
+    assert encoder(on_gpu, GRIDS).pooler_output.shape == (10, 64)
+
+
 def test_capture_needs_a_gpu(encoder):
     with pytest.raises(RuntimeError, match="need a CUDA device, this tower is on cpu"):
         encoder.capture()

@@ -1,4 +1,6 @@
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -328,3 +330,27 @@ def test_replay_with_another_layout(backend, device):
         if sum(lengths):
             check(q, k, v, cu, out, 0.1)
         assert out[sum(lengths) :].isnan().all()
+
+
+@pytest.mark.parametrize(("name", "pair"), [("fa2", False), ("fa3", False), ("fa3", True)])
+def test_how_the_packages_are_called(name, pair, monkeypatch):
+    """With stand-ins of their documented signature: the packages are seldom installed."""
+    q, k, v, cu, out = make([5, 0, 3], 2, 16, torch.float32, "cpu", pad=2, tail=1)
+    want = attention.attention_ref(q, k, v, cu, scale=0.5, out=out.clone())
+
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, softmax_scale
+    ):
+        assert cu_seqlens_q is cu_seqlens_k
+        assert (max_seqlen_q, max_seqlen_k) == (5, 5)
+        result = torch.full((len(q), 2, 16), float("nan"))  # rows past the end: anything
+        attention.attention_ref(q, k, v, cu_seqlens_q, scale=softmax_scale, out=result)
+        return (result, None) if pair else result
+
+    module = {"fa2": "flash_attn", "fa3": "flash_attn_interface"}[name]
+    stand_in = SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
+    monkeypatch.setitem(sys.modules, module, stand_in)
+    out.fill_(7.0)
+    attention._implementation(name)(q, k, v, cu, max_seqlen=5, scale=0.5, out=out)
+    assert torch.equal(out[:8], want[:8])
+    assert (out[8:] == 7.0).all()
