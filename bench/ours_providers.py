@@ -5,39 +5,24 @@
 - `ours`: the call a user makes after `capture`: packing, staging, replay and copies out.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 
 from ..capture import (
-    CudaGraphRecorder,
+    AssumedCosts,
+    Batch,
     EncoderCudaGraphConfig,
     EncoderCudaGraphManager,
-    Recording,
     RungLimits,
-    pack,
+    plan,
 )
 from ..encoder.vision_encoder import VisionEncoder
 from .provider import Builders, Job, Provider, UnavailableError, features_of, require_cuda
 from .workloads import Grid
 
 Budgets = Literal["auto", "ladder", "tight"]
-
-
-class _KeepingRecorder:
-    """Records CUDA graphs and keeps them, in the order of recording."""
-
-    def __init__(self, device: torch.device):
-        self._recorder = CudaGraphRecorder(device)
-        self.recordings: list[Recording] = []
-
-    def new_pool(self) -> Any:
-        return self._recorder.new_pool()
-
-    def record(self, work: Callable[[], None], pool: Any) -> Recording:
-        self.recordings.append(self._recorder.record(work, pool))
-        return self.recordings[-1]
 
 
 class OursTower:
@@ -63,7 +48,6 @@ class OursTower:
         self._budgets = budgets
         self._attention = attention
         self._encoder: VisionEncoder | None = None
-        self._recordings: dict[RungLimits, Recording] = {}
 
     def builders(self) -> Builders:
         """Builders of the three contenders."""
@@ -86,7 +70,8 @@ class OursTower:
                 token_budgets=tuple(sum(i.output_tokens for i in item) for item in items)
             )
         ladder = EncoderCudaGraphConfig().resolve(encoder)
-        used = {b.rung.token_budget for item in items for b in pack(item, ladder) if b.rung}
+        batches = [batch for item in items for batch in plan(item, ladder, AssumedCosts())]
+        used = {batch.rung.token_budget for batch in batches if batch.rung}
         return (
             EncoderCudaGraphConfig(token_budgets=tuple(used)) if used else EncoderCudaGraphConfig()
         )
@@ -96,26 +81,23 @@ class OursTower:
         if self._encoder is not None:
             self._encoder.release_graphs()
         self._encoder = None
-        self._recordings = {}
 
-    def _captured(self) -> VisionEncoder:
+    def _captured(self) -> EncoderCudaGraphManager:
         encoder = self.encoder()
         require_cuda(encoder.device, "a CUDA graph")
         if encoder.graphs is None:
-            recorder = _KeepingRecorder(encoder.device)
-            manager = EncoderCudaGraphManager(encoder, self.config(), recorder=recorder)
-            manager.capture()
-            encoder.graphs = manager
-            # the manager records its largest rung first
-            self._recordings = dict(zip(manager.rungs[::-1], recorder.recordings, strict=True))
-        return encoder
+            encoder.capture(self.config())
+        assert encoder.graphs is not None
+        return encoder.graphs
+
+    def _batches(self, job: Job) -> list[Batch]:
+        graphs = self._captured()
+        return plan(self.encoder().item_specs(job.grids), graphs.rungs, graphs.costs)
 
     def _rungs(self, job: Job) -> list[RungLimits]:
-        encoder = self._captured()
-        assert encoder.graphs is not None
-        batches = pack(encoder.item_specs(list(job.grids)), encoder.graphs.rungs)
+        batches = self._batches(job)
         if any(batch.rung is None for batch in batches):
-            raise UnavailableError("an item fits no captured rung; `ours` runs it eagerly")
+            raise UnavailableError("an item is not replayed; `ours` runs it eagerly")
         return [batch.rung for batch in batches if batch.rung is not None]
 
     def _eager(self, job: Job) -> Provider:
@@ -133,8 +115,10 @@ class OursTower:
         return Provider(call, features, len(job.pixel_values))
 
     def _graph(self, job: Job) -> Provider:
-        encoder, rungs = self._captured(), self._rungs(job)
-        recordings = [self._recordings[rung] for rung in rungs]
+        encoder, graphs, rungs = self.encoder(), self._captured(), self._rungs(job)
+        assert graphs.ladder is not None
+        captured = [graphs.ladder.rungs[rung] for rung in rungs]
+        recordings = [rung.graphs[0].recording for rung in captured]
 
         def replay() -> None:
             for recording in recordings:
@@ -147,10 +131,8 @@ class OursTower:
         return Provider(replay, features, sum(rung.max_patches for rung in rungs))
 
     def _call(self, job: Job) -> Provider:
-        encoder = self._captured()
-        assert encoder.graphs is not None
-        batches = pack(encoder.item_specs(list(job.grids)), encoder.graphs.rungs)
-        items = encoder.item_specs(list(job.grids))
+        encoder, batches = self.encoder(), self._batches(job)
+        items = encoder.item_specs(job.grids)
         padded = sum(
             batch.rung.max_patches
             if batch.rung

@@ -1,7 +1,10 @@
 """The automatic ladder of token budgets.
 
-Padding up to a rung is paid by every GEMM, while one more rung costs little memory because rungs
-share their static buffers and their pool. So the ladder is dense: eight rungs an octave.
+Padding up to a rung is paid by every library GEMM, while one more rung costs little memory because
+rungs share their static buffers and their pool. So the ladder is dense, eight rungs an octave, but
+not denser than the GEMMs can tell apart: their tiles are 64 to 256 rows high, and a token is 4
+rows. Steps are 64 rows between 128 and 256 tokens, 128 rows up to 512, and whole multiples of 256
+rows above, so that no rung ends inside a tile.
 """
 
 _FINEST_STEP = 8
@@ -12,7 +15,8 @@ def generate_budgets(minimum: int, maximum: int) -> tuple[int, ...]:
     """Token budgets from about `minimum` to exactly `maximum`, ascending.
 
     Above 64 tokens a rung is at most 1.125 times the one below it. Every rung but `maximum` is a
-    multiple of 8 tokens (of 16 above 1024, of 64 above 4096), and no rung is below `minimum`.
+    multiple of 8 tokens (of 16 from 128, 32 from 256, 64 from 512), and no rung is below `minimum`.
+    From 16 to 16,384 tokens there are 71.
 
     Raises:
         ValueError: `minimum` or `maximum` is not positive, or `minimum` exceeds `maximum`.

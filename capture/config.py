@@ -4,37 +4,74 @@ import json
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, get_args
 
 from .budgets import generate_budgets
 from .protocol import RungLimits, SupportsEncoderCudaGraph
 
+Modality = Literal["image", "video", "image+video"]
+MODALITIES: tuple[Modality, ...] = get_args(Modality)
+
+MAX_SLOTS = 8
+
 
 @dataclass(frozen=True)
 class EncoderCudaGraphConfig:
-    """Which graphs to capture. Checked at construction; ValueError says what is wrong.
+    """Which graphs to capture, and how. Checked at construction; ValueError says what is wrong.
 
     Attributes:
         token_budgets: budget of every rung in tokens, sorted and without duplicates afterwards;
             None for an automatic ladder over the encoder's range.
-        max_vision_items_per_batch: items in one replay, for every rung; None for 8 to 64,
-            rung by rung (see `automatic_slots`).
-        max_frames_per_batch: frames (attention segments) in one replay, for every rung; None for
-            the same numbers, and at least as many as items.
+        max_vision_items_per_batch: items in one replay, for every rung; None for a number that
+            grows with the rung (see `automatic_slots`).
+        max_frames_per_batch: frames (attention segments) in one replay, for every rung; None for a
+            number that grows with the rung, and is at least that of the items.
+        modality: what calls bring. "image" makes frames equal to items, "video" gives more frames
+            to fewer items, "image+video" serves both.
+        num_slots: sets of static buffers, 1 to 8, each with graphs of its own. With more than one,
+            a batch is staged while the one before it replays, and a lease lives for that many
+            calls.
+        calibrate: measure rungs and eager calls at capture, or read what an earlier capture
+            measured, and dispatch by it.
+        max_bytes: device memory for graphs and buffers; the largest rungs that would exceed it are
+            left out. None for no limit.
+        nvtx: mark stages of a call as NVTX ranges.
     """
 
     token_budgets: tuple[int, ...] | None = None
     max_vision_items_per_batch: int | None = None
     max_frames_per_batch: int | None = None
+    modality: Modality = "image+video"
+    num_slots: int = 1
+    calibrate: bool = False
+    max_bytes: int | None = None
+    nvtx: bool = False
 
     def __post_init__(self):
         if self.token_budgets is not None:
             object.__setattr__(self, "token_budgets", _budgets(self.token_budgets))
-        for key in ("max_vision_items_per_batch", "max_frames_per_batch"):
+        for key in ("max_vision_items_per_batch", "max_frames_per_batch", "max_bytes"):
             value = getattr(self, key)
             if value is not None:
-                object.__setattr__(self, key, _positive(key, value, "None for automatic"))
+                way_out = "None for no limit" if key == "max_bytes" else "None for automatic"
+                object.__setattr__(self, key, _positive(key, value, way_out))
+        object.__setattr__(self, "num_slots", _num_slots(self.num_slots))
+        for key in ("calibrate", "nvtx"):
+            if not isinstance(getattr(self, key), bool):
+                raise ValueError(
+                    f"EncoderCudaGraphConfig: {key}={getattr(self, key)!r} is neither True nor "
+                    "False; pass one of them"
+                )
+        if self.modality not in MODALITIES:
+            raise ValueError(
+                f"EncoderCudaGraphConfig: modality={self.modality!r} is unknown; pass one of "
+                f"{', '.join(map(repr, MODALITIES))}"
+            )
+        self._check_slots()
+
+    def _check_slots(self) -> None:
         budgets, items = self.token_budgets, self.max_vision_items_per_batch
         frames = self.max_frames_per_batch
         if budgets is not None and items is not None and items > budgets[0]:
@@ -42,6 +79,12 @@ class EncoderCudaGraphConfig:
                 f"EncoderCudaGraphConfig: max_vision_items_per_batch={items} exceeds the smallest "
                 f"of token_budgets, {budgets[0]}, and an item has at least one token; raise the "
                 f"smallest budget to {items} or lower max_vision_items_per_batch to {budgets[0]}"
+            )
+        if self.modality == "image" and frames not in (None, items):
+            raise ValueError(
+                f"EncoderCudaGraphConfig: max_frames_per_batch={frames} differs from "
+                f"max_vision_items_per_batch={items} under modality='image', and an image has one "
+                "frame; leave max_frames_per_batch out or pass modality='image+video'"
             )
         if items is not None and frames is not None and frames < items:
             raise ValueError(
@@ -85,8 +128,10 @@ class EncoderCudaGraphConfig:
         known = [field.name for field in fields(cls)]
         unknown = sorted(str(key) for key in config if key not in known)
         if unknown:
+            close = [match for key in unknown for match in get_close_matches(key, known, 1)]
+            meant = f"did you mean {' and '.join(close)}? " if close else ""
             raise ValueError(
-                f"EncoderCudaGraphConfig: unknown key {', '.join(unknown)}; "
+                f"EncoderCudaGraphConfig: unknown key {', '.join(unknown)}; {meant}"
                 f"known: {', '.join(known)}"
             )
         return cls(**config)
@@ -98,9 +143,17 @@ class EncoderCudaGraphConfig:
             ValueError: more items than the encoder's largest automatic budget has tokens, an empty
                 or negative budget range, or limits from the encoder that shrink as budgets grow.
         """
-        rungs = tuple(
-            encoder.rung_limits(budget, *self._slots(budget)) for budget in self._ladder(encoder)
-        )
+        return self.rungs_for(encoder, self._ladder(encoder))
+
+    def rungs_for(
+        self, encoder: SupportsEncoderCudaGraph, budgets: Iterable[int]
+    ) -> tuple[RungLimits, ...]:
+        """The rungs of `budgets`, which ascend, with the slots of this configuration.
+
+        Raises:
+            ValueError: limits from the encoder that shrink as budgets grow.
+        """
+        rungs = tuple(encoder.rung_limits(budget, *self._slots(budget)) for budget in budgets)
         for small, large in pairwise(rungs):
             shrunk = [f.name for f in fields(small) if _limit(large, f) < _limit(small, f)]
             if shrunk:
@@ -129,20 +182,29 @@ class EncoderCudaGraphConfig:
     def _slots(self, budget: int) -> tuple[int, int]:
         """(items, frames) of the rung of `budget` tokens."""
         items, frames = self.max_vision_items_per_batch, self.max_frames_per_batch
-        automatic = automatic_slots(budget)
+        automatic_items, automatic_frames = automatic_slots(budget, self.modality)
         if items is None:
             # An item has a frame at least: slots past the frames asked for could never be used.
-            items = automatic if frames is None else min(automatic, frames)
-        return items, max(items, automatic) if frames is None else frames
+            items = automatic_items if frames is None else min(automatic_items, frames)
+        if self.modality == "image":
+            return items, items
+        # Nor could slots for more frames than tokens.
+        return items, max(items, automatic_frames) if frames is None else min(frames, budget)
 
 
-def automatic_slots(budget: int) -> int:
-    """Items, and frames, of a rung of `budget` tokens where none are asked for.
+def automatic_slots(budget: int, modality: Modality = "image+video") -> tuple[int, int]:
+    """(items, frames) of a rung of `budget` tokens where none are asked for.
 
-    One for every 32 tokens (an image of 160 x 160 pixels), but 8 to 64. An empty slot is not free:
-    it costs attention a program per head and tile in every block.
+    An empty frame slot is not free: in every block it costs attention a program per head, as much
+    as a tile of up to 128 rows does before it reads anything. So there is one frame for every 32
+    tokens (128 rows, an image of 160 x 160 pixels), which at most doubles the programs: 8 to 64
+    for images, where a rung rarely holds more, but up to 256 for videos, which have few tokens a
+    frame and could not be split over two replays. A slot for an item costs next to nothing but
+    needs a frame; for videos there is one for every 4 frames.
     """
-    return min(budget, max(8, min(64, budget // 32)))
+    most = 256 if modality == "video" else 64
+    frames = min(budget, max(8, min(most, budget // 32)))
+    return (max(1, frames // 4) if modality == "video" else frames), frames
 
 
 def _limit(limits: RungLimits, field: Any) -> int:
@@ -150,18 +212,33 @@ def _limit(limits: RungLimits, field: Any) -> int:
 
 
 def _positive(key: str, value: object, way_out: str) -> int:
+    number = _whole(value)
+    if number is None or number < 1:
+        raise ValueError(
+            f"EncoderCudaGraphConfig: {key}={value!r} must be a whole number of at least 1; "
+            f"pass one, or {way_out}"
+        )
+    return number
+
+
+def _num_slots(value: object) -> int:
+    number = _whole(value)
+    if number is None or not 1 <= number <= MAX_SLOTS:
+        raise ValueError(
+            f"EncoderCudaGraphConfig: num_slots={value!r} must be a whole number from 1 to "
+            f"{MAX_SLOTS}; pass 1 for a single set of buffers, 2 to overlap staging with replays"
+        )
+    return number
+
+
+def _whole(value: object) -> int | None:
     # bool is an int to Python; here it is a mistake (True would mean one item).
-    if not isinstance(value, bool):
-        try:
-            number = operator.index(value)  # type: ignore[arg-type]
-        except TypeError:
-            number = 0
-        if number > 0:
-            return number
-    raise ValueError(
-        f"EncoderCudaGraphConfig: {key}={value!r} must be a whole number of at least 1; "
-        f"pass one, or {way_out}"
-    )
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def _budgets(value: object) -> tuple[int, ...]:

@@ -1,21 +1,18 @@
 """One recorded rung, and how it is recorded.
 
-`Recorder` is the seam between bookkeeping and CUDA: the manager works with any recorder, and only
-`CudaGraphRecorder` touches streams and graphs.
+`Recorder` is the seam between bookkeeping and CUDA: everything else works with any recorder, and
+only `CudaGraphRecorder` touches streams and graphs.
 """
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from math import isqrt
 from typing import Any, Protocol
 
 import torch
 
-from .packing import fits
-from .protocol import RungLimits, SupportsEncoderCudaGraph
-from .staging import Grid
+from .protocol import RungLimits
 
 # torch.cuda.graph_pool_handle() is opaque.
 GraphPool = Any
@@ -36,16 +33,24 @@ class Recorder(Protocol):
         """Memory to be shared by recordings that never run at the same time."""
         ...
 
+    def warm_up(self, work: Callable[[], None]) -> None:
+        """Run `work` once outside any recording, so that its kernels are compiled and loaded."""
+        ...
+
     def record(self, work: Callable[[], None], pool: GraphPool) -> Recording:
-        """Run `work` once to warm it up, then record it."""
+        """Record `work`, which has been warmed up, without running it."""
         ...
 
 
 class CudaGraphRecorder:
-    """Records CUDA graphs on one side stream of `device`."""
+    """Records CUDA graphs on one side stream of `device`.
+
+    Other threads may go on launching and replaying while this one warms up or records: nothing here
+    synchronises the device, empties a cache or runs on another stream.
+    """
 
     def __init__(self, device: torch.device):
-        # Warm-up and capture share one stream: a pool belongs to the stream it was filled on.
+        # One stream: memory in a pool is only reused on the stream that it was allocated on.
         self._device = device
         self._stream = torch.cuda.Stream(device)
 
@@ -53,28 +58,47 @@ class CudaGraphRecorder:
         """A private memory pool for graphs."""
         return torch.cuda.graph_pool_handle()
 
+    def warm_up(self, work: Callable[[], None]) -> None:
+        """Run `work` on the side stream, after what the current stream has been given."""
+        with self._side_stream():
+            work()
+
     def record(self, work: Callable[[], None], pool: GraphPool) -> torch.cuda.CUDAGraph:
-        """Capture `work` as a CUDA graph after one warm-up run that compiles its kernels."""
+        """Capture `work` as a CUDA graph whose intermediates live in `pool`."""
         graph = torch.cuda.CUDAGraph()
+        with self._side_stream():
+            # cuBLAS keeps a workspace for each stream, outside the pool, and others may free it
+            # (Inductor does). Without one, the capture allocates its own in the pool.
+            torch._C._cuda_clearCublasWorkspaces()
+            # torch.cuda.graph would synchronise the device and empty the cache for every rung.
+            # thread_local: calls of other threads do not break this capture.
+            graph.capture_begin(pool, capture_error_mode="thread_local")
+            try:
+                work()
+            except BaseException:
+                _abandon(graph)
+                raise
+            else:
+                graph.capture_end()
+            finally:
+                # the one in the pool is for this graph alone
+                torch._C._cuda_clearCublasWorkspaces()
+        return graph
+
+    @contextmanager
+    def _side_stream(self) -> Iterator[None]:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        # The outer stream context outlives a capture that fails half-way: torch.cuda.graph leaves
-        # its stream current when ending such a capture raises.
         try:
             with torch.cuda.stream(self._stream):
-                work()
-                # cuBLAS keeps a workspace a stream, outside the pool, and others may free it
-                # (Inductor does). Without one, the capture allocates its own in the pool.
-                torch._C._cuda_clearCublasWorkspaces()
-                # thread_local: allocations by other threads do not break this capture.
-                with torch.cuda.graph(
-                    graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
-                ):
-                    work()
+                yield
         finally:
-            # the one in the pool is for this graph alone
-            torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        return graph
+
+
+def _abandon(graph: torch.cuda.CUDAGraph) -> None:
+    """End a capture whose work failed; the stream leaves capture mode even if ending it raises."""
+    with suppress(RuntimeError):  # the work's own error says what went wrong
+        graph.capture_end()
 
 
 @dataclass(frozen=True)
@@ -110,37 +134,12 @@ class BudgetGraphMetadata:
         return tuple([buffer.data_ptr() for buffer in buffers])
 
 
-def full_item(encoder: SupportsEncoderCudaGraph, limits: RungLimits) -> Grid:
-    """(t, h, w) of one image that fills the rung as far as the encoder allows, squarest first.
-
-    One segment is the worst case for attention, whose cost grows with the square of its length.
-
-    Raises:
-        ValueError: the rung holds no image at all.
-    """
-    budget = limits.token_budget
-    # The side of a token in patches; max_patches may have been rounded up, so smaller ones follow.
-    for side in range(isqrt(limits.max_patches // budget), 0, -1):
-        for height in range(isqrt(budget), 0, -1):
-            for width in (budget // height, height):
-                grid = (1, side * height, side * width)
-                try:
-                    (item,) = encoder.item_specs([grid])
-                except ValueError:
-                    continue  # no whole number of tokens, or a side that the encoder refuses
-                if fits(item, limits):
-                    return grid
-    raise ValueError(
-        f"capture: the rung of {budget} tokens holds no image ({limits}); "
-        f"raise or remove the token budget {budget}"
-    )
-
-
 @contextmanager
-def paused_gc() -> Iterator[None]:
+def paused_gc(*, collect: bool = True) -> Iterator[None]:
     """Collect once, then keep the collector off: a collection may free CUDA memory mid-capture."""
     enabled = gc.isenabled()
-    gc.collect()
+    if collect:
+        gc.collect()
     gc.disable()
     try:
         yield

@@ -1,47 +1,29 @@
-"""Capture of one graph per rung, and the dispatch of items to them."""
+"""Capture of one graph per rung, and everything a caller does with them."""
 
-import sys
-import threading
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from .calibration import calibrate, load_costs, store_costs
+from .captured import CapturedLadder, capture_ladder
 from .config import EncoderCudaGraphConfig
-from .graph import (
-    BudgetGraphMetadata,
-    CudaGraphRecorder,
-    GraphPool,
-    Recorder,
-    full_item,
-    paused_gc,
-)
-from .packing import pack
-from .protocol import EncoderItemSpec, Rows, RungLimits, SupportsEncoderCudaGraph
-from .staging import (
-    GRID,
-    PIXELS,
-    Grid,
-    RowOffsets,
-    Run,
-    allocate,
-    check_pixels,
-    clone_live,
-    empty_results,
-    gather_pixels,
-    grid_rows,
-    leading_slices,
-    runs_of,
-    scatter_rows,
-    stage_grid,
-    stage_pixels,
-)
+from .cost import Costs, MeasuredCosts
+from .executor import Executor
+from .graph import CudaGraphRecorder, GraphPool, Recorder, paused_gc
+from .memory import MemoryProfile, cap_rungs, profile_capture
+from .protocol import Pruning, RungLimits, SupportsEncoderCudaGraph
+from .refit import Refitter
+from .slots import Lease
 
 
 class EncoderCudaGraphManager:
     """Captures an encoder's forward once per rung and replays it for any mix of items.
+
+    Calls from several threads take turns. All of them enqueue their work on the caller's current
+    stream and do not wait for the device.
 
     Args:
         encoder: what to capture.
@@ -49,8 +31,7 @@ class EncoderCudaGraphManager:
         recorder: how a rung is recorded; None for CUDA graphs on the encoder's device.
 
     Attributes:
-        rungs: the limits of every rung, ascending.
-        graph_pool: the memory pool of the graphs; None when nothing is captured.
+        config: the configuration.
     """
 
     def __init__(
@@ -61,33 +42,59 @@ class EncoderCudaGraphManager:
         recorder: Recorder | None = None,
     ):
         self.config = EncoderCudaGraphConfig.from_any(config)
-        self.rungs: tuple[RungLimits, ...] = self.config.resolve(encoder)
-        self.graph_pool: GraphPool | None = None
         self._encoder = encoder
+        self._configured = self.config.resolve(encoder)
         self._recorder = recorder
-        self._graphs: dict[RungLimits, BudgetGraphMetadata] = {}
-        self._input_specs = encoder.input_specs(self.rungs[-1])
-        self._output_specs = encoder.output_specs(self.rungs[-1])
-        if self._input_specs.keys() != {PIXELS, GRID}:
-            raise ValueError(
-                f"EncoderCudaGraphManager: {type(encoder).__name__}.input_specs names "
-                f"{sorted(self._input_specs)}; it must name exactly {GRID} and {PIXELS}"
-            )
-        self._row_kinds: set[Rows] = {"patches", *(s.rows for s in self._output_specs.values())}
-        self._last_stream: torch.cuda.Stream | None = None
-        # Static buffers serve one call at a time.
-        self._lock = threading.Lock()
-        self._reset_stats()
+        self._executor = Executor(encoder, self._configured[-1], nvtx=self.config.nvtx)
+        self._refitter = Refitter(encoder, self.config, self._configured[-1], self._executor)
+
+    @property
+    def rungs(self) -> tuple[RungLimits, ...]:
+        """Limits of the captured rungs, ascending; before capture, of those configured."""
+        return self._configured if self.ladder is None else self.ladder.limits
+
+    @property
+    def ladder(self) -> CapturedLadder | None:
+        """The captured graphs; None before capture."""
+        return self._executor.ladder
+
+    @property
+    def graph_pool(self) -> GraphPool | None:
+        """The memory pool of the graphs; None when nothing is captured."""
+        return None if self.ladder is None else self.ladder.pool
+
+    @property
+    def costs(self) -> Costs:
+        """What dispatch goes by: measured if calibrated, else assumed."""
+        return self._executor.costs
 
     def get_num_graphs_to_capture(self) -> int:
-        """Graphs that `capture` records: one per rung."""
-        return len(self.rungs)
+        """Graphs that `capture` records: one for each rung and slot."""
+        return len(self._configured) * self.config.num_slots
+
+    def profile_memory(self) -> MemoryProfile:
+        """Device memory that `capture` will take, found by capturing a few rungs and dropping them.
+
+        Raises:
+            RuntimeError: no CUDA device, or graphs are captured already.
+        """
+        recorder = self._new_recorder("profile_memory")
+        if self.ladder is not None:
+            raise RuntimeError(
+                "profile_memory: graphs are captured already, their bytes are in stats(); call "
+                "clear() first to profile another capture"
+            )
+        with self._capturing():
+            return profile_capture(
+                self._encoder, self._configured, recorder=recorder, num_slots=self.config.num_slots
+            )
 
     def capture(self, graph_pool: GraphPool | None = None, show_progress: bool = False) -> None:
         """Allocate the static buffers and record every rung, the largest first.
 
-        Graphs captured earlier are dropped first. If a rung fails, everything is dropped and its
-        error is raised with a note that names the rung.
+        Graphs captured earlier are dropped first. If a rung fails, nothing is captured and its
+        error is raised with a note that names the rung. With `max_bytes` in the configuration the
+        largest rungs are left out until the others fit; with `calibrate` costs are measured too.
 
         Args:
             graph_pool: pool from `torch.cuda.graph_pool_handle()`, to share with graphs that never
@@ -96,178 +103,204 @@ class EncoderCudaGraphManager:
 
         Raises:
             RuntimeError: the encoder is not on a CUDA device (and no recorder was given).
+            ValueError: no rung fits into `max_bytes`.
         """
-        device = self._encoder.device
-        recorder = self._recorder
-        if recorder is None:
-            if device.type != "cuda":
-                raise RuntimeError(
-                    f"capture: the encoder is on {device}, and CUDA graphs need a CUDA device; "
-                    "move the encoder there, or call it without capture"
-                )
-            recorder = CudaGraphRecorder(device)
+        recorder = self._new_recorder("capture")
         self.clear()
-        with self._lock, self._on_device(), torch.inference_mode(), paused_gc():
-            self.graph_pool = recorder.new_pool() if graph_pool is None else graph_pool
-            bar = tqdm(self.rungs[::-1], "capture", file=sys.stderr, disable=not show_progress)
-            limits = self.rungs[-1]
-            try:
-                inputs = allocate(self._input_specs, device)
-                outputs = allocate(self._output_specs, device)
-                for limits in bar:
-                    if show_progress:
-                        bar.set_postfix_str(self._progress(limits))
-                    self._graphs[limits] = self._record(recorder, limits, inputs, outputs)
-                stage_grid(inputs[GRID], [])
-            except BaseException as error:
-                error.add_note(f"while capturing the rung of {limits.token_budget} tokens")
-                self._drop()
-                raise
-            finally:
-                bar.close()
-            if device.type == "cuda":
-                self._last_stream = torch.cuda.current_stream(device)
+        rungs, num_slots = self._configured, self.config.num_slots
+        with self._capturing():
+            if self.config.max_bytes is not None:
+                profile = profile_capture(
+                    self._encoder, rungs, recorder=recorder, num_slots=num_slots
+                )
+                rungs = cap_rungs(rungs, profile, self.config.max_bytes)
+            ladder = capture_ladder(
+                self._encoder,
+                rungs,
+                recorder=recorder,
+                pool=recorder.new_pool() if graph_pool is None else graph_pool,
+                num_slots=num_slots,
+                show_progress=show_progress,
+            )
+            self._executor.publish(ladder)
+        if self.config.calibrate:
+            self.calibrate(show_progress=show_progress)
 
     def clear(self) -> None:
-        """Drop all graphs and static buffers, after the device is done with them."""
-        with self._lock:
-            if self._graphs and self._encoder.device.type == "cuda":
+        """Drop all graphs, static buffers, leases and counters, after the device is done with them.
+
+        Memory goes back to the device, except what the caller's pool or tensors still hold.
+        """
+        self._refitter.wait()
+        with self._executor.lock:
+            if self._executor.ladder is None:
+                return
+            if self._encoder.device.type == "cuda":
                 torch.cuda.synchronize(self._encoder.device)
-            self._drop()
-            self._reset_stats()
+            self._executor.reset()
+            self._refitter.completed = 0
+            if self._encoder.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def calibrate(self, *, use_cache: bool = True, show_progress: bool = False) -> MeasuredCosts:
+        """Measure rungs and eager calls, so that each call takes the way that costs least.
+
+        The curve is kept in a file for this GPU, these versions, this encoder and ladder, and read
+        back the next time. Calls of other threads wait meanwhile.
+
+        Args:
+            use_cache: read the file if there is one; False measures again and overwrites it.
+            show_progress: draw a progress bar on stderr.
+
+        Raises:
+            RuntimeError: nothing is captured.
+            ValueError: the file is damaged.
+        """
+        if self.ladder is None:
+            raise RuntimeError("calibrate: nothing is captured; call capture() first")
+        costs = load_costs(self._encoder, self.rungs) if use_cache else None
+        if costs is None:
+            with self._executor.lock:
+                samples = calibrate(
+                    self._encoder, self.rungs, self._executor.run_on, show_progress=show_progress
+                )
+            costs = store_costs(self._encoder, self.rungs, samples)
+        self._executor.use_costs(costs)
+        return costs
+
+    def refit(
+        self,
+        histogram: Mapping[int, float] | None = None,
+        *,
+        max_bytes: int | None = None,
+        max_rungs: int | None = None,
+        background: bool = True,
+    ) -> "Future[tuple[int, ...]]":
+        """Fit the ladder to traffic and replace it while calls go on.
+
+        New rungs are captured by another thread on a stream of its own; the new ladder is published
+        at once, and rungs that it lacks are freed when the device is done with them.
+
+        Args:
+            histogram: tokens of a call -> how often; None for the calls seen since capture.
+            max_bytes: cap on the memory of the graphs; None for that of the configuration.
+            max_rungs: cap on the number of rungs; None for as many as there are now.
+            background: False does it before this returns.
+
+        Returns:
+            A future of the new token budgets, or of the error of a capture that failed, in which
+            case the old ladder stays.
+
+        Raises:
+            RuntimeError: nothing is captured, or a refit is running.
+            ValueError: an empty histogram, or a cap that no rung meets.
+        """
+        return self._refitter.refit(histogram, max_bytes, max_rungs, background)
+
+    def evict(self, token_budget: int | None = None) -> int:
+        """Drop one rung and free its graphs; the budget that was dropped.
+
+        Args:
+            token_budget: which; None for the one that the calls seen so far miss least.
+
+        Raises:
+            RuntimeError: nothing is captured, only one rung is left, or a refit is running.
+            ValueError: there is no such rung, or no call to judge by.
+        """
+        return self._refitter.evict(token_budget)
 
     def execute(
-        self, pixel_values: torch.Tensor, grid_thw: torch.Tensor | Sequence[Sequence[int]]
+        self,
+        pixel_values: torch.Tensor,
+        grid_thw: torch.Tensor | Sequence[Sequence[int]],
+        *,
+        pruning: Pruning | None = None,
+        out: Mapping[str, torch.Tensor] | None = None,
+        names: Collection[str] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Encode items, replaying graphs where rungs hold them and eagerly where none does.
+        """Encode items, by replays or eagerly, whichever is expected to take least time.
 
         Everything is enqueued on the current stream, without waiting for the device. Pinned
-        `pixel_values` are read by that stream: do not overwrite them before it is done.
+        `pixel_values` are read by the device: do not overwrite them before it is done.
 
         Args:
             pixel_values: [T, width], on the encoder's device or the CPU, any floating-point dtype.
             grid_thw: [N, 3] sizes in patches; a tensor on the GPU costs a synchronisation.
+            pruning: which tokens to keep; None for all.
+            out: tensors to write instead of new ones; only the outputs that it names are copied.
+            names: the outputs wanted; None for all, or those of `out`.
 
         Returns:
             The encoder's outputs by name, rows in the order of the items, owned by the caller.
 
         Raises:
             RuntimeError: nothing is captured, or a static buffer has moved since.
-            TypeError: integer pixels, or a grid that is not of integers.
-            ValueError: shapes that do not belong together, or a grid that the encoder refuses.
+            TypeError: integer pixels, a grid that is not of integers, or `out` of another dtype.
+            ValueError: shapes that do not belong together, a grid that the encoder refuses, or an
+                output that does not exist.
         """
-        if not self._graphs:
-            raise RuntimeError("execute: nothing is captured; call capture() first")
-        grid = grid_rows(grid_thw)
-        items = self._encoder.item_specs(grid)
-        offsets = RowOffsets.of(self._row_kinds, items)
-        check_pixels(pixel_values, self._input_specs[PIXELS], offsets.total("patches"))
-        batches = pack(items, self.rungs)
-        with self._lock, self._on_device(), torch.no_grad():
-            self._follow_last_stream()
-            if len(batches) == 1:
-                rung = batches[0].rung
-                if rung is None:
-                    self._misses += len(items)
-                    return self._encoder.eager_forward(pixel_values, grid)
-                packed = self._replay(rung, [(0, len(items))], pixel_values, grid, items, offsets)
-                return clone_live(packed, self._output_specs, offsets)
-            results = empty_results(self._output_specs, offsets, self._encoder.device)
-            for batch in batches:
-                runs = runs_of(batch.indices)
-                if batch.rung is None:
-                    self._misses += len(batch.indices)
-                    packed = self._encoder.eager_forward(
-                        gather_pixels(pixel_values, offsets, runs),
-                        [grid[index] for index in batch.indices],
-                    )
-                else:
-                    packed = self._replay(batch.rung, runs, pixel_values, grid, items, offsets)
-                scatter_rows(results, packed, self._output_specs, offsets, runs)
-            return results
+        return self._executor.execute(pixel_values, grid_thw, pruning, out, names)
 
-    def stats(self) -> dict[str, int]:
-        """Counters since the capture.
-
-        `hits` and `misses` in items (replayed, computed eagerly); `replays`; `live_tokens`, the
-        tokens of the hits; `padded_tokens`, the budgets of the rungs replayed for them.
-        """
-        return {
-            "hits": self._hits,
-            "misses": self._misses,
-            "replays": self._replays,
-            "live_tokens": self._live_tokens,
-            "padded_tokens": self._padded_tokens,
-        }
-
-    def _record(
+    def lease(
         self,
-        recorder: Recorder,
-        limits: RungLimits,
-        all_inputs: Mapping[str, torch.Tensor],
-        all_outputs: Mapping[str, torch.Tensor],
-    ) -> BudgetGraphMetadata:
-        inputs = leading_slices(all_inputs, self._encoder.input_specs(limits))
-        outputs = leading_slices(all_outputs, self._encoder.output_specs(limits))
-        stage_grid(inputs[GRID], [full_item(self._encoder, limits)])
-
-        def work() -> None:
-            # Copies: an encoder that pops names must not empty the dictionaries kept here.
-            self._encoder.graph_forward(dict(inputs), dict(outputs), limits)
-
-        recording = recorder.record(work, self.graph_pool)
-        return BudgetGraphMetadata(limits, recording, inputs, outputs)
-
-    def _replay(
-        self,
-        rung: RungLimits,
-        runs: Sequence[Run],
         pixel_values: torch.Tensor,
-        grid: Sequence[Grid],
-        items: Sequence[EncoderItemSpec],
-        offsets: RowOffsets,
-    ) -> dict[str, torch.Tensor]:
-        """Stage the items of `runs` and replay; the static outputs, valid until the next replay."""
-        graph = self._graphs[rung]
-        graph.check_addresses()
-        stage_grid(graph.inputs[GRID], [row for run in runs for row in grid[slice(*run)]])
-        stage_pixels(graph.inputs[PIXELS], pixel_values, offsets, runs)
-        graph.recording.replay()
-        tokens = [item.output_tokens for run in runs for item in items[slice(*run)]]
-        self._replays += 1
-        self._hits += len(tokens)
-        self._live_tokens += sum(tokens)
-        self._padded_tokens += rung.token_budget
-        return graph.outputs
+        grid_thw: torch.Tensor | Sequence[Sequence[int]],
+        *,
+        pruning: Pruning | None = None,
+    ) -> Lease:
+        """`execute` without copying the results out: they lie in a slot until that is taken again.
 
-    def _follow_last_stream(self) -> None:
-        """Order this call after the previous one, which may have run on another stream."""
-        if self._encoder.device.type != "cuda":
-            return
-        stream = torch.cuda.current_stream(self._encoder.device)
-        if self._last_stream is not None and stream != self._last_stream:
-            stream.wait_stream(self._last_stream)
-        self._last_stream = stream
+        With `num_slots` = n a lease outlives the next n - 1 calls, and while one is held, the next
+        batch from CPU memory is staged during the present replay.
 
-    def _on_device(self) -> AbstractContextManager[Any]:
+        Raises:
+            As `execute`; reading a lease whose slot was taken again raises RuntimeError.
+        """
+        return self._executor.lease(pixel_values, grid_thw, pruning)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the capture, and what the graphs took.
+
+        `items`, `hits` (replayed), `misses` (eager), `eager_reasons` (reason: items), `replays`;
+        rows of the replays, `live_tokens`, `padded_tokens`, `live_patches`, `padded_patches`;
+        `histogram` (tokens of a call: calls); `capture_seconds`, `bytes`, `ladder_generation`,
+        `refits`; and by rung `rungs`: `token_budget`, `replays`, `items`, `live_tokens`, `bytes`,
+        `capture_seconds`.
+        """
+        with self._executor.lock:
+            counters = self._executor.stats
+            report = counters.report()
+            captured = {} if self.ladder is None else self.ladder.rungs
+            report["capture_seconds"] = sum(rung.capture_seconds for rung in captured.values())
+            report["bytes"] = sum(rung.bytes for rung in captured.values())
+            report["ladder_generation"] = 0 if self.ladder is None else self.ladder.generation
+            report["refits"] = self._refitter.completed
+            report["rungs"] = [
+                {
+                    "token_budget": limits.token_budget,
+                    **counters.of_rung(limits.token_budget),
+                    "bytes": rung.bytes,
+                    "capture_seconds": rung.capture_seconds,
+                }
+                for limits, rung in captured.items()
+            ]
+            return report
+
+    def _new_recorder(self, operation: str) -> Recorder:
+        if self._recorder is not None:
+            return self._recorder
         device = self._encoder.device
-        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        if device.type != "cuda":
+            raise RuntimeError(
+                f"{operation}: the encoder is on {device}, and CUDA graphs need a CUDA device; "
+                "move the encoder there, or call it without capture"
+            )
+        return CudaGraphRecorder(device)
 
-    def _progress(self, limits: RungLimits) -> str:
-        text = f"{limits.token_budget} tokens"
-        if self._encoder.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self._encoder.device)
-            text += f", {free / 2**30:.1f} GiB free"
-        return text
-
-    def _drop(self) -> None:
-        self._graphs.clear()
-        self.graph_pool = None
-        self._last_stream = None
-
-    def _reset_stats(self) -> None:
-        self._hits = 0
-        self._misses = 0
-        self._replays = 0
-        self._live_tokens = 0
-        self._padded_tokens = 0
+    @contextmanager
+    def _capturing(self) -> Iterator[None]:
+        """Alone, on the encoder's device, with garbage collection and gradients off."""
+        device = self._encoder.device
+        on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with self._executor.lock, on_device, torch.inference_mode(), paused_gc():
+            yield

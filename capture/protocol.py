@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 
 import torch
 
-Rows = Literal["patches", "tokens", "items", "frames"]
+Rows = Literal["patches", "tokens", "kept", "items", "frames"]
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,15 @@ class EncoderItemSpec:
         output_tokens: tokens (rows of `pooler_output`).
         num_frames: attention segments of the full-attention layers.
         num_windows: attention segments of the windowed layers; 0 in a tower without windows.
+        attention_pairs: query-key pairs of a full-attention layer, the sum over frames of their
+            squared patches: what attention costs beyond its rows. 0 if the encoder does not say.
     """
 
     input_size: int
     output_tokens: int
     num_frames: int = 1
     num_windows: int = 0
+    attention_pairs: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,22 @@ class BufferSpec:
     rows: Rows
 
 
+@dataclass(frozen=True)
+class Pruning:
+    """Which tokens the items of a call keep; the others are dropped inside the graph.
+
+    Attributes:
+        keep: tokens that each item keeps.
+        masked: which items keep the tokens that `mask` names; the encoder ranks those of the rest.
+        mask: [tokens of all items] uint8 on the CPU, 1 for a token to keep, read for masked items
+            only; None if there are none.
+    """
+
+    keep: tuple[int, ...]
+    masked: tuple[bool, ...]
+    mask: torch.Tensor | None = None
+
+
 class SupportsEncoderCudaGraph(Protocol):
     """An encoder whose whole forward can be recorded once per rung and replayed."""
 
@@ -79,16 +98,20 @@ class SupportsEncoderCudaGraph(Protocol):
         ...
 
     def input_specs(self, limits: RungLimits) -> dict[str, BufferSpec]:
-        """Static inputs of a rung, exactly these two.
+        """Static inputs of a rung; only the leading axis may depend on `limits`.
 
         `pixel_values` [max_patches, width] (rows: patches) and `grid` int32 [max_items, 3] (rows:
-        items), whose rows past the live items are zero. Only the leading axis may depend on
-        `limits`.
+        items), whose rows past the live items are zero. An encoder that prunes names two more:
+        `keep` int32 [max_items] (rows: items), how many tokens to keep or -1 for those of the mask,
+        and `keep_mask` uint8 [token_budget] (rows: tokens).
         """
         ...
 
     def output_specs(self, limits: RungLimits) -> dict[str, BufferSpec]:
-        """Static outputs of a rung; only the leading axis may depend on `limits`."""
+        """Static outputs of a rung; only the leading axis may depend on `limits`.
+
+        Rows of kind "kept" are the tokens left after pruning, packed in order.
+        """
         ...
 
     def graph_forward(
@@ -105,7 +128,14 @@ class SupportsEncoderCudaGraph(Protocol):
         ...
 
     def eager_forward(
-        self, pixel_values: torch.Tensor, grid_thw: Sequence[tuple[int, int, int]]
+        self,
+        pixel_values: torch.Tensor,
+        grid_thw: Sequence[tuple[int, int, int]],
+        pruning: Pruning | None = None,
     ) -> dict[str, torch.Tensor]:
         """The same work on the exact layout: fresh tensors under the names of `output_specs`."""
+        ...
+
+    def fingerprint(self) -> str:
+        """What determines this encoder's speed, besides machine and versions: names a cache."""
         ...

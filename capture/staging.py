@@ -1,23 +1,18 @@
-"""Static buffers, and what goes in and out of them around a replay.
-
-A batch is a list of items in the caller's order. Neighbouring items have neighbouring rows on both
-sides, so rows move by *runs*: one copy for every stretch of consecutive items.
-"""
+"""Static buffers, and what goes in and out of them around a replay."""
 
 import operator
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
-from .protocol import BufferSpec, EncoderItemSpec, Rows
+from .protocol import BufferSpec
+from .rows import RowOffsets, Run
 
 PIXELS = "pixel_values"
 GRID = "grid"
 
 Grid = tuple[int, int, int]
-Run = tuple[int, int]
 
 
 def allocate(specs: Mapping[str, BufferSpec], device: torch.device) -> dict[str, torch.Tensor]:
@@ -119,57 +114,16 @@ def check_pixels(pixel_values: torch.Tensor, spec: BufferSpec, patches: int) -> 
         )
 
 
-def row_counts(kind: Rows, items: Sequence[EncoderItemSpec]) -> list[int]:
-    """How many rows of `kind` each item has."""
-    if kind == "patches":
-        return [item.input_size for item in items]
-    if kind == "tokens":
-        return [item.output_tokens for item in items]
-    if kind == "frames":
-        return [item.num_frames for item in items]
-    return [1] * len(items)
-
-
-@dataclass(frozen=True)
-class RowOffsets:
-    """Where the rows of every item start, for each kind of row: offsets[kind] is [N + 1]."""
-
-    offsets: dict[Rows, list[int]]
-
-    @classmethod
-    def of(cls, kinds: set[Rows], items: Sequence[EncoderItemSpec]) -> "RowOffsets":
-        """Offsets of `items` laid out one after the other."""
-        return cls({kind: [0, *accumulate(row_counts(kind, items))] for kind in kinds})
-
-    def total(self, kind: Rows) -> int:
-        """Rows of all items."""
-        return self.offsets[kind][-1]
-
-    def span(self, kind: Rows, run: Run) -> tuple[int, int]:
-        """(first row, number of rows) of the items of `run`."""
-        offsets = self.offsets[kind]
-        return offsets[run[0]], offsets[run[1]] - offsets[run[0]]
-
-
-def runs_of(indices: Sequence[int]) -> list[Run]:
-    """Ascending `indices` as half-open stretches of consecutive ones."""
-    runs: list[Run] = []
-    for index in indices:
-        if runs and runs[-1][1] == index:
-            runs[-1] = (runs[-1][0], index + 1)
-        else:
-            runs.append((index, index + 1))
-    return runs
-
-
-def stage_grid(destination: torch.Tensor, rows: Sequence[Grid]) -> None:
-    """Write the whole grid table [max_items, 3]: `rows`, then zeros.
+def stage_table(destination: torch.Tensor, rows: Sequence[Any] | torch.Tensor) -> None:
+    """Write a whole table [max_rows, ...] of integers: `rows`, then zeros.
 
     The table is built in fresh pinned memory, so the copy does not wait; the caching host allocator
     does not hand that memory out again before the copy is done.
     """
-    table = torch.zeros(destination.shape, dtype=torch.int32, pin_memory=destination.is_cuda)
-    if rows:
+    table = torch.zeros(destination.shape, dtype=destination.dtype, pin_memory=destination.is_cuda)
+    if isinstance(rows, torch.Tensor):
+        table[: len(rows)] = rows
+    elif rows:
         table.numpy()[: len(rows)] = rows
     destination.copy_(table, non_blocking=True)
 
@@ -199,16 +153,39 @@ def gather_pixels(
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def empty_results(
-    specs: Mapping[str, BufferSpec], offsets: RowOffsets, device: torch.device
-) -> dict[str, torch.Tensor]:
-    """Uninitialised tensors for the live rows of all items, to be filled batch by batch."""
-    return {
-        name: torch.empty(
-            (offsets.total(spec.rows), *spec.shape[1:]), dtype=spec.dtype, device=device
+def result_rows(
+    specs: Mapping[str, BufferSpec], names: Iterable[str], offsets: RowOffsets
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the outputs `names` for the live rows of all items."""
+    return {name: (offsets.total(specs[name].rows), *specs[name].shape[1:]) for name in names}
+
+
+def check_out(
+    out: Mapping[str, torch.Tensor],
+    specs: Mapping[str, BufferSpec],
+    offsets: RowOffsets,
+    device: torch.device,
+) -> None:
+    """Refuse tensors to write that the outputs do not fit exactly.
+
+    Raises:
+        ValueError: an unknown name, or another shape or device.
+        TypeError: another dtype.
+    """
+    unknown = sorted(out.keys() - specs.keys())
+    if unknown:
+        raise ValueError(
+            f"execute: out names {', '.join(unknown)}; the outputs are {', '.join(specs)}"
         )
-        for name, spec in specs.items()
-    }
+    for name, shape in result_rows(specs, out, offsets).items():
+        tensor = out[name]
+        if tensor.shape != shape or tensor.device != device:
+            raise ValueError(
+                f"execute: out[{name!r}] is {list(tensor.shape)} on {tensor.device}; pass "
+                f"{list(shape)} on {device}"
+            )
+        if tensor.dtype != specs[name].dtype:
+            raise TypeError(f"execute: out[{name!r}] is {tensor.dtype}; pass {specs[name].dtype}")
 
 
 def scatter_rows(
@@ -219,16 +196,19 @@ def scatter_rows(
     runs: Sequence[Run],
 ) -> None:
     """Copy the leading rows of `packed`, which are those of `runs`, to their place in `results`."""
-    for name, spec in specs.items():
-        row = 0
+    for name, result in results.items():
+        kind, row = specs[name].rows, 0
         for run in runs:
-            first, count = offsets.span(spec.rows, run)
-            results[name][first : first + count].copy_(packed[name][row : row + count])
+            first, count = offsets.span(kind, run)
+            result[first : first + count].copy_(packed[name][row : row + count])
             row += count
 
 
-def clone_live(
-    packed: Mapping[str, torch.Tensor], specs: Mapping[str, BufferSpec], offsets: RowOffsets
+def live_views(
+    packed: Mapping[str, torch.Tensor],
+    specs: Mapping[str, BufferSpec],
+    names: Iterable[str],
+    offsets: RowOffsets,
 ) -> dict[str, torch.Tensor]:
-    """Fresh tensors of the live rows, for a batch that holds all items in order."""
-    return {name: packed[name][: offsets.total(spec.rows)].clone() for name, spec in specs.items()}
+    """The live rows of `packed`, for a batch that holds all items in order; shares its memory."""
+    return {name: packed[name][: offsets.total(specs[name].rows)] for name in names}

@@ -13,6 +13,15 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from .graph_options import (
+    BudgetsOption,
+    FramesOption,
+    GraphsOption,
+    ItemsOption,
+    ModalityOption,
+    graph_choice,
+)
+
 app = typer.Typer(
     help="Vision encoders of Hugging Face VLMs, fused and replayed as CUDA graphs.",
     no_args_is_help=True,
@@ -56,10 +65,11 @@ def embed(
     recursive: Annotated[bool, typer.Option(help="Search folders below folders.")] = True,
     glob: Annotated[str | None, typer.Option(help="Names that count in folders: '*.png'.")] = None,
     local_files_only: Annotated[bool, typer.Option(help="Never ask the Hub.")] = False,
-    graphs: Annotated[
-        bool | None,
-        typer.Option(help="CUDA graphs. [default: on a GPU, unless --layers]", show_default=False),
-    ] = None,
+    graphs: GraphsOption = None,
+    token_budgets: BudgetsOption = None,
+    max_vision_items_per_batch: ItemsOption = None,
+    max_frames_per_batch: FramesOption = None,
+    modality: ModalityOption = None,
     attention: Annotated[str | None, typer.Option(help="Backend, see `vitgraph info`.")] = None,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Errors only.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Log what happens.")] = False,
@@ -82,6 +92,15 @@ def embed(
 
         if pool not in POOLS:
             raise ValueError(f"--pool {pool}: choose from {', '.join(POOLS)}")
+        choice = graph_choice(
+            graphs,
+            token_budgets,
+            max_vision_items_per_batch,
+            max_frames_per_batch,
+            modality,
+            device=device,
+            layers=blocks is not None,
+        )
         embedder = Embedder.from_pretrained(
             model,
             dtype=dtype,
@@ -89,7 +108,7 @@ def embed(
             revision=revision,
             local_files_only=local_files_only,
             attention=attention,
-            graphs=False if graphs is None and blocks is not None else graphs,
+            graphs=choice,
         )
         encoder = embedder.encoder
         checked = check_layers(encoder.spec, blocks or ())

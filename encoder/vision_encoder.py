@@ -12,18 +12,21 @@ from ..capture import (
     EncoderCudaGraphConfig,
     EncoderCudaGraphManager,
     EncoderItemSpec,
+    Pruning,
     RungLimits,
 )
+from ..capture.protocol import Rows
 from ..kernels.attention import check_backend, choose_backend
 from ..kernels.layout import layout_ref, num_windows
 from .checkpoint import Checkpoint
 from .families import family_of_tower
 from .forward import Batch, check_layers, output_shapes, tower_forward
 from .grids import Grid, check_pixels, parse_grids
+from .pruning import KEPT_INDEX, plan_pruning, prune
 from .spec import EncoderSpec
 from .weights import TowerWeights
 
-MIN_BUDGET, MAX_BUDGET = 16, 8192  # tokens: of an automatic ladder
+MIN_BUDGET, MAX_BUDGET = 16, 16384  # tokens: of an automatic ladder
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -37,12 +40,17 @@ class VisionOutput:
         pooler_output: [M, out] merged tokens.
         deepstack_features: [M, out] for each deepstack merger; None for towers without them.
         hidden_states: [T, D] after each block asked for, by block index.
+        kept_index: [M] int32, the place within its item of each token left by pruning; None if
+            none was asked for. `pooler_output` and `deepstack_features` then hold these tokens.
+        tokens_per_item: how many rows of `pooler_output` each item has.
     """
 
     last_hidden_state: torch.Tensor
     pooler_output: torch.Tensor
     deepstack_features: list[torch.Tensor] | None
     hidden_states: dict[int, torch.Tensor] = field(default_factory=dict)
+    kept_index: torch.Tensor | None = None
+    tokens_per_item: tuple[int, ...] = ()
 
 
 class VisionEncoder:
@@ -79,6 +87,7 @@ class VisionEncoder:
         self.source = source
         self.revision = revision
         self.graphs: EncoderCudaGraphManager | None = None
+        self._records_pruning = False
 
     @classmethod
     def from_pretrained(
@@ -181,6 +190,8 @@ class VisionEncoder:
         *,
         layers: Sequence[int] = (),
         check_finite: bool | None = None,
+        pruning_rate: float | Sequence[float | None] | None = None,
+        keep_mask: Sequence[torch.Tensor | None] | None = None,
     ) -> VisionOutput:
         """Encode packed images and videos.
 
@@ -191,26 +202,33 @@ class VisionEncoder:
             layers: Blocks whose output is wanted as well; such calls run eagerly.
             check_finite: Refuse NaN and infinity. None does so for pixels on the CPU; True also
                 for those on a GPU, which waits for the device; False never.
+            pruning_rate: Fraction of the tokens of videos to drop, in [0, 1), for all items or
+                each: those most like the frame before (`encoder.pruning`). Images lose none.
+            keep_mask: For each item None, or [tokens] bool of the tokens to keep.
 
         Raises:
-            TypeError, ValueError: what `grids.parse_grids` and `grids.check_pixels` refuse, or a
-                layer outside the tower.
+            TypeError, ValueError: what `grids.parse_grids`, `grids.check_pixels` and
+                `pruning.plan_pruning` refuse, or a layer outside the tower.
         """
         grids = parse_grids(grid_thw, self.spec)
         check_pixels(pixel_values, grids, self.spec, check_finite)
         wanted = check_layers(self.spec, layers)
+        pruning = plan_pruning(self.spec, grids, pruning_rate, keep_mask)
         states: dict[int, torch.Tensor] = {}
         with torch.no_grad():
             if self.graphs is not None and not wanted:
-                outputs = self.graphs.execute(pixel_values, grids)
+                outputs = self.graphs.execute(pixel_values, grids, pruning=pruning)
             else:
-                outputs = self._eager(pixel_values, grids, wanted, states)
+                outputs = self._eager(pixel_values, grids, wanted, states, pruning)
         num_deepstack = len(self.spec.deepstack_layers)
+        per_token = self.spec.patches_per_token
         return VisionOutput(
             outputs["last_hidden_state"],
             outputs["pooler_output"],
             [outputs[f"deepstack_{j}"] for j in range(num_deepstack)] if num_deepstack else None,
             states,
+            outputs[KEPT_INDEX] if pruning is not None else None,
+            tuple(t * h * w // per_token for t, h, w in grids) if pruning is None else pruning.keep,
         )
 
     def capture(
@@ -219,8 +237,15 @@ class VisionEncoder:
         *,
         graph_pool: Any = None,
         show_progress: bool = False,
+        pruning: bool = False,
     ) -> EncoderCudaGraphManager:
-        """Record one CUDA graph per token budget; later calls replay them where a batch fits.
+        """Record one CUDA graph per token budget; later calls replay them where that is fastest.
+
+        Args:
+            config: Which graphs; None for the automatic ladder.
+            graph_pool: Memory pool to share with other graphs.
+            show_progress: Draw a progress bar on stderr.
+            pruning: Record token pruning as well. Otherwise calls that ask for it run eagerly.
 
         Raises:
             ValueError: the configuration is invalid, or the attention backend is "reference".
@@ -236,8 +261,9 @@ class VisionEncoder:
                 "capture: attention = 'reference' reads offsets on the host, which a graph cannot; "
                 "choose another backend (see `vitgraph info`) or call the encoder without capture"
             )
-        manager = EncoderCudaGraphManager(self, config)
         self.release_graphs()  # room for the new ones
+        self._records_pruning = pruning
+        manager = EncoderCudaGraphManager(self, config)
         manager.capture(graph_pool=graph_pool, show_progress=show_progress)
         self.graphs = manager
         return manager
@@ -278,7 +304,13 @@ class VisionEncoder:
         """What each item takes of a rung."""
         window, per_token = self.spec.window_size, self.spec.patches_per_token
         return [
-            EncoderItemSpec(t * h * w, t * h * w // per_token, t, t * num_windows(h, w, window))
+            EncoderItemSpec(
+                input_size=t * h * w,
+                output_tokens=t * h * w // per_token,
+                num_frames=t,
+                num_windows=t * num_windows(h, w, window),
+                attention_pairs=t * (h * w) ** 2,
+            )
             for t, h, w in grid_thw
         ]
 
@@ -296,19 +328,27 @@ class VisionEncoder:
     def input_specs(self, limits: RungLimits) -> dict[str, BufferSpec]:
         """Static inputs of a rung."""
         pixels = (limits.max_patches, self.spec.patch_values)
-        return {
+        specs = {
             "pixel_values": BufferSpec(pixels, self.dtype, "patches"),
             "grid": BufferSpec((limits.max_items, 3), torch.int32, "items"),
         }
+        if self._records_pruning:
+            specs["keep"] = BufferSpec((limits.max_items,), torch.int32, "items")
+            specs["keep_mask"] = BufferSpec((limits.token_budget,), torch.uint8, "tokens")
+        return specs
 
     def output_specs(self, limits: RungLimits) -> dict[str, BufferSpec]:
         """Static outputs of a rung."""
-        return {
+        merged: Rows = "kept" if self._records_pruning else "tokens"
+        specs = {
             name: BufferSpec(
-                shape, self.dtype, "patches" if name == "last_hidden_state" else "tokens"
+                shape, self.dtype, "patches" if name == "last_hidden_state" else merged
             )
             for name, shape in output_shapes(self.spec, limits.max_patches).items()
         }
+        if self._records_pruning:
+            specs[KEPT_INDEX] = BufferSpec((limits.token_budget,), torch.int32, "kept")
+        return specs
 
     def graph_forward(
         self,
@@ -318,13 +358,37 @@ class VisionEncoder:
     ) -> None:
         """The work that a graph records."""
         batch = Batch(inputs["pixel_values"], inputs["grid"], limits, limits.max_patches)
-        tower_forward(self.weights, batch, outputs, attention=self.attention)
+        if not self._records_pruning:
+            tower_forward(self.weights, batch, outputs, attention=self.attention)
+            return
+        whole = self._before_pruning(outputs, limits.max_patches)
+        tower_forward(self.weights, batch, {**outputs, **whole}, attention=self.attention)
+        prune(self.spec, inputs["grid"], inputs["keep"], inputs["keep_mask"], whole, outputs)
 
     def eager_forward(
-        self, pixel_values: torch.Tensor, grid_thw: Sequence[Grid]
+        self,
+        pixel_values: torch.Tensor,
+        grid_thw: Sequence[Grid],
+        pruning: Pruning | None = None,
     ) -> dict[str, torch.Tensor]:
         """The same kernels on exactly this layout, into new tensors."""
-        return self._eager(pixel_values, list(grid_thw), [], {})
+        if pruning is None and self._records_pruning:
+            pruning = plan_pruning(self.spec, grid_thw, 0.0, None)
+        return self._eager(pixel_values, list(grid_thw), [], {}, pruning)
+
+    def fingerprint(self) -> str:
+        """What this tower's speed depends on."""
+        return f"{self.spec} {self.dtype} {self.attention} pruning={self._records_pruning}"
+
+    def _before_pruning(
+        self, outputs: Mapping[str, torch.Tensor], num_patches: int
+    ) -> dict[str, torch.Tensor]:
+        """Tensors for the outputs that pruning shortens."""
+        return {
+            name: outputs[name].new_empty(shape)
+            for name, shape in output_shapes(self.spec, num_patches).items()
+            if name != "last_hidden_state"
+        }
 
     def _eager(
         self,
@@ -332,6 +396,7 @@ class VisionEncoder:
         grids: list[Grid],
         layers: list[int],
         states: dict[int, torch.Tensor],
+        pruning: Pruning | None,
     ) -> dict[str, torch.Tensor]:
         pixels = pixel_values.to(device=self.device, dtype=self.dtype).contiguous()
         outputs = {
@@ -339,13 +404,30 @@ class VisionEncoder:
             for name, shape in output_shapes(self.spec, pixels.shape[0]).items()
         }
         states.update({i: pixels.new_empty(len(pixels), self.spec.hidden_size) for i in layers})
-        if not grids:
-            return outputs
-        table = torch.tensor(grids, dtype=torch.int32).to(self.device, non_blocking=True)
-        longest = max(h * w for _, h, w in grids)
-        batch = Batch(pixels, table, self._exact_limits(grids), longest)
-        tower_forward(self.weights, batch, outputs, attention=self.attention, states=states)
+        if grids:
+            table = torch.tensor(grids, dtype=torch.int32).to(self.device, non_blocking=True)
+            longest = max(h * w for _, h, w in grids)
+            batch = Batch(pixels, table, self._exact_limits(grids), longest)
+            tower_forward(self.weights, batch, outputs, attention=self.attention, states=states)
+            if pruning is not None:
+                return self._pruned(table, outputs, pruning)
+        elif pruning is not None:
+            outputs[KEPT_INDEX] = pixels.new_empty(0, dtype=torch.int32)
         return outputs
+
+    def _pruned(
+        self, table: torch.Tensor, outputs: dict[str, torch.Tensor], pruning: Pruning
+    ) -> dict[str, torch.Tensor]:
+        """The outputs of exactly one layout, shortened to the tokens that it keeps."""
+        pairs = zip(pruning.keep, pruning.masked, strict=True)
+        keep = torch.tensor([-1 if masked else count for count, masked in pairs], dtype=torch.int32)
+        mask = None if pruning.mask is None else pruning.mask.to(self.device, non_blocking=True)
+        whole = {name: rows for name, rows in outputs.items() if name != "last_hidden_state"}
+        rows, width = sum(pruning.keep), self.spec.out_size
+        short = {name: tensor.new_empty(rows, width) for name, tensor in whole.items()}
+        short[KEPT_INDEX] = table.new_empty(rows)
+        prune(self.spec, table, keep.to(self.device, non_blocking=True), mask, whole, short)
+        return {"last_hidden_state": outputs["last_hidden_state"], **short}
 
     def _exact_limits(self, grids: Sequence[Grid]) -> RungLimits:
         items = self.item_specs(grids)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 import torch
-from vitgraph.capture import BufferSpec, EncoderItemSpec, RungLimits
+from vitgraph.capture import BufferSpec, EncoderItemSpec, Pruning, RungLimits
 
 WIDTH = 6
 MERGE = 4
@@ -33,7 +33,8 @@ class FakeEncoder:
         for t, h, w in grid_thw:
             if h % 2 or w % 2 or max(h, w) > LONGEST_SIDE:
                 raise ValueError(f"item_specs: grid {(t, h, w)} is odd or over {LONGEST_SIDE}")
-            specs.append(EncoderItemSpec(t * h * w, t * h * w // MERGE, t))
+            pairs = t * (h * w) ** 2
+            specs.append(EncoderItemSpec(t * h * w, t * h * w // MERGE, t, 0, pairs))
         return specs
 
     def rung_limits(self, token_budget: int, max_items: int, max_frames: int) -> RungLimits:
@@ -65,8 +66,14 @@ class FakeEncoder:
             self.recorded_grids.append(inputs["grid"].tolist())
         self._forward(inputs["pixel_values"], inputs["grid"], outputs, limits.max_frames)
 
+    def fingerprint(self) -> str:
+        return "fake"
+
     def eager_forward(
-        self, pixel_values: torch.Tensor, grid_thw: Sequence[tuple[int, int, int]]
+        self,
+        pixel_values: torch.Tensor,
+        grid_thw: Sequence[tuple[int, int, int]],
+        pruning: Pruning | None = None,
     ) -> dict[str, torch.Tensor]:
         patches = sum(t * h * w for t, h, w in grid_thw)
         outputs = {
@@ -116,9 +123,10 @@ class RerunRecorder:
     def new_pool(self) -> str:
         return "pool"
 
+    def warm_up(self, work: Callable[[], None]) -> None:
+        work()
+
     def record(self, work: Callable[[], None], pool: object) -> Rerun:
-        work()
-        work()
         return self.Rerun(work)
 
 

@@ -5,6 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vitgraph.capture import generate_budgets
 
+# Multiples in tokens from a number of tokens on: with 4 rows a token, tiles of 256, 128, 64 rows.
+STEPS = ((512, 64), (256, 32), (128, 16), (1, 8))
+
 ranges = st.tuples(st.integers(1, 40_000), st.integers(1, 40_000)).map(sorted)
 
 
@@ -18,12 +21,26 @@ def test_ladder_is_dense_aligned_and_within_range(bounds):
     for low, high in pairwise(budgets):
         assert low < high
         assert low < 64 or high <= low * 1.125
-        assert low % (64 if low > 4096 else 16 if low > 1024 else 8) == 0
+        assert low % next(step for start, step in STEPS if low >= start) == 0
 
 
 def test_about_eight_rungs_an_octave():
     assert generate_budgets(64, 128) == (64, 72, 80, 88, 96, 104, 112, 120, 128)
     assert len(generate_budgets(64, 16384)) == 8 * 8 + 1
+
+
+def test_a_whole_ladder_has_tens_of_rungs():
+    budgets = generate_budgets(16, 16384)
+    assert len(budgets) == 71
+    assert budgets[:8] == (16, 24, 32, 40, 48, 56, 64, 72)
+    assert budgets[-2:] == (15360, 16384)
+
+
+def test_worst_padding_of_any_call():
+    budgets = generate_budgets(16, 16384)
+    padded = {n: next(b for b in budgets if b >= n) for n in range(1, 16385)}
+    assert max(padded[n] / n for n in range(64, 16385)) < 1.125
+    assert max(padded[n] - n for n in range(9, 64)) < 8
 
 
 def test_single_budget():

@@ -1,143 +1,193 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from vitgraph.capture import Batch, EncoderItemSpec, RungLimits, generate_budgets, pack
-
-FIELDS = ("token_budget", "max_patches", "max_items", "max_frames", "max_windows")
-
-
-def used(items):
-    return (
-        sum(i.output_tokens for i in items),
-        sum(i.input_size for i in items),
-        len(items),
-        sum(i.num_frames for i in items),
-        sum(i.num_windows for i in items),
-    )
-
-
-def holds(rung, items):
-    return all(u <= getattr(rung, f) for u, f in zip(used(items), FIELDS, strict=True))
-
-
-def image(tokens, windows=0):
-    return EncoderItemSpec(4 * tokens, tokens, 1, windows)
-
-
-def ladder(*budgets, items=8, frames=16, windows=0):
-    return [RungLimits(b, 4 * b, items, frames, windows) for b in budgets]
-
-
-item_specs = st.builds(
-    lambda tokens, frames, windows: EncoderItemSpec(4 * tokens, tokens, frames, windows),
-    st.integers(1, 150),
-    st.integers(1, 12),
-    st.integers(0, 6),
+from vitgraph.capture.cost import Load
+from vitgraph.capture.packing import (
+    Call,
+    absorb,
+    best_fit_decreasing,
+    call_of,
+    exact,
+    exceeded,
+    fewest_calls,
+    fits,
+    holding,
+    improve,
+    room_of,
+    total_of,
+    within,
 )
-columns = st.lists(st.tuples(*[st.integers(1, 30)] * 5), min_size=1, max_size=6)
+from vitgraph.capture.protocol import EncoderItemSpec, RungLimits
+
+ROOM = (64, 256, 8, 16, 4)
 
 
-@st.composite
-def rungs_ascending(draw):
-    """Rungs whose limits grow, each field at its own pace."""
-    limits, rungs = (0, 0, 0, 0, 0), []
-    for steps in draw(columns):
-        limits = tuple(a + b for a, b in zip(limits, steps, strict=True))
-        tokens, patches, items, frames, windows = limits
-        rungs.append(RungLimits(5 * tokens, 20 * tokens + patches, items, frames, windows - 1))
-    return rungs
+def images(*sizes):
+    return [Load(size, 4 * size, 1, 1, 0, 16 * size * size) for size in sizes]
 
 
-@given(st.lists(item_specs, max_size=40), rungs_ascending())
-def test_partition_keeps_every_limit(items, rungs):
-    batches = pack(items, rungs)
-    assert sorted(i for batch in batches for i in batch.indices) == list(range(len(items)))
-    for batch in batches:
-        members = [items[i] for i in batch.indices]
-        assert members
-        assert list(batch.indices) == sorted(batch.indices)
-        if batch.rung is None:
-            assert not any(holds(rung, [item]) for rung in rungs for item in members)
-        else:
-            assert batch.rung == next(rung for rung in rungs if holds(rung, members))
-    assert sum(batch.rung is None for batch in batches) <= 1
-    assert pack(items, rungs) == batches
+def replays_of(room):
+    """Every load that `room` holds costs 1, any other 100."""
+    return lambda load: (1.0, 0) if within(load, room) else (100.0, -1)
 
 
-@given(st.lists(item_specs, min_size=1, max_size=40), rungs_ascending())
-def test_one_batch_when_a_rung_holds_everything(items, rungs):
-    if holds(rungs[-1], items):
-        (batch,) = pack(items, rungs)
-        assert batch.indices == tuple(range(len(items)))
+def stepped(load):
+    """Rungs of 16, 32 and 64 tokens, with an overhead; else eager."""
+    for rung, budget in enumerate((16, 32, 64)):
+        if load.tokens <= budget and load.items <= 4:
+            return budget + 5.0, rung
+    return 40.0 + 2 * load.tokens, -1
 
 
-def test_nothing_to_pack():
-    assert pack([], ladder(64)) == []
+def flat(groups):
+    return sorted(index for group in groups for index in group)
 
 
-def test_refuses_no_rungs():
-    with pytest.raises(ValueError, match="rungs is empty"):
-        pack([image(4)], [])
+loads = st.builds(
+    lambda tokens, frames, windows: Load(tokens, 4 * tokens, 1, frames, windows, 16 * tokens**2),
+    st.integers(1, 64),
+    st.integers(1, 16),
+    st.integers(0, 4),
+)
+# Loads priced by `stepped`, small enough for every division to be tried.
+few_loads = st.lists(loads, min_size=1, max_size=6)
 
 
-def test_smallest_fitting_rung():
-    rungs = ladder(64, 128, 256)
-    assert pack([image(64)], rungs) == [Batch((0,), rungs[0])]
-    assert pack([image(65)], rungs) == [Batch((0,), rungs[1])]
-    assert pack([image(64), image(64)], rungs) == [Batch((0, 1), rungs[1])]
-
-
-def test_rung_is_raised_for_items_frames_and_windows():
-    small = RungLimits(64, 256, 2, 2, 2)
-    large = RungLimits(128, 512, 4, 4, 4)
-    for item in (image(4), EncoderItemSpec(8, 2, 3), EncoderItemSpec(8, 2, 1, 3)):
-        count = 3 if item == image(4) else 1
-        (batch,) = pack([item] * count, [small, large])
-        assert batch.rung == large
+def divisions(indices):
+    if not indices:
+        yield []
+        return
+    first, *rest = indices
+    for smaller in divisions(rest):
+        yield [[first], *smaller]
+        for i, group in enumerate(smaller):
+            yield [*smaller[:i], [first, *group], *smaller[i + 1 :]]
 
 
 @pytest.mark.parametrize(
-    "item",
+    ("item", "limit"),
     [
-        image(129),
-        EncoderItemSpec(513, 100),
-        EncoderItemSpec(400, 100, num_frames=17),
-        EncoderItemSpec(400, 100, num_windows=5),
+        (EncoderItemSpec(256, 64, 16, 4), None),
+        (EncoderItemSpec(256, 65, 16, 4), "tokens"),
+        (EncoderItemSpec(257, 64, 17, 4), "patches"),
+        (EncoderItemSpec(256, 64, 17, 5), "frames"),
+        (EncoderItemSpec(256, 64, 16, 5), "windows"),
     ],
-    ids=["tokens", "patches", "frames", "windows"],
 )
-def test_item_beyond_every_rung_is_eager_and_alone(item):
-    rungs = ladder(64, 128, windows=4)
-    batches = pack([image(8), item, image(8), item], rungs)
-    assert batches == [Batch((0, 2), rungs[0]), Batch((1, 3), None)]
+def test_fits_names_the_first_limit_that_is_exceeded(item, limit):
+    rung = RungLimits(*ROOM)
+    assert fits(item, rung) == (limit is None)
+    assert exceeded(Load.of(item), room_of(rung)) == limit
 
 
-def test_frames_split_videos_that_tokens_would_allow():
-    rungs = ladder(1024, frames=16)
-    batches = pack([EncoderItemSpec(40, 10, 9)] * 3, rungs)
-    assert [batch.indices for batch in batches] == [(0,), (1,), (2,)]
+@given(loads, st.lists(st.tuples(*[st.integers(0, 9)] * 5), min_size=1, max_size=8))
+def test_holding_is_the_first_rung_that_holds(load, steps):
+    rooms, room = [], (0, 0, 0, 0, 0)
+    for step in steps:
+        room = tuple(a + 4 * b for a, b in zip(room, step, strict=True))
+        rooms.append(room)
+    expected = next((i for i, room in enumerate(rooms) if within(load, room)), len(rooms))
+    assert holding(load, list(zip(*rooms, strict=True))) == expected
 
 
-def test_single_item_may_take_a_whole_budget():
-    for budget in generate_budgets(49, 5000):
-        rungs = ladder(budget)
-        assert pack([image(budget)], rungs) == [Batch((0,), rungs[0])]
+@given(st.lists(loads, min_size=1, max_size=60))
+def test_best_fit_keeps_every_limit_and_no_two_batches_could_be_one(found):
+    groups = best_fit_decreasing(range(len(found)), found, ROOM)
+    assert flat(groups) == list(range(len(found)))
+    assert all(group == sorted(group) for group in groups)
+    totals = [total_of([found[i] for i in group]) for group in groups]
+    assert all(within(total, ROOM) for total in totals)
+    assert len(groups) >= fewest_calls(total_of(found), ROOM)
+    if len(groups) <= 32:  # as many as it looks at
+        for i, one in enumerate(totals):
+            assert not any(within(one.plus(other), ROOM) for other in totals[:i])
 
 
-def test_equal_totals_of_other_layouts_are_different_batches():
-    # The grid table, not a key of totals, carries the segmentation: the same rung serves both.
-    rungs = ladder(16)
-    for sizes in ([4, 6, 5], [5, 5, 5]):
-        assert pack([image(size) for size in sizes], rungs) == [Batch((0, 1, 2), rungs[0])]
+def test_best_fit_places_long_videos_by_frames():
+    videos = [Load(4, 16, 1, frames, 0, 0) for frames in (5, 11, 6, 10)]
+    assert best_fit_decreasing(range(4), videos, ROOM) == [[0, 1], [2, 3]]
 
 
-def test_neighbours_stay_together_when_that_costs_no_replay():
-    batches = pack([image(size) for size in (10, 20, 30, 40)], ladder(64))
-    assert [batch.indices for batch in batches] == [(0, 1, 2), (3,)]
+def test_best_fit_fills_three_batches_where_next_fit_needs_four():
+    groups = best_fit_decreasing(range(6), images(40, 40, 24, 24, 40, 24), ROOM)
+    assert len(groups) == 3
 
 
-def test_best_fit_saves_replays():
-    sizes = [40, 40, 24, 24, 40, 24]
-    batches = pack([image(size) for size in sizes], ladder(64))
-    assert len(batches) == 3
-    assert all(sum(sizes[i] for i in batch.indices) == 64 for batch in batches)
+@given(few_loads)
+def test_exact_is_the_cheapest_of_all_divisions(found):
+    calls = exact(found, stepped)
+    assert flat(call.indices for call in calls) == list(range(len(found)))
+    for call in calls:
+        assert call == call_of(call.indices, found, stepped)
+    best = min(
+        sum(call_of(group, found, stepped).cost for group in groups)
+        for groups in divisions(range(len(found)))
+    )
+    assert sum(call.cost for call in calls) == pytest.approx(best)
+
+
+@given(few_loads)
+def test_improve_only_improves_and_stays_consistent(found):
+    start = [call_of([index], found, stepped) for index in range(len(found))]
+    calls = improve(start, found, stepped)
+    assert flat(call.indices for call in calls) == list(range(len(found)))
+    for call in calls:
+        assert call == call_of(call.indices, found, stepped)
+    cost = sum(call.cost for call in calls)
+    assert cost <= sum(call.cost for call in start)
+    assert improve(calls, found, stepped) == calls
+
+
+@pytest.mark.parametrize(
+    ("sizes", "groups", "expected"),
+    [
+        ((30, 30), [[0], [1]], 1),  # a merge
+        ((60, 2, 60, 4, 40, 20), [[0, 1], [2, 3], [4], [5]], 3),  # a merge of the last two
+        ((40, 20, 30, 36), [[0, 1], [2], [3]], 3),  # nothing: three are needed
+    ],
+)
+def test_improve_saves_calls(sizes, groups, expected):
+    found = images(*sizes)
+    price = replays_of(ROOM)
+    calls = improve([call_of(group, found, price) for group in groups], found, price)
+    assert len(calls) == expected
+
+
+def test_improve_moves_items():
+    found = images(14, 4, 12)
+
+    def price(load):
+        return stepped(load) if load.items <= 2 else (1000.0, -1)
+
+    start = [call_of(group, found, price) for group in ([0, 1], [2])]
+    calls = improve(start, found, price)
+    assert sorted(call.indices for call in calls) == [(0,), (1, 2)]
+
+
+def test_improve_swaps_items():
+    found = images(16, 20, 12, 16)
+
+    def price(load):
+        return stepped(load) if load.items == 2 else (1000.0, -1)
+
+    start = [call_of(group, found, price) for group in ([0, 1], [2, 3])]
+    calls = improve(start, found, price)
+    assert sorted(call.indices for call in calls) == [(0, 3), (1, 2)]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (1, 2, 0), (2, 1, 0)])
+def test_absorb_takes_what_is_cheaper_in_the_eager_call(order):
+    found = images(200, 1, 60)
+
+    def price(load):
+        return (8.0, 0) if load.tokens <= 64 else (100.0 + load.tokens / 4, -1)
+
+    calls = [call_of([index], found, price) for index in range(3)]
+    absorbed = absorb([calls[index] for index in order], price)
+    assert absorbed == [calls[2], Call((0, 1), total_of(found[:2]), 150.25, -1)]
+
+
+@given(loads, loads)
+def test_loads_add_and_subtract(a, b):
+    assert a.plus(b) == total_of([a, b])
+    assert a.plus(b).minus(b) == a

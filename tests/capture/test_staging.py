@@ -1,13 +1,13 @@
 import pytest
 import torch
-from vitgraph.capture import BufferSpec, EncoderItemSpec, staging
+from vitgraph.capture import BufferSpec, EncoderItemSpec, rows, staging
 
 SPECS = {
     "rows": BufferSpec((8, 2), torch.float32, "patches"),
     "grid": BufferSpec((4, 3), torch.int32, "items"),
 }
 ITEMS = [EncoderItemSpec(8, 2, 2), EncoderItemSpec(4, 1), EncoderItemSpec(12, 3, 3)]
-OFFSETS = staging.RowOffsets.of({"patches", "tokens", "items", "frames"}, ITEMS)
+OFFSETS = rows.RowOffsets.of({"patches", "tokens", "items", "frames"}, ITEMS)
 
 
 def test_buffers_are_zero_and_slices_share_their_memory():
@@ -23,7 +23,7 @@ def test_buffers_allocated_in_inference_mode_can_be_written_outside():
     with torch.inference_mode():
         buffers = staging.allocate(SPECS, torch.device("cpu"))
         slices = staging.leading_slices(buffers, SPECS)
-    staging.stage_grid(slices["grid"], [(1, 2, 2)])
+    staging.stage_table(slices["grid"], [(1, 2, 2)])
     assert slices["grid"].sum() == 5
 
 
@@ -83,9 +83,9 @@ def test_refuses_grid(grid, error, message):
 
 
 def test_runs():
-    assert staging.runs_of([]) == []
-    assert staging.runs_of([0, 1, 2]) == [(0, 3)]
-    assert staging.runs_of([0, 2, 3, 7]) == [(0, 1), (2, 4), (7, 8)]
+    assert rows.runs_of([]) == []
+    assert rows.runs_of([0, 1, 2]) == [(0, 3)]
+    assert rows.runs_of([0, 2, 3, 7]) == [(0, 1), (2, 4), (7, 8)]
 
 
 def test_offsets_of_every_kind():
@@ -98,9 +98,9 @@ def test_offsets_of_every_kind():
 
 def test_grid_table_is_written_whole():
     table = torch.full((4, 3), 7, dtype=torch.int32)
-    staging.stage_grid(table, [(1, 2, 4), (3, 2, 2)])
+    staging.stage_table(table, [(1, 2, 4), (3, 2, 2)])
     assert table.tolist() == [[1, 2, 4], [3, 2, 2], [0, 0, 0], [0, 0, 0]]
-    staging.stage_grid(table, [])
+    staging.stage_table(table, [])
     assert not table.any()
 
 
@@ -120,7 +120,9 @@ def test_scattered_rows_go_home():
         "patch": BufferSpec((32, 2), torch.float32, "patches"),
         "token": BufferSpec((8, 1), torch.float32, "tokens"),
     }
-    results = staging.empty_results(specs, OFFSETS, torch.device("cpu"))
+    shapes = staging.result_rows(specs, specs, OFFSETS)
+    assert shapes == {"patch": (24, 2), "token": (6, 1)}
+    results = {name: torch.empty(shape) for name, shape in shapes.items()}
     whole = {"patch": torch.randn(24, 2), "token": torch.randn(6, 1)}
     for runs in ([(1, 2)], [(0, 1), (2, 3)]):
         packed = {

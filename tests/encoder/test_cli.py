@@ -6,12 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from pyarrow import parquet
 from safetensors import safe_open
 from typer.testing import CliRunner
+from vitgraph.capture import EncoderCudaGraphConfig
+from vitgraph.encoder import Embedder
 from vitgraph.encoder.cli import app
 
 DATA = Path(__file__).parents[1] / "data"
+BUDGETS = "--encoder-cudagraph-token-budgets"
+NO_GRAPHS = [("--no-enable-vit-cuda-graph", "--no-graphs")]
 NAMES = ["astronaut.jpg", "chelsea.png", "coffee.jpg", "pan.mp4", "rocket.jpg"]
 
 
@@ -104,6 +109,9 @@ def test_all_bad_writes_nothing(tmp_path):
         (["-o", "{tmp}/out.npy", "--dtype", "int8"], "int8"),
         (["-o", "{tmp}/out.npy", "--attention", "magic"], "magic"),
         (["-o", "{tmp}/out.npy", "--graphs"], "need a CUDA device"),
+        (["-o", "{tmp}/out.npy", "--enable-vit-cuda-graph"], "need a CUDA device"),
+        (["-o", "{tmp}/out.npy", BUDGETS, "512"], f"{BUDGETS}: CUDA graphs need a CUDA device"),
+        (["-o", "{tmp}/out.npy", "--no-graphs", BUDGETS, "512"], f"{BUDGETS}: there are no graphs"),
         (["-o", "{tmp}/out.safetensors", "--layers", "x"], "--layers x"),
         (["-o", "{tmp}/out.safetensors", "--layers", "9"], "outside this tower's blocks"),
         (["-o", "{tmp}/out.npy", "{tmp}"], "no images or videos in this folder"),
@@ -116,6 +124,54 @@ def test_usage_errors_are_one_line(arguments, message, tmp_path):
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+class StoppedError(Exception):
+    """Instead of loading a tower."""
+
+
+@pytest.fixture
+def graphs_of(monkeypatch, tmp_path):
+    """What the command line asks the embedder for on a machine with a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    asked = []
+
+    def from_pretrained(model, *, graphs, **others):
+        asked.append(graphs)
+        raise StoppedError
+
+    monkeypatch.setattr(Embedder, "from_pretrained", from_pretrained)
+
+    def ask(*arguments):
+        result = run(
+            "embed", "demo", DATA / "rocket.jpg", "-o", tmp_path / "out.safetensors",
+            "--device", "cuda:0", *arguments,
+        )  # fmt: skip
+        assert isinstance(result.exception, StoppedError), result.output
+        return asked.pop()
+
+    return ask
+
+
+def test_graphs_on_a_gpu(graphs_of):
+    assert graphs_of() is None
+    for long, short in (("--enable-vit-cuda-graph", "--graphs"), *NO_GRAPHS):
+        assert graphs_of(long) is graphs_of(short) is (not long.startswith("--no"))
+    assert graphs_of("--layers", "0") is False
+
+
+def test_graph_options_reach_the_configuration(graphs_of):
+    prefix = "--encoder-cudagraph"
+    config = graphs_of(
+        "--enable-vit-cuda-graph", BUDGETS, "512,1024", BUDGETS, "[64, 512]",
+        f"{prefix}-max-vision-items-per-batch", 8, f"{prefix}-max-frames-per-batch", 32,
+        f"{prefix}-modality", "video",
+    )  # fmt: skip
+    assert config == EncoderCudaGraphConfig((64, 512, 1024), 8, 32, "video")
+    assert graphs_of(BUDGETS, "512") == EncoderCudaGraphConfig((512,))
+    assert graphs_of(f"{prefix}-modality", "image") == EncoderCudaGraphConfig(modality="image")
 
 
 def test_an_unknown_model_and_option(tmp_path):

@@ -1,0 +1,165 @@
+"""Measuring what replays and eager calls cost, and keeping the curve in a file.
+
+The file lies in `$VITGRAPH_CACHE/calibration`, by default `~/.cache/vitgraph/calibration`, under a
+name made of everything that the times depend on: GPU, versions, encoder and rungs.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .cost import CostSample, Load, MeasuredCosts
+from .cost_fit import fit_costs
+from .protocol import EncoderItemSpec, RungLimits, SupportsEncoderCudaGraph
+from .sample_layouts import equal_images
+from .staging import PIXELS, Grid
+
+# Runs items on a rung, or eagerly for None.
+RunOn = Callable[[RungLimits | None, torch.Tensor, Sequence[Grid]], object]
+
+_MEASURED_RUNGS = 16
+# A longer frame adds nothing to the fit but time: attention is quadratic.
+_LONGEST_FRAME_TOKENS = 4096
+_SECONDS_PER_SAMPLE = 0.04
+
+
+def calibrate(
+    encoder: SupportsEncoderCudaGraph,
+    rungs: Sequence[RungLimits],
+    run_on: RunOn,
+    *,
+    show_progress: bool = False,
+) -> list[CostSample]:
+    """Wall times of whole calls, medians: up to 16 rungs at 30, 60 and 100 % live, and eagerly.
+
+    Eager calls are measured on the same layouts, and on up to four times the largest rung.
+    """
+    measured = [rungs[i] for i in _spread(len(rungs), _MEASURED_RUNGS)]
+    largest = rungs[-1]
+    jobs: list[tuple[RungLimits | None, list[Grid]]] = []
+    jobs += [(rung, grid) for rung in measured for grid in _layouts(encoder, rung)]
+    # Full rungs only: what eager calls cost at 60 % of one they cost at 100 % of another.
+    jobs += [(None, grid) for rung in measured for grid in _full(encoder, rung)]
+    many = equal_images(encoder, largest, largest.token_budget, 8)
+    jobs += [(None, many * times) for times in (2, 4) if many]
+    longest = max(_patches(encoder.item_specs(grid)) for _, grid in jobs)
+    spec = encoder.input_specs(largest)[PIXELS]
+    pixels = torch.randn(longest, *spec.shape[1:], device=encoder.device).to(spec.dtype)
+    samples: list[CostSample] = []
+    for rung, grid in tqdm(jobs, "calibrate", file=sys.stderr, disable=not show_progress):
+        items = encoder.item_specs(grid)
+        rows = pixels[: _patches(items)]
+        us = _time(encoder.device, lambda r=rung, x=rows, g=grid: run_on(r, x, g))
+        load = Load(*map(sum, zip(*map(Load.of, items), strict=True)))
+        samples.append(CostSample(None if rung is None else rung.token_budget, load, us))
+    return samples
+
+
+def load_costs(
+    encoder: SupportsEncoderCudaGraph, rungs: Sequence[RungLimits]
+) -> MeasuredCosts | None:
+    """The costs that `store_costs` kept for this machine, encoder and ladder, or None.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = cache_path(encoder, rungs)
+    if not path.exists():
+        return None
+    try:
+        samples = [CostSample.from_json(row) for row in json.loads(path.read_text())["samples"]]
+        return fit_costs(samples, rungs)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"calibrate: {path} is damaged ({error}); delete it, or call "
+            "calibrate(use_cache=False) to measure again"
+        ) from error
+
+
+def store_costs(
+    encoder: SupportsEncoderCudaGraph, rungs: Sequence[RungLimits], samples: Sequence[CostSample]
+) -> MeasuredCosts:
+    """Fit `samples`, and keep them in the file; written aside first, so that it is never half."""
+    costs = fit_costs(samples, rungs)
+    path = cache_path(encoder, rungs)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"made_on": _conditions(encoder), "samples": [sample.to_json() for sample in samples]}
+    aside = path.with_suffix(f".{os.getpid()}")
+    aside.write_text(json.dumps(content))
+    aside.replace(path)
+    return costs
+
+
+def cache_path(encoder: SupportsEncoderCudaGraph, rungs: Sequence[RungLimits]) -> Path:
+    """Where the samples of this machine, encoder and ladder are kept."""
+    folder = os.environ.get("VITGRAPH_CACHE")
+    base = Path(folder) if folder else Path.home() / ".cache" / "vitgraph"
+    identity = json.dumps([_conditions(encoder), [str(rung) for rung in rungs]], sort_keys=True)
+    name = hashlib.sha256(identity.encode()).hexdigest()[:32]
+    return base / "calibration" / f"{name}.json"
+
+
+def _conditions(encoder: SupportsEncoderCudaGraph) -> dict[str, Any]:
+    device = encoder.device
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "triton": version("triton"),
+        "vitgraph": version("vitgraph"),
+        "encoder": encoder.fingerprint(),
+    }
+
+
+def _layouts(encoder: SupportsEncoderCudaGraph, rung: RungLimits) -> list[list[Grid]]:
+    """Full as one and as many images, 60 % live in four, 30 % in two."""
+    budget = rung.token_budget
+    partly = [equal_images(encoder, rung, budget * 6 // 10, 4)]
+    partly.append(equal_images(encoder, rung, budget * 3 // 10, 2))
+    return [*_full(encoder, rung), *filter(None, partly)]
+
+
+def _full(encoder: SupportsEncoderCudaGraph, rung: RungLimits) -> list[list[Grid]]:
+    budget = rung.token_budget
+    few = equal_images(encoder, rung, budget, -(-budget // _LONGEST_FRAME_TOKENS))
+    many = equal_images(encoder, rung, budget, rung.max_items)
+    return [grid for grid in (few, many) if grid]
+
+
+def _time(device: torch.device, work: Callable[[], object]) -> float:
+    """Microseconds of `work` until the device is done, the median of three calls or more."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    once()
+    times = [once()]
+    repeats = min(15, max(3, int(_SECONDS_PER_SAMPLE / max(times[0], 1e-6))))
+    times += [once() for _ in range(repeats - 1)]
+    return median(times) * 1e6
+
+
+def _patches(items: Sequence[EncoderItemSpec]) -> int:
+    return sum(item.input_size for item in items)
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """At most `most` of `count` indices, evenly spread, the first and last among them."""
+    if count <= most:
+        return list(range(count))
+    return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})

@@ -1,0 +1,102 @@
+"""One call, planned: its items, where their rows are, and the batches that compute them."""
+
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .cost import Costs, Load
+from .dispatch import Dispatcher
+from .packing import CHEAPER, LIMITS, Batch, exceeded, room_of
+from .protocol import EncoderItemSpec, Pruning, Rows, RungLimits, SupportsEncoderCudaGraph
+from .rows import RowOffsets, Run, runs_of
+from .staging import Grid
+
+_REMEMBERED = 1024  # plans
+
+
+@dataclass(frozen=True)
+class PlannedBatch:
+    """Items computed together: where they are, and on what."""
+
+    items: tuple[EncoderItemSpec, ...]
+    runs: tuple[Run, ...]
+    rung: RungLimits | None
+    reasons: Counter[str]
+
+    @classmethod
+    def of(
+        cls, batch: Batch, items: Sequence[EncoderItemSpec], largest: RungLimits
+    ) -> "PlannedBatch":
+        """`batch` with what a replay, or the count of an eager batch, needs to know of its items.
+
+        The reason of an item is its own: the limit of the largest rung that it exceeds alone, else
+        that of the batch, which it joined because that costs less than a replay.
+        """
+        own = tuple(items[index] for index in batch.indices)
+        reasons: Counter[str] = Counter()
+        if batch.rung is None:
+            room = room_of(largest)
+            shared = batch.reason if batch.reason not in LIMITS else CHEAPER
+            reasons.update(exceeded(Load.of(item), room) or shared or CHEAPER for item in own)
+        return cls(own, tuple(runs_of(batch.indices)), batch.rung, reasons)
+
+    def rows(self, grid: Sequence[Grid]) -> list[Grid]:
+        """The rows of the grid table that belong to this batch."""
+        return [row for run in self.runs for row in grid[slice(*run)]]
+
+
+@dataclass(frozen=True)
+class PlannedCall:
+    """What has to be done for one layout."""
+
+    items: tuple[EncoderItemSpec, ...]
+    offsets: RowOffsets
+    batches: tuple[PlannedBatch, ...]
+
+
+class Planner:
+    """Plans calls on one ladder, and remembers the plans of layouts that it has seen."""
+
+    def __init__(
+        self,
+        encoder: SupportsEncoderCudaGraph,
+        rungs: Sequence[RungLimits],
+        costs: Costs,
+        kinds: set[Rows],
+    ):
+        self._encoder = encoder
+        self._largest = rungs[-1]
+        self._dispatcher = Dispatcher(rungs, costs)
+        self._kinds = kinds
+        self._plans: OrderedDict[object, PlannedCall] = OrderedDict()
+
+    def plan(
+        self, grid: Sequence[Grid], pruning: Pruning | None = None, eager_reason: str | None = None
+    ) -> PlannedCall:
+        """The plan for `grid`; `eager_reason` sends all of it to the eager forward.
+
+        Raises:
+            ValueError: a grid that the encoder refuses.
+        """
+        key = (tuple(grid), None if pruning is None else pruning.keep, eager_reason)
+        planned = self._plans.get(key)
+        if planned is None:
+            planned = self._plan(grid, pruning, eager_reason)
+            while len(self._plans) >= _REMEMBERED:
+                self._plans.popitem(last=False)
+            self._plans[key] = planned
+        return planned
+
+    def _plan(
+        self, grid: Sequence[Grid], pruning: Pruning | None, eager_reason: str | None
+    ) -> PlannedCall:
+        items = tuple(self._encoder.item_specs(grid))
+        if eager_reason is None or not items:
+            batches = self._dispatcher.plan(items)
+        else:
+            batches = [Batch(tuple(range(len(items))), None, eager_reason)]
+        return PlannedCall(
+            items,
+            RowOffsets.of(self._kinds, items, pruning),
+            tuple(PlannedBatch.of(batch, items, self._largest) for batch in batches),
+        )

@@ -1,0 +1,273 @@
+"""What a call costs, replayed or eager: the numbers that dispatch weighs.
+
+A replay runs the library GEMMs of its whole rung and attention over the live segments, so it costs
+`base + per_token * tokens + per_pair * pairs` with coefficients of the rung. An eager call costs
+what the GPU needs for the live rows, but never less than the host needs to launch it.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from operator import le
+from typing import Any, NamedTuple, Protocol
+
+from .cost_json import entry, number, refused
+from .protocol import EncoderItemSpec, RungLimits
+
+# A replay reads every weight and launches every kernel, however few rows it has: on an H200 a tower
+# of 0.6 G weights takes as long for no tokens as a large rung takes for about 100 more.
+REPLAY_OVERHEAD_TOKENS = 128
+# Of eager tokens where nothing is measured: above any number of replays.
+_NEVER = 1e6
+
+
+class Load(NamedTuple):
+    """What a batch holds; `pairs` are query-key pairs of a full-attention layer."""
+
+    tokens: int
+    patches: int
+    items: int
+    frames: int
+    windows: int
+    pairs: int
+
+    @classmethod
+    def of(cls, item: EncoderItemSpec) -> "Load":
+        """The load of one item."""
+        return cls(
+            item.output_tokens,
+            item.input_size,
+            1,
+            item.num_frames,
+            item.num_windows,
+            item.attention_pairs,
+        )
+
+    def plus(self, other: "Load") -> "Load":
+        """Both loads in one batch."""
+        a, b, c, d, e, f = self
+        u, v, w, x, y, z = other
+        return Load(a + u, b + v, c + w, d + x, e + y, f + z)
+
+    def minus(self, other: "Load") -> "Load":
+        """This load without a part of it."""
+        a, b, c, d, e, f = self
+        u, v, w, x, y, z = other
+        return Load(a - u, b - v, c - w, d - x, e - y, f - z)
+
+
+class Terms(NamedTuple):
+    """Microseconds of a replay: `base + per_token * tokens + per_pair * pairs`, none negative."""
+
+    base: float
+    per_token: float
+    per_pair: float
+
+    def of(self, load: Load) -> float:
+        """Microseconds of a replay that carries `load`."""
+        return self.base + self.per_token * load.tokens + self.per_pair * load.pairs
+
+
+@dataclass(frozen=True)
+class EagerCurve:
+    """Microseconds of an eager call: the larger of `floor` and a GPU time.
+
+    Attributes:
+        floor: time in which the host launches everything.
+        tokens, us: knots of the GPU time without attention pairs, the first at 0 tokens, linear
+            between them, not falling.
+        per_pair: GPU time of an attention pair.
+    """
+
+    floor: float
+    tokens: tuple[int, ...]
+    us: tuple[float, ...]
+    per_pair: float
+    end_slope: float = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self):
+        # Past the last knot: never below the average rate, or a flat end would make tokens free.
+        (t0, t1), (u0, u1) = self.tokens[-2:], self.us[-2:]
+        object.__setattr__(self, "end_slope", max((u1 - u0) / (t1 - t0), u1 / t1))
+
+    def of(self, load: Load) -> float:
+        """Microseconds of `load`."""
+        return max(self.floor, self.gpu(load.tokens) + self.per_pair * load.pairs)
+
+    def gpu(self, tokens: int) -> float:
+        """GPU time of `tokens` without attention pairs."""
+        knots, us = self.tokens, self.us
+        if tokens >= knots[-1]:
+            return us[-1] + (tokens - knots[-1]) * self.end_slope
+        at = bisect_right(knots, tokens)
+        low, high = knots[at - 1], knots[at]
+        return us[at - 1] + (us[at] - us[at - 1]) * (tokens - low) / (high - low)
+
+
+class Costs(Protocol):
+    """Wall times of whole calls, comparable with each other."""
+
+    @property
+    def eager_curve(self) -> EagerCurve:
+        """The cost of eager calls."""
+        ...
+
+    def terms(self, rung: RungLimits) -> Terms:
+        """The cost of replays of `rung`."""
+        ...
+
+    def replay(self, rung: RungLimits, load: Load) -> float:
+        """Microseconds of a call that is one replay of `rung` with `load`."""
+        ...
+
+    def eager(self, load: Load) -> float:
+        """Microseconds of `load` computed eagerly."""
+        ...
+
+
+@dataclass(frozen=True)
+class AssumedCosts:
+    """Costs before anything is measured, in tokens of a large rung instead of microseconds.
+
+    A replay costs the tokens of its rung and `replay_overhead` more. An eager token costs more than
+    any replay, so only items that no rung holds are computed eagerly.
+    """
+
+    replay_overhead: int = REPLAY_OVERHEAD_TOKENS
+
+    @property
+    def eager_curve(self) -> EagerCurve:
+        """Proportional to tokens, out of reach of any replay."""
+        return _ASSUMED_EAGER
+
+    def terms(self, rung: RungLimits) -> Terms:
+        """The budget and the overhead, whatever the load."""
+        return Terms(float(rung.token_budget + self.replay_overhead), 0.0, 0.0)
+
+    def replay(self, rung: RungLimits, load: Load) -> float:
+        """Cost of one replay of `rung`."""
+        return self.terms(rung).of(load)
+
+    def eager(self, load: Load) -> float:
+        """Cost of `load` computed eagerly."""
+        return _ASSUMED_EAGER.of(load)
+
+
+# One call costs less than two.
+_ASSUMED_EAGER = EagerCurve(_NEVER, (0, 1 << 20), (_NEVER, _NEVER * (1 + (1 << 20))), 0.0)
+
+
+@dataclass(frozen=True)
+class MeasuredCosts:
+    """Costs fitted to measurements (see `fit_costs`).
+
+    Attributes:
+        replays: (token budget, terms) of each measured rung, ascending. Between two of them the
+            terms are interpolated over the budget. Below the first they are its own; above the last
+            `base` grows in proportion.
+        eager_curve: the cost of eager calls.
+    """
+
+    replays: tuple[tuple[int, Terms], ...]
+    eager_curve: EagerCurve
+    _known: dict[int, Terms] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "_known", dict(self.replays))
+
+    def terms(self, rung: RungLimits) -> Terms:
+        """The terms of `rung`, interpolated where it was not measured."""
+        known = self._known.get(rung.token_budget)
+        if known is None:
+            known = self._known[rung.token_budget] = self._interpolated(rung.token_budget)
+        return known
+
+    def replay(self, rung: RungLimits, load: Load) -> float:
+        """Microseconds of a call that is one replay of `rung` with `load`."""
+        return self.terms(rung).of(load)
+
+    def eager(self, load: Load) -> float:
+        """Microseconds of `load` computed eagerly."""
+        return self.eager_curve.of(load)
+
+    def _interpolated(self, budget: int) -> Terms:
+        above = bisect_left(self.replays, budget, key=lambda entry: entry[0])
+        if above == 0:
+            return self.replays[0][1]
+        low, low_terms = self.replays[above - 1]
+        if above == len(self.replays):
+            return low_terms._replace(base=low_terms.base * budget / low)
+        high, high_terms = self.replays[above]
+        share = (budget - low) / (high - low)
+        return Terms(
+            *(a + share * (b - a) for a, b in zip(low_terms, high_terms, strict=True)),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values that `from_json` reads."""
+        curve = self.eager_curve
+        return {
+            "replays": [{"token_budget": budget, **t._asdict()} for budget, t in self.replays],
+            "eager": {
+                "floor": curve.floor,
+                "tokens": list(curve.tokens),
+                "us": list(curve.us),
+                "per_pair": curve.per_pair,
+            },
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> "MeasuredCosts":
+        """The costs that `to_json` wrote.
+
+        Raises:
+            ValueError: a key is missing or holds what no costs have; names it.
+        """
+        rows = entry(data, "replays", list)
+        replays = []
+        for place, row in enumerate(rows):
+            where = f"replays[{place}]."
+            budget = number(row, "token_budget", int, where, least=1)
+            if replays and budget <= replays[-1][0]:
+                raise refused(f"{where}token_budget", budget, "above the one before it")
+            replays.append((budget, Terms(*(number(row, k, float, where) for k in Terms._fields))))
+        if not replays:
+            raise refused("replays", rows, "a list of at least one rung")
+        eager = entry(data, "eager", Mapping)
+        tokens, us = (entry(eager, key, list, "eager.") for key in ("tokens", "us"))
+        for key, values, kind in (("tokens", tokens, int), ("us", us, float)):
+            for place in range(len(values)):
+                number(values, place, kind, f"eager.{key}")
+        if len(tokens) < 2 or tokens[0] != 0 or any(map(le, tokens[1:], tokens)):
+            raise refused("eager.tokens", tokens, "two or more numbers ascending from 0")
+        if len(us) != len(tokens) or sorted(us) != us:
+            raise refused("eager.us", us, f"{len(tokens)} numbers that do not fall")
+        floor, per_pair = (number(eager, k, float, "eager.") for k in ("floor", "per_pair"))
+        curve = EagerCurve(floor, tuple(tokens), tuple(map(float, us)), per_pair)
+        return cls(tuple(replays), curve)
+
+
+@dataclass(frozen=True)
+class CostSample:
+    """One measurement: `us` microseconds for a call of `load`, on a rung or (None) eagerly."""
+
+    token_budget: int | None
+    load: Load
+    us: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values that `from_json` reads."""
+        return {"token_budget": self.token_budget, "load": self.load._asdict(), "us": self.us}
+
+    @classmethod
+    def from_json(cls, data: Any) -> "CostSample":
+        """The sample that `to_json` wrote; ValueError names a key that is missing or wrong."""
+        budget = entry(data, "token_budget", (int, type(None)))
+        if budget is not None:
+            number(data, "token_budget", int, least=1)
+        row = entry(data, "load", Mapping)
+        load = Load(*(number(row, key, int, "load.") for key in Load._fields))
+        us = number(data, "us", float)
+        if us == 0:
+            raise refused("us", us, "positive")
+        return cls(budget, load, us)

@@ -1,0 +1,315 @@
+"""Calls on a captured ladder: staging, replays, eager batches, and who owns the results."""
+
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+
+import torch
+
+from .calls import PlannedBatch, PlannedCall, Planner
+from .captured import CapturedLadder
+from .cost import AssumedCosts, Costs
+from .protocol import Pruning, Rows, RungLimits, SupportsEncoderCudaGraph
+from .pruning import KEEP, KEEP_MASK, check_pruning, select_pruning, stage_pruning
+from .ranges import span
+from .slots import Lease, Slot
+from .staging import (
+    GRID,
+    PIXELS,
+    Grid,
+    check_out,
+    check_pixels,
+    gather_pixels,
+    grid_rows,
+    live_views,
+    result_rows,
+    scatter_rows,
+    stage_pixels,
+    stage_table,
+)
+from .stats import CallStats
+
+_INPUTS = ({PIXELS, GRID}, {PIXELS, GRID, KEEP, KEEP_MASK})
+
+
+class Executor:
+    """Serves calls from the ladder published last. Static buffers serve one call at a time.
+
+    Attributes:
+        ladder: the captured graphs; None before the first is published.
+        costs: what dispatch goes by.
+        stats: counters of what was served.
+        lock: held during a call, and to be held while the ladder is changed.
+    """
+
+    def __init__(self, encoder: SupportsEncoderCudaGraph, largest: RungLimits, *, nvtx: bool):
+        self.ladder: CapturedLadder | None = None
+        self.costs: Costs = AssumedCosts()
+        self.stats = CallStats()
+        self.lock = threading.RLock()
+        self._encoder = encoder
+        self._nvtx = nvtx
+        self._input_specs = encoder.input_specs(largest)
+        self._output_specs = encoder.output_specs(largest)
+        if self._input_specs.keys() not in _INPUTS:
+            raise ValueError(
+                f"EncoderCudaGraphManager: {type(encoder).__name__}.input_specs names "
+                f"{sorted(self._input_specs)}; it must name exactly {GRID} and {PIXELS}, or these "
+                f"with {KEEP} and {KEEP_MASK}"
+            )
+        self._kinds: set[Rows] = {"patches", "tokens"}
+        self._kinds.update(spec.rows for spec in self._output_specs.values())
+        self._planner: Planner | None = None
+        self._last_stream: torch.cuda.Stream | None = None
+        self._copy_stream: torch.cuda.Stream | None = None
+
+    def publish(self, ladder: CapturedLadder) -> CapturedLadder | None:
+        """Serve calls from `ladder` from now on; the one that it replaces."""
+        with self.lock:
+            previous, self.ladder = self.ladder, ladder
+            self._planner = Planner(self._encoder, ladder.limits, self.costs, self._kinds)
+            if self._encoder.device.type == "cuda":
+                if self._last_stream is None:
+                    self._last_stream = torch.cuda.current_stream(self._encoder.device)
+                if self._copy_stream is None and len(ladder.ring.slots) > 1:
+                    self._copy_stream = torch.cuda.Stream(self._encoder.device)
+            return previous
+
+    def use_costs(self, costs: Costs) -> None:
+        """Dispatch by `costs` from now on."""
+        with self.lock:
+            self.costs = costs
+            if self.ladder is not None:
+                self._planner = Planner(self._encoder, self.ladder.limits, costs, self._kinds)
+
+    def reset(self) -> None:
+        """Forget the ladder, its leases and all counters."""
+        with self.lock:
+            if self.ladder is not None:
+                self.ladder.ring.revoke_leases()
+            self.ladder = self._planner = self._last_stream = self._copy_stream = None
+            self.costs = AssumedCosts()
+            self.stats = CallStats()
+
+    def wait_for_replays(self) -> None:
+        """Until the device has done what was enqueued before this call."""
+        with self.lock:
+            stream = self._last_stream
+            event = None if stream is None else stream.record_event()
+        if event is not None:
+            event.synchronize()
+
+    def execute(
+        self,
+        pixel_values: torch.Tensor,
+        grid_thw: torch.Tensor | Sequence[Sequence[int]],
+        pruning: Pruning | None,
+        out: Mapping[str, torch.Tensor] | None,
+        names: Collection[str] | None,
+    ) -> dict[str, torch.Tensor]:
+        """See `EncoderCudaGraphManager.execute`."""
+        with self._serving("execute"):
+            grid, call = self._plan(pixel_values, grid_thw, pruning)
+            if pruning is not None and KEEP not in self._input_specs:
+                return self._pruned_eagerly(call, pixel_values, grid, pruning, out, names)
+            wanted = self._wanted(names, out)
+            if out is not None:
+                check_out(out, self._output_specs, call.offsets, self._encoder.device)
+            if len(call.batches) == 1:
+                packed, slot = self._run(call.batches[0], call, pixel_values, grid, pruning)
+                views = live_views(packed, self._output_specs, wanted, call.offsets)
+                if out is not None:
+                    return {name: out[name].copy_(view) for name, view in views.items()}
+                if slot is None:
+                    return views  # eager results belong to nobody else
+                return {name: view.clone() for name, view in views.items()}
+            results = self._empty(wanted, call) if out is None else {n: out[n] for n in wanted}
+            return self._scatter(results, call, pixel_values, grid, pruning)
+
+    def lease(
+        self,
+        pixel_values: torch.Tensor,
+        grid_thw: torch.Tensor | Sequence[Sequence[int]],
+        pruning: Pruning | None,
+    ) -> Lease:
+        """See `EncoderCudaGraphManager.lease`."""
+        with self._serving("lease") as ladder:
+            grid, call = self._plan(pixel_values, grid_thw, pruning)
+            if pruning is not None and KEEP not in self._input_specs:
+                views = self._pruned_eagerly(call, pixel_values, grid, pruning, None, None)
+                return Lease(None, views)
+            names = tuple(self._output_specs)
+            if len(call.batches) == 1:
+                packed, slot = self._run(call.batches[0], call, pixel_values, grid, pruning)
+                views = live_views(packed, self._output_specs, names, call.offsets)
+                return Lease(None, views) if slot is None else ladder.ring.lease(slot, views)
+            results = self._empty(names, call)
+            return Lease(None, self._scatter(results, call, pixel_values, grid, pruning))
+
+    def run_on(
+        self, rung: RungLimits | None, pixel_values: torch.Tensor, grid: Sequence[Grid]
+    ) -> dict[str, torch.Tensor]:
+        """Items on the rung given, or eagerly for None, whatever the costs, and not counted.
+
+        For measurements: does what `execute` would.
+        """
+        with self._serving("run_on"):
+            if rung is None:
+                return self._encoder.eager_forward(pixel_values, list(grid))
+            assert self._planner is not None
+            call = self._planner.plan(grid, None, "measured")
+            packed, _ = self._replay(rung, call.batches[0], call, pixel_values, grid, None)
+            views = live_views(packed, self._output_specs, self._output_specs, call.offsets)
+            return {name: view.clone() for name, view in views.items()}
+
+    def _plan(
+        self,
+        pixel_values: torch.Tensor,
+        grid_thw: torch.Tensor | Sequence[Sequence[int]],
+        pruning: Pruning | None,
+    ) -> tuple[list[Grid], PlannedCall]:
+        assert self._planner is not None
+        grid = grid_rows(grid_thw)
+        unpruned = pruning is not None and KEEP not in self._input_specs
+        call = self._planner.plan(grid, pruning, "pruning" if unpruned else None)
+        if pruning is not None:
+            check_pruning(pruning, call.items)
+        check_pixels(pixel_values, self._input_specs[PIXELS], call.offsets.total("patches"))
+        self.stats.count_call(call.offsets.total("tokens"))
+        return grid, call
+
+    def _run(
+        self,
+        batch: PlannedBatch,
+        call: PlannedCall,
+        pixel_values: torch.Tensor,
+        grid: Sequence[Grid],
+        pruning: Pruning | None,
+    ) -> tuple[Mapping[str, torch.Tensor], int | None]:
+        """Outputs of `batch`, packed, and the slot that they lie in: None for eager results."""
+        if batch.rung is not None:
+            outputs, index = self._replay(batch.rung, batch, call, pixel_values, grid, pruning)
+            self.stats.count_replay(batch.rung, batch.items)
+            return outputs, index
+        with span(f"vitgraph.eager[{','.join(batch.reasons)}]", self._nvtx):
+            outputs = self._encoder.eager_forward(
+                gather_pixels(pixel_values, call.offsets, batch.runs),
+                batch.rows(grid),
+                select_pruning(pruning, call.offsets, batch.runs),
+            )
+        self.stats.count_eager(batch.reasons)
+        return outputs, None
+
+    def _replay(
+        self,
+        rung: RungLimits,
+        batch: PlannedBatch,
+        call: PlannedCall,
+        pixel_values: torch.Tensor,
+        grid: Sequence[Grid],
+        pruning: Pruning | None,
+    ) -> tuple[Mapping[str, torch.Tensor], int]:
+        """Stage `batch` and replay; the static outputs and the index of their slot."""
+        ladder = self._ladder_or_raise("execute")
+        index = ladder.ring.next()
+        slot = ladder.ring.slots[index]
+        graph = ladder.rungs[rung].graphs[index]
+        graph.check_addresses()
+        with span("vitgraph.stage", self._nvtx), self._staging(slot, pixel_values):
+            stage_table(graph.inputs[GRID], batch.rows(grid))
+            if KEEP in graph.inputs:
+                stage_pruning(graph.inputs, pruning, call.offsets, batch.runs)
+            stage_pixels(graph.inputs[PIXELS], pixel_values, call.offsets, batch.runs)
+        with span(f"vitgraph.replay[{rung.token_budget}]", self._nvtx):
+            graph.recording.replay()
+        if self._copy_stream is not None:
+            slot.mark_replayed()
+        return graph.outputs, index
+
+    def _staging(self, slot: Slot, pixel_values: torch.Tensor) -> AbstractContextManager[None]:
+        """Where to fill the slot: beside the replays if the pixels come from the CPU."""
+        if self._copy_stream is None or pixel_values.is_cuda:
+            return nullcontext()
+        return slot.staging_on(self._copy_stream)
+
+    def _wanted(
+        self, names: Collection[str] | None, out: Mapping[str, torch.Tensor] | None
+    ) -> tuple[str, ...]:
+        if names is None:
+            names = self._output_specs if out is None else out
+        unknown = sorted(set(names) - self._output_specs.keys())
+        if unknown:
+            raise ValueError(
+                f"execute: no output is named {', '.join(unknown)}; the outputs are "
+                f"{', '.join(self._output_specs)}"
+            )
+        if out is not None and set(names) != set(out):
+            raise ValueError(
+                f"execute: names={sorted(names)} but out has {sorted(out)}; pass one of them"
+            )
+        return tuple(name for name in self._output_specs if name in names)
+
+    def _empty(self, names: Sequence[str], call: PlannedCall) -> dict[str, torch.Tensor]:
+        shapes = result_rows(self._output_specs, names, call.offsets)
+        return {
+            name: torch.empty(
+                shape, dtype=self._output_specs[name].dtype, device=self._encoder.device
+            )
+            for name, shape in shapes.items()
+        }
+
+    def _pruned_eagerly(
+        self,
+        call: PlannedCall,
+        pixel_values: torch.Tensor,
+        grid: Sequence[Grid],
+        pruning: Pruning,
+        out: Mapping[str, torch.Tensor] | None,
+        names: Collection[str] | None,
+    ) -> dict[str, torch.Tensor]:
+        """A call with pruning on graphs that were recorded without it; outputs as if they had."""
+        if out is not None or names is not None:
+            raise ValueError(
+                "execute: out and names serve pruned calls only if pruning is in the graphs; "
+                "capture with pruning, or leave them out"
+            )
+        outputs: dict[str, torch.Tensor] = {}
+        for batch in call.batches:
+            packed, _ = self._run(batch, call, pixel_values, grid, pruning)
+            outputs.update(packed)
+        return outputs or self._encoder.eager_forward(pixel_values, [], pruning)
+
+    def _scatter(
+        self,
+        results: dict[str, torch.Tensor],
+        call: PlannedCall,
+        pixel_values: torch.Tensor,
+        grid: Sequence[Grid],
+        pruning: Pruning | None,
+    ) -> dict[str, torch.Tensor]:
+        """Run all batches and put their rows into `results`."""
+        for batch in call.batches:
+            packed, _ = self._run(batch, call, pixel_values, grid, pruning)
+            scatter_rows(results, packed, self._output_specs, call.offsets, batch.runs)
+        return results
+
+    @contextmanager
+    def _serving(self, operation: str) -> Iterator[CapturedLadder]:
+        """One call: alone, on the encoder's device, after the previous call's stream."""
+        device = self._encoder.device
+        with ExitStack() as stack:
+            stack.enter_context(self.lock)
+            ladder = self._ladder_or_raise(operation)
+            stack.enter_context(torch.no_grad())
+            if device.type == "cuda":
+                stack.enter_context(torch.cuda.device(device))
+                stream = torch.cuda.current_stream(device)
+                if self._last_stream is not None and stream != self._last_stream:
+                    stream.wait_stream(self._last_stream)
+                self._last_stream = stream
+            yield ladder
+
+    def _ladder_or_raise(self, operation: str) -> CapturedLadder:
+        if self.ladder is None:
+            raise RuntimeError(f"{operation}: nothing is captured; call capture() first")
+        return self.ladder
