@@ -3,7 +3,8 @@
 Everything that depends on the batch is read on the device, from the grid table, so the same calls
 can be recorded once and replayed for every batch that fits. Nothing here synchronises or moves
 data to or from the host. Rows past the live ones are finite in the residual stream and in every
-intermediate: norms write zeros there, and attention writes into a buffer that starts zero.
+intermediate: norms write zeros there, and what attention, gating and large matrix products leave
+alone starts zero.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ import torch
 from ..capture import RungLimits
 from ..kernels.attention import varlen_attention
 from ..kernels.layout import Layout, layout
-from ..kernels.linear import linear
+from ..kernels.linear import choose_backend, linear
 from ..kernels.norm import norm
 from ..kernels.patch_embed import patch_embed
 from ..kernels.residual import residual
@@ -44,17 +45,33 @@ class Batch:
 
 
 class _Workspace:
-    """Intermediates of one forward, shared by all blocks."""
+    """Intermediates of one forward, shared by all blocks.
+
+    Padding rows that their writers leave alone start as zeros, since readers multiply them:
+    attention reads qkv up to a tile past its last segment, a GEMM all rows or up to a tile past
+    the live ones.
+    """
 
     def __init__(self, weights: TowerWeights, x: torch.Tensor):
         spec, T = weights.spec, x.shape[0]
+        block = weights.blocks[0]
+        is_gated = spec.mlp == "gated"
         self.normed = torch.empty_like(x)
-        self.qkv = x.new_empty(T, 3, spec.num_heads, spec.head_dim)
-        # attention leaves the padding rows alone, and a GEMM reads them
+        self.qkv = _output(x, block.qkv_weight, None).view(T, 3, spec.num_heads, spec.head_dim)
         self.attended = x.new_zeros(T, spec.num_heads, spec.head_dim)
-        up = weights.blocks[0].up_weight.shape[0]
-        self.up = x.new_empty(T, up)
-        self.gated = x.new_empty(T, up // 2) if spec.mlp == "gated" else self.up
+        if is_gated:
+            # gating reads live rows only, and writes no others
+            self.up = x.new_empty(T, block.up_weight.shape[0])
+            self.gated = x.new_zeros(T, block.down_weight.shape[1])
+        else:
+            self.up = self.gated = _output(x, block.up_weight, spec.activation)
+
+
+def _output(x: torch.Tensor, weight: torch.Tensor, activation: str | None) -> torch.Tensor:
+    """Buffer for `linear(x, weight)`, zero if that leaves padding rows alone."""
+    (T, K), N = x.shape, weight.shape[0]
+    backend, _ = choose_backend(T, N, K, x.dtype, x.device, activation, has_residual=False)
+    return x.new_empty(T, N) if backend == "library" else x.new_zeros(T, N)
 
 
 def tower_forward(
@@ -71,7 +88,8 @@ def tower_forward(
         weights: Prepared weights.
         batch: What to encode.
         outputs: "last_hidden_state" [T, D], "pooler_output" [T/4, out] and, for each deepstack
-            merger, "deepstack_0".. [T/4, out]; live rows first, padding finite.
+            merger, "deepstack_0".. [T/4, out]; live rows first. Padding rows are finite, or as
+            they were where a large matrix product leaves them alone.
         attention: Backend of the blocks that attend over whole frames.
         states: Block index to [T, D] tensors that take the stream after those blocks.
     """
@@ -138,7 +156,7 @@ def _attend(
         x, block.norm1_weight, block.norm1_bias, spec.eps,
         kind=spec.norm, offset=block.norm1_offset, live_rows=live, out=work.normed,
     )  # fmt: skip
-    linear(work.normed, block.qkv_weight, block.qkv_bias, out=work.qkv.flatten(1))
+    linear(work.normed, block.qkv_weight, block.qkv_bias, out=work.qkv.flatten(1), live_rows=live)
     scale = spec.head_dim**-0.5
     q, k, v = work.qkv.unbind(1)
     if in_windows:
@@ -152,7 +170,7 @@ def _attend(
             q, k, v, plan.cu_seqlens,
             max_seqlen=max_seqlen, scale=scale, out=work.attended, backend=attention,
         )  # fmt: skip
-    linear(work.attended.flatten(1), block.proj_weight, residual=x)
+    linear(work.attended.flatten(1), block.proj_weight, residual=x, live_rows=live)
 
 
 def _mlp(
@@ -164,11 +182,14 @@ def _mlp(
         kind=spec.norm, offset=block.norm2_offset, live_rows=live, out=work.normed,
     )  # fmt: skip
     if spec.mlp == "gated":
-        linear(work.normed, block.up_weight, block.up_bias, out=work.up)
-        swiglu(work.up, out=work.gated, live_rows=None)
+        linear(work.normed, block.up_weight, block.up_bias, out=work.up, live_rows=live)
+        swiglu(work.up, out=work.gated, live_rows=live)
     else:
-        linear(work.normed, block.up_weight, block.up_bias, activation=spec.activation, out=work.up)
-    linear(work.gated, block.down_weight, residual=x)
+        linear(
+            work.normed, block.up_weight, block.up_bias,
+            activation=spec.activation, out=work.up, live_rows=live,
+        )  # fmt: skip
+    linear(work.gated, block.down_weight, residual=x, live_rows=live)
 
 
 def _merge(
@@ -191,8 +212,12 @@ def _merge(
         live_group=spec.patches_per_token if joined_before else 1,
     )  # fmt: skip
     joined = normed.view(-1, spec.hidden_size * spec.patches_per_token)
-    hidden = linear(joined, merger.fc1_weight, merger.fc1_bias, activation="gelu_erf")
-    linear(hidden, merger.fc2_weight, merger.fc2_bias, out=out)
+    live = plan.live_tokens
+    hidden = linear(
+        joined, merger.fc1_weight, merger.fc1_bias,
+        activation="gelu_erf", out=_output(joined, merger.fc1_weight, "gelu_erf"), live_rows=live,
+    )  # fmt: skip
+    linear(hidden, merger.fc2_weight, merger.fc2_bias, out=out, live_rows=live)
 
 
 def output_shapes(spec: EncoderSpec, num_patches: int) -> dict[str, tuple[int, int]]:

@@ -84,7 +84,12 @@ def _compile_here(
             f"inspect: {kernel.__name__} takes {names}; without a type or value: "
             f"{sorted(missing)}; not an argument: {sorted(unknown)}"
         )
-    source = ASTSource(
+    source_type = ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon import _runtime
+
+        source_type = _runtime.GluonASTSource
+    source = source_type(
         kernel,
         signature={n: "constexpr" if n in constexprs else signature[n] for n in names},
         constexprs={(names.index(n),): v for n, v in constexprs.items()},
@@ -123,9 +128,9 @@ def inspect(
     """Compile `kernel` for compute capability `capability` and report on the machine code.
 
     Args:
-        kernel: A `@triton.jit` function at the top level of an importable module.
+        kernel: A `@triton.jit` or `@gluon.jit` function at the top level of an importable module.
         signature: Type of every argument that is not a constexpr: "*bf16", "i32", "fp32",
-            "tensordesc<bf16[128,64]>".
+            "tensordesc<bf16[128,64]>"; for Gluon with the `repr` of a layout after the shape.
         constexprs: Value of every constexpr; `None` for a pointer that is not passed.
         divisible: Integer arguments that are multiples of 16. Pointers always count as aligned
             to 16 bytes; without this, loads compile narrow.
@@ -142,8 +147,10 @@ def inspect(
         "options": options,
         "capability": capability,
     }
+    from triton import knobs
     from triton.runtime.jit import JITFunction
 
-    if isinstance(kernel, JITFunction):
+    # a Gluon kernel is never decorated for the interpreter, but what it calls is
+    if isinstance(kernel, JITFunction) and not knobs.runtime.interpret:
         return _compile_here(kernel, **request)
     return _helper().submit(_compile, kernel.fn.__module__, kernel.__name__, request).result()

@@ -12,10 +12,12 @@ rows rounded up to the config's `block_m`, and at most T. The rows between are c
 whatever x holds there (and added to whatever the residual holds); rows after them are untouched.
 
 With 16-byte aligned rows on compute capability 9.0 and newer, tiles go through TMA descriptors
-made on the host; otherwise through masked pointers. Order of tiles as in
+made on the host; otherwise through masked pointers. A `HopperConfig` asks for the kernel of
+gemm_hopper.py, which computes the same for 16-bit operands on 9.0. Order of tiles as in
 https://triton-lang.org/main/getting-started/tutorials/03-matrix-multiplication.html
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -26,7 +28,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .activation import Activation, activation_ref, apply_activation
-from .dispatch import use_reference
+from .dispatch import is_interpreting, use_reference
+from .gemm_tuning import HopperConfig
 from .roofline import Cost
 from .rows import ceil_div, check_live_rows, num_sms
 
@@ -222,10 +225,51 @@ def _can_use_tma(*matrices: torch.Tensor) -> bool:
     first = matrices[0]
     if first.is_cuda and torch.cuda.get_device_capability(first.device) < (9, 0):
         return False
+    return is_aligned(*matrices)
+
+
+@functools.cache
+def _gluon_reason() -> str | None:
+    if is_interpreting():
+        return "Gluon has no interpreter; unset TRITON_INTERPRET"
+    try:
+        from . import gemm_hopper  # noqa: F401
+    except (ImportError, AttributeError) as error:
+        return f"Triton {triton.__version__} lacks what its kernel is written in ({error})"
+    return None
+
+
+def hopper_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernel of gemm_hopper.py cannot run there in `dtype`; None if it can."""
+    if device.type != "cuda":
+        return f"it needs compute capability 9.0, and the device is {device}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != (9, 0):
+        return f"it needs compute capability 9.0, and {device} has {capability[0]}.{capability[1]}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it multiplies fp16 and bf16, not {dtype}"
+    return _gluon_reason()
+
+
+def is_aligned(*matrices: torch.Tensor) -> bool:
+    """True if rows of all `matrices` start at multiples of 16 bytes, as TMA needs."""
     return all(
         m.data_ptr() % 16 == 0 and m.stride(0) * m.itemsize % 16 == 0 and m.stride(1) == 1
         for m in matrices
     )
+
+
+def _check_hopper(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> None:
+    if reason := hopper_reason(x.device, x.dtype):
+        raise ValueError(
+            f"gemm: a HopperConfig cannot run here: {reason}; pass a GemmConfig or config=None"
+        )
+    if not is_aligned(x, weight, y):
+        raise ValueError(
+            "gemm: a HopperConfig needs rows that start at multiples of 16 bytes, got strides "
+            f"{x.stride()}, {weight.stride()} and {y.stride()} of {x.itemsize}-byte elements; pass "
+            "a GemmConfig or config=None"
+        )
 
 
 def gemm(
@@ -237,7 +281,7 @@ def gemm(
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     live_rows: torch.Tensor | None = None,
-    config: GemmConfig | None = None,
+    config: GemmConfig | HopperConfig | None = None,
 ) -> torch.Tensor:
     """`activation(x @ weight.T + bias)`, into `out`, or added to `residual` in place.
 
@@ -252,7 +296,8 @@ def gemm(
 
     Raises:
         ValueError: shapes disagree, elements of a row are not adjacent, both `out` and `residual`
-            are given, or an activation is unknown.
+            are given, an activation is unknown, or a `HopperConfig` does not suit the operands
+            or the device.
         TypeError: dtypes or devices disagree, or the dtype is none of fp32, fp16, bf16.
     """
     check_arguments("gemm", x, weight, bias, activation, residual, out, live_rows)
@@ -270,6 +315,17 @@ def gemm(
         return y
     sms = num_sms(x.device)
     config = config or gemm_config(M, N, K, x.dtype, sms)
+    tiles = ceil_div(M, config.block_m) * ceil_div(N, config.block_n)
+    if isinstance(config, HopperConfig):
+        _check_hopper(x, weight, y)
+        from .gemm_hopper import launch
+
+        launch(
+            x, weight, bias, y, live_rows,
+            activation=activation, has_residual=residual is not None, config=config,
+            programs=min(sms, tiles),
+        )  # fmt: skip
+        return y
     bm, bn, bk = config.block_m, config.block_n, config.block_k
     use_tma = _can_use_tma(x, weight, y)
     operands: tuple[Any, Any, Any] = (x, weight, y)
@@ -279,7 +335,6 @@ def gemm(
             TensorDescriptor.from_tensor(m, block)
             for m, block in zip(operands, blocks, strict=True)
         )
-    tiles = ceil_div(M, bm) * ceil_div(N, bn)
     kernel: Any = _gemm_kernel[(min(sms * config.programs_per_sm, tiles),)]
     kernel(
         operands[0], operands[1], bias, operands[2], live_rows,

@@ -6,7 +6,7 @@
          position           [T, 4] int32    (row, column, grid height, grid width) of each tower row
          source             [T] int32       pixel row that each tower row holds
          cos, sin           [T, D/2] fp32   axial rope: D/4 row angles, then D/4 column angles
-         live               [4] int32       live patches, items, frames, windows
+         live               [5] int32       live patches, items, frames, windows, tokens
 
 I, T, S and W are capacities; what is live is read from the table, so one launch recorded in a graph
 serves every batch that fits. Pixel rows come in merge-block order: frame, block row, block column,
@@ -48,6 +48,11 @@ class Layout:
     def live_rows(self) -> torch.Tensor:
         """Number of live patches, int32 [1] on the device."""
         return self.live[:1]
+
+    @property
+    def live_tokens(self) -> torch.Tensor:
+        """Number of live tokens (merge blocks), int32 [1] on the device."""
+        return self.live[4:]
 
 
 def num_windows(h: int, w: int, window: int) -> int:
@@ -95,7 +100,7 @@ def layout_ref(
     sources.append(torch.arange(start, num_rows))
     position = torch.cat(positions).int()
     angle = (position[:, :2, None].to(inv_freq.dtype) * inv_freq.cpu()).flatten(1)
-    live = torch.tensor([start, len(grids), len(frame_sizes), len(window_sizes)])
+    live = [start, len(grids), len(frame_sizes), len(window_sizes), start // merge**2]
     device = grid.device
     return Layout(
         _offsets(frame_sizes, num_frames).to(device),
@@ -104,7 +109,7 @@ def layout_ref(
         torch.cat(sources).int().to(device),
         angle.cos().to(device),
         angle.sin().to(device),
-        live.int().to(device),
+        torch.tensor(live, dtype=torch.int32, device=device),
     )
 
 
@@ -227,7 +232,7 @@ def _layout_kernel(
     source_ptr,  # [T]
     cos_ptr,  # [T, HALF]
     sin_ptr,  # [T, HALF]
-    live_ptr,  # [4]
+    live_ptr,  # [5]
     num_items, num_rows, num_frames, num_windows,
     MERGE: tl.constexpr, WINDOW: tl.constexpr, HALF: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_HALF: tl.constexpr,
@@ -266,6 +271,7 @@ def _layout_kernel(
             tl.store(live_ptr + 1, items)
             tl.store(live_ptr + 2, total)
             tl.store(live_ptr + 3, windows)
+            tl.store(live_ptr + 4, rows // (MERGE * MERGE))
     else:
         if WINDOW > 0:
             k = (pid - row_programs - frame_programs) * BLOCK + lanes
@@ -332,7 +338,7 @@ def layout(
         empty(num_rows),
         empty(num_rows, half, dtype=torch.float32),
         empty(num_rows, half, dtype=torch.float32),
-        empty(4),
+        empty(5),
     )
     programs = triton.cdiv(num_rows, BLOCK) + triton.cdiv(num_frames + 1, BLOCK)
     if window:

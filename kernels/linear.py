@@ -5,41 +5,94 @@
 
 x [T, K], weight [N, K], bias [N], y and residual [T, N], all of one dtype.
 
-`backend="library"` is cuBLAS: fastest for a known number of rows, with bias and tanh-GELU in its
-epilogue. It computes all T rows whatever `live_rows` says; other activations are a second pass,
-over live rows only. Through PyTorch it cannot add a bias and a residual in one call: leave the bias
-out and add the sum of the biases left out to what reads the residual, or use the other backend.
+`backend="library"` is cuBLAS: fastest for few rows, with bias and tanh-GELU in its epilogue. It
+computes all T rows whatever `live_rows` says; other activations are a second pass, over live rows
+only. Through PyTorch it cannot add a bias and a residual in one call: leave the bias out and add
+the sum of the biases left out to what reads the residual, or use another backend.
 `backend="triton"` is `gemm.gemm`: every epilogue, and only live rows are computed.
+`backend="hopper"` is the kernel of gemm_hopper.py, for fp16 and bf16 on compute capability 9.0:
+every epilogue, only live rows, and faster than the others from some 16,000 rows.
+`backend="auto"` is "hopper" where `choose_backend` finds it the faster, else "library". It takes
+the epilogues of the library only, so that no call fails for its number of rows.
+
+**Rows past the live ones**: "library" writes all of them. "triton" and "hopper" write live rows
+rounded up to the tile's `block_m`, from whatever x holds there, and leave later ones untouched, in
+a new tensor uninitialised. Whoever multiplies such rows has to have filled them before.
 
 CPU tensors are computed by plain PyTorch operations, except `backend="triton"` under the
-interpreter.
+interpreter; "hopper" refuses them.
 """
 
 import torch
 
 from .activation import activation_
-from .gemm import check_arguments, cost, gemm, gemm_ref, write_reference
+from .gemm import (
+    check_arguments,
+    cost,
+    gemm,
+    gemm_ref,
+    hopper_reason,
+    is_aligned,
+    write_reference,
+)
+from .gemm_tuning import HopperConfig, hopper_tile, tile_by_waves
+from .rows import num_sms
 
-__all__ = ["BACKENDS", "cost", "linear", "linear_op", "linear_ref", "linear_residual_op"]
+__all__ = [
+    "BACKENDS",
+    "choose_backend",
+    "cost",
+    "linear",
+    "linear_op",
+    "linear_ref",
+    "linear_residual_op",
+]
 
-BACKENDS = ("library", "triton")
+BACKENDS = ("auto", "library", "triton", "hopper")
 
 linear_ref = gemm_ref
 
 
+def choose_backend(
+    M: int,
+    N: int,
+    K: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    activation: str | None,
+    has_residual: bool,
+) -> tuple[str, HopperConfig | None]:
+    """What "auto" stands for, ("library", None) or ("hopper", tile), by gemm_tuning.py.
+
+    It depends on nothing but the arguments, so a recorded call and an eager one on the same padded
+    shape are computed alike. `M` counts all rows, not the live ones. Operands are taken to be
+    contiguous; `linear` goes to the library where one is not aligned to 16 bytes.
+    """
+    # the cheapest questions first: small calls are made in great number
+    tile = None
+    if device.type == "cuda" and N % 8 == 0 and K % 8 == 0:
+        tile = hopper_tile(M, N, K, activation, has_residual, num_sms(device))
+    if tile is None or hopper_reason(device, dtype) is not None:
+        return "library", None
+    return "hopper", tile
+
+
 def _check_library_epilogue(
-    bias: torch.Tensor | None, activation: str | None, residual: torch.Tensor | None
+    backend: str,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    residual: torch.Tensor | None,
 ) -> None:
     if residual is None:
         return
     if bias is not None:
         raise ValueError(
-            "linear: backend='library' cannot add a bias to a residual in place; pass bias=None "
+            f"linear: backend={backend!r} cannot add a bias to a residual in place; pass bias=None "
             "and add the bias where the residual is read, or use backend='triton'"
         )
     if activation is not None:
         raise ValueError(
-            f"linear: backend='library' cannot add activation={activation!r} of a product to a "
+            f"linear: backend={backend!r} cannot add activation={activation!r} of a product to a "
             "residual in place; use backend='triton'"
         )
 
@@ -53,7 +106,7 @@ def linear(
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     live_rows: torch.Tensor | None = None,
-    backend: str = "library",
+    backend: str = "auto",
 ) -> torch.Tensor:
     """`activation(x @ weight.T + bias)`, into `out`, or added to `residual` in place.
 
@@ -64,11 +117,12 @@ def linear(
         out: [T, N] to write; a new tensor if None.
         live_rows: int32 [1] on the device; rows from there on are of no interest. What they hold
             afterwards depends on the backend (module docstring).
-        backend: "library" or "triton".
+        backend: "auto", "library", "triton" or "hopper".
 
     Raises:
         ValueError: shapes disagree, elements of a row are not adjacent, an unknown activation or
-            backend, both `out` and `residual`, or an epilogue that the library does not have.
+            backend, both `out` and `residual`, an epilogue that the library does not have ("auto"
+            and "library"), or "hopper" where it cannot run.
         TypeError: dtypes or devices disagree.
     """
     if backend not in BACKENDS:
@@ -78,7 +132,26 @@ def linear(
             x, weight, bias, activation=activation, residual=residual, out=out, live_rows=live_rows
         )
     check_arguments("linear", x, weight, bias, activation, residual, out, live_rows)
-    _check_library_epilogue(bias, activation, residual)
+    (M, K), N, has_residual = x.shape, weight.shape[0], residual is not None
+    tile = None
+    if backend == "hopper":
+        if reason := hopper_reason(x.device, x.dtype):
+            raise ValueError(f"linear: backend='hopper' cannot run here: {reason}; use 'auto'")
+        sms = num_sms(x.device)
+        tile = hopper_tile(M, N, K, activation, has_residual, sms)
+        tile = tile or tile_by_waves(M, N, K, activation, sms)
+    else:
+        _check_library_epilogue(backend, bias, activation, residual)
+    if backend == "auto":
+        _, tile = choose_backend(M, N, K, x.dtype, x.device, activation, has_residual)
+        given = (m for m in (x, weight, residual, out) if m is not None)
+        if tile is not None and not is_aligned(*given):
+            tile = None
+    if tile is not None:
+        return gemm(
+            x, weight, bias, activation=activation, residual=residual, out=out, live_rows=live_rows,
+            config=tile,
+        )  # fmt: skip
     if not x.is_cuda:
         return write_reference(x, weight, bias, activation, residual, out)
     if residual is not None:
@@ -101,14 +174,14 @@ def linear_op(
     bias: torch.Tensor | None = None,
     activation: str | None = None,
     live_rows: torch.Tensor | None = None,
-    backend: str = "library",
+    backend: str = "auto",
 ) -> torch.Tensor:
     """`linear` into a new tensor as a registered operator."""
     return linear(x, weight, bias, activation=activation, live_rows=live_rows, backend=backend)
 
 
 @linear_op.register_fake
-def _(x, weight, bias=None, activation=None, live_rows=None, backend="library"):
+def _(x, weight, bias=None, activation=None, live_rows=None, backend="auto"):
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
@@ -120,7 +193,7 @@ def linear_residual_op(
     bias: torch.Tensor | None = None,
     activation: str | None = None,
     live_rows: torch.Tensor | None = None,
-    backend: str = "library",
+    backend: str = "auto",
 ) -> None:
     """`linear` added to `residual` in place as a registered operator."""
     linear(
@@ -130,5 +203,5 @@ def linear_residual_op(
 
 
 @linear_residual_op.register_fake
-def _(residual, x, weight, bias=None, activation=None, live_rows=None, backend="library"):
+def _(residual, x, weight, bias=None, activation=None, live_rows=None, backend="auto"):
     return None

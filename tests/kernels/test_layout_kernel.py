@@ -60,7 +60,8 @@ def test_definition_by_hand():
     assert windows.cu_window_seqlens.tolist() == [0, 16, 24, 24]
     assert windows.source.tolist() == [*range(8), *range(12, 20), *range(8, 12), *range(20, 24)]
     assert windows.position[16].tolist() == [0, 4, 4, 6]
-    assert windows.live.tolist() == [24, 1, 1, 2]
+    assert windows.live.tolist() == [24, 1, 1, 2, 6]
+    assert windows.live_tokens.tolist() == [6]
 
 
 def test_tails_are_monotone(device):

@@ -1,0 +1,352 @@
+"""The matrix product of gemm.py for compute capability 9.0, one role a group of warps.
+
+One warp starts the TMA copies of x and weight into a ring of stages; two groups of four warps
+multiply. Each has tiles of its own and they take turns at the tensor cores: while one works
+through its epilogue (activation, residual, rounding, store) the other multiplies.
+
+A tile is `block_n` = 2^a or 2^a + 2^b columns wide, in one or two accumulators: 192 columns divide
+widths such as 1152 that no power of two above 128 does.
+
+Written in Gluon (`triton.experimental.gluon`), which has no interpreter: it runs on the GPU or not
+at all. What it computes, and which rows it writes, is said in gemm.py.
+"""
+
+from typing import Any
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .activation import apply_activation
+from .gemm_tuning import HopperConfig
+
+# columns of the output that are stored at a time: 128 bytes, the widest swizzle
+STORE_N = 64
+BLOCK_K = 64
+BUFFERS = 2  # parts of the output that are staged for every group
+GROUP_M = 8  # tiles of rows that share a column of weight tiles before the next is started
+# with the warp of the loads, three times four warps share 65536 of them
+MAX_REGISTERS = 168
+
+# Triton 3.7 renamed both
+_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
+
+@gluon.jit
+def _live_tiles(live_ptr, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    live = M
+    if live_ptr is not None:
+        live = gl.minimum(gl.load(live_ptr), M)
+    return gl.cdiv(live, BLOCK_M), gl.cdiv(N, BLOCK_N)
+
+
+@gluon.jit
+def _tile_start(
+    tile, tiles_m, tiles_n, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr
+):
+    group = GROUP_M * tiles_n
+    first_m = (tile // group) * GROUP_M
+    rows = gl.minimum(tiles_m - first_m, GROUP_M)
+    return (first_m + (tile % group) % rows) * BLOCK_M, ((tile % group) // rows) * BLOCK_N
+
+
+@gluon.jit
+def _produce(
+    x,
+    weight,
+    weight_tail,
+    live_ptr,
+    M,
+    N,
+    K,
+    x_ring,  # [STAGES, BLOCK_M, BLOCK_K]
+    weight_ring,  # [STAGES, HEAD, BLOCK_K]
+    tail_ring,  # [STAGES, BLOCK_N - HEAD, BLOCK_K], or weight_ring
+    empty,  # barrier of every stage: consumed
+    full,  # barrier of every stage: arrived
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    GROUP_M: gl.constexpr,
+):
+    STAGES: gl.constexpr = x_ring.shape[0]
+    STEP_K: gl.constexpr = x_ring.shape[2]
+    HEAD: gl.constexpr = weight_ring.shape[1]
+    BYTES: gl.constexpr = (BLOCK_M + BLOCK_N) * STEP_K * 2
+    tiles_m, tiles_n = _live_tiles(live_ptr, M, N, BLOCK_M, BLOCK_N)
+    step = 0
+    for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+        start_m, start_n = _tile_start(tile, tiles_m, tiles_n, BLOCK_M, BLOCK_N, GROUP_M)
+        for start_k in range(0, K, STEP_K):
+            stage = step % STAGES
+            # a fresh barrier counts as having completed the phase before its first
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            arrived = full.index(stage)
+            mbarrier.expect(arrived, BYTES)
+            _load(x, [start_m, start_k], arrived, x_ring.index(stage))
+            _load(weight, [start_n, start_k], arrived, weight_ring.index(stage))
+            if HEAD < BLOCK_N:
+                _load(weight_tail, [start_n + HEAD, start_k], arrived, tail_ring.index(stage))
+            step += 1
+
+
+@gluon.jit
+def _columns(acc, COUNT: gl.constexpr):
+    """Tuple of `COUNT` tiles that lie side by side in `acc`; moves no data between threads."""
+    if COUNT == 1:
+        return (acc,)
+    else:
+        halves = acc.reshape([acc.shape[0], 2, acc.shape[1] // 2]).permute(0, 2, 1).split()
+        return _columns(halves[0], COUNT // 2) + _columns(halves[1], COUNT // 2)
+
+
+@gluon.jit
+def _load_residual(
+    part, out, start_m, start_n, buffers, arrived, GROUP: gl.constexpr, PARTS: gl.constexpr,
+    BUFFERS: gl.constexpr,
+):  # fmt: skip
+    WIDTH: gl.constexpr = buffers.shape[2]
+    barrier = arrived.index(GROUP * PARTS + part)
+    mbarrier.expect(barrier, out.block_type.nbytes)
+    buffer = buffers.index(GROUP * BUFFERS + part % BUFFERS)
+    _load(out, [start_m, start_n + part * WIDTH], barrier, buffer)
+
+
+@gluon.jit
+def _finish(
+    parts,
+    bias_ptr,
+    out,
+    N,
+    start_m,
+    start_n,
+    buffers,
+    arrived,
+    phase,
+    LAYOUT: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
+    GROUP: gl.constexpr,
+    BUFFERS: gl.constexpr,
+):
+    PARTS: gl.constexpr = len(parts)
+    WIDTH: gl.constexpr = buffers.shape[2]
+    for i in gl.static_range(PARTS):
+        if HAS_RESIDUAL and i > 0 and i - 1 + BUFFERS < PARTS:
+            # the buffer that the part before was stored from serves a later part
+            tma.store_wait(0)
+            _load_residual(
+                i - 1 + BUFFERS, out, start_m, start_n, buffers, arrived, GROUP, PARTS, BUFFERS
+            )
+        y = gl.convert_layout(parts[i], LAYOUT)
+        if bias_ptr is not None:
+            offs_n = start_n + i * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
+            bias = gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
+            y += bias.to(gl.float32)[None, :]
+        y = apply_activation(y, ACTIVATION)
+        buffer = buffers.index(GROUP * BUFFERS + i % BUFFERS)
+        if HAS_RESIDUAL:
+            mbarrier.wait(arrived.index(GROUP * PARTS + i), phase)
+            y += buffer.load(LAYOUT).to(gl.float32)
+        else:
+            # the order of the buffers starts anew with every tile
+            tma.store_wait(BUFFERS - 1 if i > 0 else 0)
+        buffer.store(y.to(out.dtype))
+        fence_async_shared()
+        _store(out, [start_m, start_n + i * WIDTH], buffer)
+
+
+@gluon.jit
+def _consume(
+    bias_ptr,
+    out,
+    live_ptr,
+    M,
+    N,
+    K,
+    x_ring,
+    weight_ring,
+    tail_ring,
+    empty,
+    full,
+    buffers,  # [2 * BUFFERS, BLOCK_M, STORE_N]: parts of the output, first of the residual
+    arrived,  # barrier of every part of every group: residual arrived
+    turn,  # barrier of every group: the other has started its last products
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    GROUP_M: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
+    NUM_WARPS: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    STAGES: gl.constexpr = x_ring.shape[0]
+    STEP_K: gl.constexpr = x_ring.shape[2]
+    HEAD: gl.constexpr = weight_ring.shape[1]
+    TAIL: gl.constexpr = BLOCK_N - HEAD
+    TAIL_RING: gl.constexpr = tail_ring.shape[1]
+    WIDTH: gl.constexpr = buffers.shape[2]
+    BUFFERS: gl.constexpr = buffers.shape[0] // 2
+    PARTS: gl.constexpr = BLOCK_N // WIDTH
+    HEAD_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, HEAD, 16])
+    TAIL_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [NUM_WARPS, 1], [16, TAIL_RING, 16]
+    )
+    PART_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, WIDTH, 16])
+    tiles_m, tiles_n = _live_tiles(live_ptr, M, N, BLOCK_M, BLOCK_N)
+    steps = gl.cdiv(K, STEP_K)
+    programs = gl.num_programs(0)
+    step = GROUP * steps
+    phase = 0
+    for tile in range(gl.program_id(0) + GROUP * programs, tiles_m * tiles_n, 2 * programs):
+        start_m, start_n = _tile_start(tile, tiles_m, tiles_n, BLOCK_M, BLOCK_N, GROUP_M)
+        if HAS_RESIDUAL:
+            tma.store_wait(0)
+            for i in gl.static_range(min(BUFFERS, PARTS)):
+                _load_residual(i, out, start_m, start_n, buffers, arrived, GROUP, PARTS, BUFFERS)
+        # a barrier tells apart only neighbouring laps of the ring: the steps of the other group's
+        # tile have to have arrived before those of this one can be waited for
+        mbarrier.wait(turn.index(GROUP), phase ^ (1 - GROUP))
+        acc = gl.zeros([BLOCK_M, HEAD], gl.float32, HEAD_LAYOUT)
+        tail = acc
+        if TAIL:
+            tail = gl.zeros([BLOCK_M, TAIL], gl.float32, TAIL_LAYOUT)
+        for i in range(steps):
+            stage = step % STAGES
+            mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+            a = x_ring.index(stage)
+            acc = warpgroup_mma(a, weight_ring.index(stage).permute((1, 0)), acc, is_async=True)
+            # products of this step are left to run; those of the step before are done
+            if TAIL:
+                b = tail_ring.index(stage).permute((1, 0))
+                tail = warpgroup_mma(a, b, tail, is_async=True)
+                acc, tail = warpgroup_mma_wait(2, deps=(acc, tail))
+            else:
+                acc = warpgroup_mma_wait(1, deps=(acc,))
+            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=i > 0)
+            step += 1
+        mbarrier.arrive(turn.index(1 - GROUP))
+        if TAIL:
+            acc, tail = warpgroup_mma_wait(0, deps=(acc, tail))
+            parts = _columns(acc, HEAD // WIDTH) + _columns(tail, TAIL // WIDTH)
+        else:
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            parts = _columns(acc, HEAD // WIDTH)
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
+        step += steps  # those of the other group's tile
+        _finish(
+            parts, bias_ptr, out, N, start_m, start_n, buffers, arrived, phase,
+            PART_LAYOUT, ACTIVATION, HAS_RESIDUAL, GROUP, BUFFERS,
+        )  # fmt: skip
+        phase ^= 1
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _gemm_hopper_kernel(
+    x,  # [M, K] descriptor
+    weight,  # [N, K] descriptor, blocks of HEAD rows
+    weight_tail,  # the same by blocks of BLOCK_N - HEAD rows, or None
+    bias_ptr,  # [N] or None
+    out,  # [M, N] descriptor; holds the residual if there is one
+    live_ptr,  # [1] int32 or None
+    M,
+    N,
+    K,
+    ACTIVATION: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    GROUP_M: gl.constexpr,
+    STAGES: gl.constexpr,
+    BUFFERS: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    STEP_K: gl.constexpr = x.block_shape[1]
+    HEAD: gl.constexpr = weight.block_shape[0]
+    TAIL: gl.constexpr = BLOCK_N - HEAD
+    WIDTH: gl.constexpr = out.block_shape[1]
+    PARTS: gl.constexpr = BLOCK_N // WIDTH
+    x_ring = gl.allocate_shared_memory(x.dtype, [STAGES, BLOCK_M, STEP_K], x.layout)
+    weight_ring = gl.allocate_shared_memory(x.dtype, [STAGES, HEAD, STEP_K], weight.layout)
+    if TAIL:
+        tail_ring = gl.allocate_shared_memory(x.dtype, [STAGES, TAIL, STEP_K], weight_tail.layout)
+    else:
+        tail_ring = weight_ring
+    buffers = gl.allocate_shared_memory(x.dtype, [2 * BUFFERS, BLOCK_M, WIDTH], out.layout)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    arrived = gl.allocate_shared_memory(gl.int64, [2 * PARTS, 1], mbarrier.MBarrierLayout())
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(turn.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(empty.index(i), count=1)
+        mbarrier.init(full.index(i), count=1)
+    if HAS_RESIDUAL:
+        for i in gl.static_range(2 * PARTS):
+            mbarrier.init(arrived.index(i), count=1)
+    fence_async_shared()
+    # written out: a tuple kept in a variable turns its constexprs into tensors
+    gl.warp_specialize(
+        [
+            (_consume, (
+                bias_ptr, out, live_ptr, M, N, K, x_ring, weight_ring, tail_ring, empty, full,
+                buffers, arrived, turn, BLOCK_M, BLOCK_N, GROUP_M, ACTIVATION,
+                HAS_RESIDUAL, num_warps, 0,
+            )),
+            (_consume, (
+                bias_ptr, out, live_ptr, M, N, K, x_ring, weight_ring, tail_ring, empty, full,
+                buffers, arrived, turn, BLOCK_M, BLOCK_N, GROUP_M, ACTIVATION,
+                HAS_RESIDUAL, num_warps, 1,
+            )),
+            (_produce, (
+                x, weight, weight_tail, live_ptr, M, N, K, x_ring, weight_ring, tail_ring,
+                empty, full, BLOCK_M, BLOCK_N, GROUP_M,
+            )),
+        ],
+        [num_warps, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+def launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    live_rows: torch.Tensor | None,
+    *,
+    activation: str | None,
+    has_residual: bool,
+    config: HopperConfig,
+    programs: int,
+) -> None:
+    """Launch on checked operands: 16-bit, 16-byte aligned rows, on compute capability 9.0."""
+    block_m, block_n = config.block_m, config.block_n
+    head = 1 << (block_n.bit_length() - 1)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+
+    def blocks(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+        return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)
+
+    kernel: Any = _gemm_hopper_kernel[(programs,)]
+    kernel(
+        blocks(x, block_m, BLOCK_K),
+        blocks(weight, head, BLOCK_K),
+        blocks(weight, block_n - head, BLOCK_K) if block_n > head else None,
+        bias, blocks(out, block_m, STORE_N), live_rows,
+        out.shape[0], out.shape[1], x.shape[1],
+        ACTIVATION=activation or "", HAS_RESIDUAL=has_residual,
+        BLOCK_M=block_m, BLOCK_N=block_n, GROUP_M=GROUP_M,
+        STAGES=config.num_stages, BUFFERS=BUFFERS,
+        num_warps=4, maxnreg=MAX_REGISTERS,
+    )  # fmt: skip

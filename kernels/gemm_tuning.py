@@ -1,0 +1,103 @@
+"""Which matrix product a linear layer takes on compute capability 9.0, as measured.
+
+One NVIDIA H200, Triton 3.6.0, PyTorch 2.11.0 with CUDA 13.0, 2026-11-21: bf16, calls in CUDA
+graphs, median of interleaved rounds, the kernel of gemm_hopper.py against cuBLAS and the passes
+that cuBLAS needs after it. At 256, 784,
+1568, 3136, 6272, 8192, 16384, 32768 and 65536 rows; the table names the faster tile from the first
+of these on at which it is no slower than cuBLAS with all rows live. With fewer live rows it gains,
+as cuBLAS computes them all.
+
+To extend it: add (first M, tile) to the entries of a shape, in ascending order of M; None as the
+tile names the library. A new tile goes into `SHIPPED` as well, which is what the tests go through.
+"""
+
+from dataclasses import dataclass
+
+from .rows import ceil_div
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """Tile [block_m, block_n] of each of the two groups of warps in gemm_hopper.py.
+
+    `block_m` is 64 or 128, `block_n` 2^a or 2^a + 2^b, a multiple of 64 up to 256. `num_stages`
+    steps of 64 along K are in flight.
+    """
+
+    block_m: int
+    block_n: int
+    num_stages: int
+
+
+# as deep a pipeline as 227 KiB of shared memory hold
+SQUARE = HopperConfig(128, 128, num_stages=5)
+WIDE = HopperConfig(128, 192, num_stages=4)
+SHIPPED = (SQUARE, WIDE)
+
+RESIDUAL = "residual"
+
+# (N, K, epilogue): (first M, tile), each up to the next; below the first the library
+TABLE: dict[tuple[int, int, str], tuple[tuple[int, HopperConfig | None], ...]] = {
+    # Qwen3-VL: qkv, proj, up, down
+    (3456, 1152, ""): ((3136, SQUARE), (6272, WIDE), (16384, SQUARE)),
+    (1152, 1152, RESIDUAL): ((8192, WIDE), (65536, SQUARE)),
+    (4304, 1152, "gelu_tanh"): ((3136, SQUARE), (32768, WIDE)),
+    (1152, 4304, RESIDUAL): ((16384, WIDE),),
+    # Qwen2.5-VL and Qwen2-VL: qkv, proj
+    (3840, 1280, ""): ((1568, SQUARE), (65536, WIDE)),
+    (1280, 1280, RESIDUAL): ((8192, SQUARE),),
+    # Qwen2.5-VL: gate and up, down
+    (6912, 1280, ""): (
+        (3136, WIDE), (6272, SQUARE), (16384, WIDE), (32768, SQUARE), (65536, WIDE),
+    ),
+    (1280, 3456, RESIDUAL): ((8192, SQUARE),),
+    # Qwen2-VL: up, down
+    (5120, 1280, "quick_gelu"): ((1568, SQUARE), (65536, WIDE)),
+    (1280, 5120, RESIDUAL): ((8192, SQUARE),),
+}  # fmt: skip
+
+# Every measured shape gains from here on, and those between them are taken to. Past them nothing is
+# known, and the library is used.
+MIN_M = 16384
+MEASURED_N = (1152, 6912)
+MEASURED_K = (1152, 5120)
+
+
+def epilogue_name(activation: str | None, has_residual: bool) -> str:
+    """The third part of a key of `TABLE`."""
+    return RESIDUAL if has_residual else activation or ""
+
+
+def shipped_tiles(activation: str | None) -> tuple[HopperConfig, ...]:
+    """Tiles whose registers hold this epilogue: that of the erf form spills from wide ones."""
+    return tuple(t for t in SHIPPED if activation != "gelu_erf" or t.block_n <= 128)
+
+
+def tile_by_waves(M: int, N: int, K: int, activation: str | None, num_sms: int) -> HopperConfig:
+    """`SQUARE` or `WIDE`, whose waves over `num_sms` multiprocessors take the shorter time."""
+
+    def time(config: HopperConfig) -> float:
+        tiles = ceil_div(M, config.block_m) * ceil_div(N, config.block_n)
+        # a wider tile reads less for each product, which shows where K is long
+        rate = 1.0 if config.block_n > 128 else 1.01 - min(K, 5120) / 5120 * 0.04
+        return ceil_div(tiles, num_sms) * config.block_m * config.block_n / rate
+
+    return min((t for t in (SQUARE, WIDE) if t in shipped_tiles(activation)), key=time)
+
+
+def hopper_tile(
+    M: int, N: int, K: int, activation: str | None, has_residual: bool, num_sms: int
+) -> HopperConfig | None:
+    """Tile for M rows by measurement, or between measurements by rule; None for the library.
+
+    A shape without an entry takes `tile_by_waves` if M, N and K lie within what was measured.
+    """
+    entries = TABLE.get((N, K, epilogue_name(activation, has_residual)))
+    if entries is not None:
+        chosen = None
+        for first, tile in entries:
+            if first <= M:
+                chosen = tile
+        return chosen
+    known = MEASURED_N[0] <= N <= MEASURED_N[1] and MEASURED_K[0] <= K <= MEASURED_K[1]
+    return tile_by_waves(M, N, K, activation, num_sms) if known and M >= MIN_M else None

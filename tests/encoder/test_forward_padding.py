@@ -1,0 +1,93 @@
+"""Padding rows of a padded batch, where matrix products compute live rows only.
+
+A stand-in for such products writes live rows rounded up to a tile and nothing else; fresh memory
+is NaN. Every row that a product or the attention may read has to be finite all the same.
+"""
+
+import pytest
+import torch
+import vitgraph.bench.towers_config as towers
+from vitgraph.capture import RungLimits
+from vitgraph.encoder import VisionEncoder, forward
+
+GRIDS = [(1, 4, 6), (2, 2, 4)]
+LIVE = 40
+TILE = 12  # rows: 48 of 88 patches and 12 of 22 tokens are written
+LIMITS = RungLimits(token_budget=22, max_patches=88, max_items=3, max_frames=4, max_windows=4)
+
+
+@pytest.fixture(params=["tiny-qwen3-vl", "tiny-qwen2.5-vl", "tiny-qwen2-vl"])
+def encoder(request):
+    hf = towers.empty_tower(towers.tower_config(request.param), device="cpu", dtype=torch.float32)
+    return VisionEncoder.from_hf(towers.boost_(hf, seed=0))
+
+
+def rows_read(live_rows, total):
+    return min(total, -(-int(live_rows) // TILE) * TILE)
+
+
+def partial_linear(x, weight, bias=None, *, live_rows, residual=None, out=None, activation=None):
+    read = rows_read(live_rows, len(x))
+    assert x[:read].isfinite().all()
+    y = forward_linear(x[:read], weight, bias, activation=activation)
+    if residual is None:
+        assert out is not None
+        out[:read] = y
+        return out
+    residual[:read] += y
+    assert residual.isfinite().all()
+    return residual
+
+
+def library_linear(x, weight, bias=None, *, live_rows, **epilogue):
+    assert x.isfinite().all()
+    return forward_linear(x, weight, bias, **epilogue)
+
+
+def checked_attention(q, k, v, *arguments, **options):
+    for tensor in (q, k, v):
+        assert tensor.isfinite().all()
+    forward_attention(q, k, v, *arguments, **options)
+
+
+forward_linear = forward.linear
+forward_attention = forward.varlen_attention
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["tiles", "tiles-and-library"])
+def test_padding_stays_finite(encoder, mixed, monkeypatch):
+    rows = torch.Generator().manual_seed(0)
+    pixels = torch.full((LIMITS.max_patches, encoder.spec.patch_values), torch.nan)
+    pixels[:LIVE] = torch.randn(LIVE, encoder.spec.patch_values, generator=rows)
+    want = encoder.eager_forward(pixels[:LIVE], GRIDS)
+
+    def linear(x, weight, bias=None, **options):
+        # products into the stream by the library, the others by tiles
+        by_library = mixed and options.get("residual") is not None
+        return (library_linear if by_library else partial_linear)(x, weight, bias, **options)
+
+    monkeypatch.setattr(forward, "linear", linear)
+    monkeypatch.setattr(forward, "varlen_attention", checked_attention)
+    monkeypatch.setattr(forward, "choose_backend", lambda *_, **__: ("hopper", None))
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+    grid = torch.tensor([*GRIDS, (0, 0, 0)], dtype=torch.int32)
+    outputs = {
+        name: torch.full(shape, torch.nan)
+        for name, shape in forward.output_shapes(encoder.spec, LIMITS.max_patches).items()
+    }
+    encoder.graph_forward({"pixel_values": pixels, "grid": grid}, outputs, LIMITS)
+    for name, value in want.items():
+        got = outputs[name][: len(value)]
+        torch.testing.assert_close(got, value, rtol=1e-4, atol=1e-4)
+    assert outputs["last_hidden_state"].isfinite().all()
+    # 10 live tokens, one tile
+    assert outputs["pooler_output"][TILE:].isnan().all()
+
+
+def poisoned(allocate):
+    def allocate_poisoned(*arguments, **options):
+        out = allocate(*arguments, **options)
+        return out.fill_(torch.nan) if out.is_floating_point() else out
+
+    return allocate_poisoned
