@@ -49,9 +49,14 @@ def write_json(
     path: str | Path, meta: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
 ) -> None:
     """Write {"meta": ..., "rows": [...]}, never half a file; NaN becomes null."""
+    write_content(path, {"meta": meta, "rows": rows})
+
+
+def write_content(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write `content` as JSON, never half a file; NaN becomes null."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"meta": _plain(meta), "rows": _plain(rows)}, indent=1, allow_nan=False)
+    text = json.dumps(_plain(content), indent=1, allow_nan=False)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_text(text + "\n")
     unfinished.replace(path)

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -116,10 +116,17 @@ def _conditions(encoder: SupportsEncoderCudaGraph) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "torch": torch.__version__,
         "cuda": torch.version.cuda if cuda else None,
-        "triton": version("triton"),
-        "vitgraph": version("vitgraph"),
+        "triton": _version("triton"),
+        "vitgraph": _version("vitgraph"),
         "encoder": encoder.fingerprint(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None  # run from a source tree that is not installed
 
 
 def _layouts(encoder: SupportsEncoderCudaGraph, rung: RungLimits) -> list[list[Grid]]:
@@ -144,7 +151,8 @@ def _time(device: torch.device, work: Callable[[], object]) -> float:
         start = time.perf_counter()
         work()
         if device.type == "cuda":
-            torch.cuda.synchronize(device)
+            # not the device: another thread may be recording on a stream of its own
+            torch.cuda.current_stream(device).synchronize()
         return time.perf_counter() - start
 
     once()

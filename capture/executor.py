@@ -12,6 +12,7 @@ from .cost import AssumedCosts, Costs
 from .protocol import Pruning, Rows, RungLimits, SupportsEncoderCudaGraph
 from .pruning import KEEP, KEEP_MASK, check_pruning, select_pruning, stage_pruning
 from .ranges import span
+from .rows import limit_of
 from .slots import Lease, Slot
 from .staging import (
     GRID,
@@ -57,6 +58,13 @@ class Executor:
                 f"{sorted(self._input_specs)}; it must name exactly {GRID} and {PIXELS}, or these "
                 f"with {KEEP} and {KEEP_MASK}"
             )
+        for name, spec in (*self._input_specs.items(), *self._output_specs.items()):
+            if spec.shape[0] < limit_of(spec.rows, largest):
+                raise ValueError(
+                    f"EncoderCudaGraphManager: {type(encoder).__name__} gives {name} "
+                    f"{list(spec.shape)} for up to {limit_of(spec.rows, largest)} {spec.rows}; "
+                    "its leading axis must have a row for each of them"
+                )
         self._kinds: set[Rows] = {"patches", "tokens"}
         self._kinds.update(spec.rows for spec in self._output_specs.values())
         self._planner: Planner | None = None

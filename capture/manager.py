@@ -17,6 +17,7 @@ from .memory import MemoryProfile, cap_rungs, profile_capture
 from .protocol import Pruning, RungLimits, SupportsEncoderCudaGraph
 from .refit import Refitter
 from .slots import Lease
+from .staging import Grid
 
 
 class EncoderCudaGraphManager:
@@ -158,6 +159,7 @@ class EncoderCudaGraphManager:
         """
         if self.ladder is None:
             raise RuntimeError("calibrate: nothing is captured; call capture() first")
+        self._refitter.wait()
         costs = load_costs(self._encoder, self.rungs) if use_cache else None
         if costs is None:
             with self._executor.lock:
@@ -167,6 +169,10 @@ class EncoderCudaGraphManager:
             costs = store_costs(self._encoder, self.rungs, samples)
         self._executor.use_costs(costs)
         return costs
+
+    def use_costs(self, costs: Costs) -> None:
+        """Dispatch by `costs` from now on: of an earlier calibration, or `AssumedCosts()`."""
+        self._executor.use_costs(costs)
 
     def refit(
         self,
@@ -179,7 +185,9 @@ class EncoderCudaGraphManager:
         """Fit the ladder to traffic and replace it while calls go on.
 
         New rungs are captured by another thread on a stream of its own; the new ladder is published
-        at once, and rungs that it lacks are freed when the device is done with them.
+        at once, and rungs that it lacks are freed when the device is done with them. Until the
+        future is done no thread may synchronise the whole device or draw random numbers on it
+        (CUDA refuses both beside a capture); synchronising streams is fine.
 
         Args:
             histogram: tokens of a call -> how often; None for the calls seen since capture.
@@ -257,6 +265,15 @@ class EncoderCudaGraphManager:
             As `execute`; reading a lease whose slot was taken again raises RuntimeError.
         """
         return self._executor.lease(pixel_values, grid_thw, pruning)
+
+    def run_on(
+        self, rung: RungLimits | None, pixel_values: torch.Tensor, grid: Sequence[Grid]
+    ) -> dict[str, torch.Tensor]:
+        """Items on one of `rungs`, or eagerly for None, whatever the costs; not counted.
+
+        For measurements and tests: does what `execute` would, of items that the rung holds.
+        """
+        return self._executor.run_on(rung, pixel_values, grid)
 
     def stats(self) -> dict[str, Any]:
         """Counters since the capture, and what the graphs took.

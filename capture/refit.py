@@ -68,8 +68,9 @@ class Refitter:
             try:
                 self._replace(ladder, rungs)
             except BaseException as error:
-                logger.warning("refit failed, the old ladder stays: %s", error)
-                future.set_exception(error)
+                logger.warning("refit failed, the old ladder stays", exc_info=error)
+                # its frames hold the buffers of the ladder that failed
+                future.set_exception(error.with_traceback(None))
             else:
                 self.completed += 1
                 future.set_result(budgets)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from .protocol import EncoderItemSpec, Pruning, Rows
+from .protocol import EncoderItemSpec, Pruning, Rows, RungLimits
 
 Run = tuple[int, int]
 
@@ -26,6 +26,18 @@ def row_counts(
     if kind == "frames":
         return [item.num_frames for item in items]
     return [1] * len(items)
+
+
+def limit_of(kind: Rows, limits: RungLimits) -> int:
+    """The most rows of `kind` that a rung holds."""
+    by_kind: dict[Rows, int] = {
+        "patches": limits.max_patches,
+        "tokens": limits.token_budget,
+        "kept": limits.token_budget,
+        "items": limits.max_items,
+        "frames": limits.max_frames,
+    }
+    return by_kind[kind]
 
 
 @dataclass(frozen=True)

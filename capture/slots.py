@@ -77,6 +77,7 @@ class Lease:
         self._slot = slot
         self._generation = 0 if slot is None else slot.generation
         self._released = False
+        self._revoked = False
 
     @property
     def zero_copy(self) -> bool:
@@ -84,7 +85,7 @@ class Lease:
 
         False if the call needed several batches or ran eagerly: the results are the lease's own.
         """
-        return self._slot is not None
+        return self._slot is not None or self._revoked
 
     @property
     def valid(self) -> bool:
@@ -114,10 +115,12 @@ class Lease:
         if self._slot is not None and self.valid:
             self._slot.mark_released()
         self._released = True
-        self.drop_outputs()
+        self._outputs.clear()
 
-    def drop_outputs(self) -> None:
-        """Let go of the tensors, so that they do not keep static buffers alive."""
+    def revoke(self) -> None:
+        """Make the lease stale and let go of the static buffers."""
+        self._revoked = True
+        self._slot = None
         self._outputs.clear()
 
     def __enter__(self) -> "Lease":
@@ -127,7 +130,9 @@ class Lease:
         self.release()
 
     def _is_overtaken(self) -> bool:
-        return self._slot is not None and self._slot.generation != self._generation
+        if self._slot is None:
+            return self._revoked
+        return self._slot.generation != self._generation
 
 
 class SlotRing:
@@ -154,11 +159,10 @@ class SlotRing:
         return lease
 
     def revoke_leases(self) -> None:
-        """Make every lease stale, and drop its views of the buffers."""
-        for slot, lease in zip(self.slots, self._leases, strict=True):
-            slot.generation += 1
+        """Make every lease stale, so that none keeps static buffers alive."""
+        for lease in self._leases:
             if lease is not None:
-                lease.drop_outputs()
+                lease.revoke()
 
     def _precedence(self, index: int) -> tuple[bool, int]:
         lease = self._leases[index]

@@ -179,7 +179,11 @@ def check_out(
         )
     for name, shape in result_rows(specs, out, offsets).items():
         tensor = out[name]
-        if tensor.shape != shape or tensor.device != device:
+        elsewhere = tensor.device.type != device.type or device.index not in (
+            None,
+            tensor.device.index,
+        )
+        if tensor.shape != shape or elsewhere:
             raise ValueError(
                 f"execute: out[{name!r}] is {list(tensor.shape)} on {tensor.device}; pass "
                 f"{list(shape)} on {device}"

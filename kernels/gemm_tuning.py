@@ -2,10 +2,9 @@
 
 One NVIDIA H200, Triton 3.6.0, PyTorch 2.11.0 with CUDA 13.0, 2026-11-21: bf16, calls in CUDA
 graphs, median of interleaved rounds, the kernel of gemm_hopper.py against cuBLAS and the passes
-that cuBLAS needs after it. At 256, 784,
-1568, 3136, 6272, 8192, 16384, 32768 and 65536 rows; the table names the faster tile from the first
-of these on at which it is no slower than cuBLAS with all rows live. With fewer live rows it gains,
-as cuBLAS computes them all.
+that cuBLAS needs after it, at 256, 784, 1568, 3136, 6272, 8192, 16384, 32768 and 65536 rows. The
+table names the faster tile from the first of these on at which it is no slower than cuBLAS with all
+rows live; with fewer live rows it gains, as cuBLAS computes them all.
 
 To extend it: add (first M, tile) to the entries of a shape, in ascending order of M; None as the
 tile names the library. A new tile goes into `SHIPPED` as well, which is what the tests go through.

@@ -93,7 +93,7 @@ def test_chooser(h200):
     assert choose_backend(*QKV) == choose_backend(*QKV)
     fp16 = choose_backend(65536, 1152, 4304, torch.float16, CUDA, None, True)
     assert fp16 == ("hopper", WIDE)
-    assert choose_backend(4096, 3456, 1152, BF16, CUDA, None, False) == LIBRARY
+    assert choose_backend(2048, 3456, 1152, BF16, CUDA, None, False) == LIBRARY
     assert choose_backend(65536, 3456, 1152, torch.float32, CUDA, None, False) == LIBRARY
     assert choose_backend(65536, 3456, 1152, BF16, torch.device("cpu"), None, False) == LIBRARY
 

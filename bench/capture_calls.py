@@ -1,0 +1,232 @@
+"""Calls on a captured ladder: dispatch against every single choice, ownership, overlap."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from statistics import mean, median
+
+import torch
+
+from ..capture import EncoderCudaGraphManager, plan
+from .capture_session import Result, Session, holding, random_layouts
+from .report import number, table
+from .timing import Effort, summarise, time_calls
+from .workloads import Grid
+
+MOST_REGRET = 1.03
+_NEXT_RUNGS = 3  # the smallest that holds a call, and the next two
+_OVERLAPPED_CALLS = 50
+
+
+def dispatch(session: Session) -> Result:
+    """Wall time of `execute` over that of the best single choice, on random layouts."""
+    manager, encoder = session.calibrated(), session.encoder
+    largest = manager.rungs[-1].token_budget
+    layouts = random_layouts(
+        session.layouts, session.seed, merge=encoder.spec.merge_size, largest=largest
+    )
+    effort = Effort(warmup_s=0.0, rounds=session.effort.min_rounds, min_rounds=5)
+    rows = []
+    for grid in layouts:
+        rungs = holding(manager, encoder.item_specs(grid))[:_NEXT_RUNGS]
+        choices: dict[str, Callable[[], object]] = {
+            "execute": lambda g=grid: manager.execute(session.pixels(g), g),
+            "eager": lambda g=grid: session.run_on(None, g),
+        }
+        for rung in rungs:
+            choices[str(rung.token_budget)] = lambda r=rung, g=grid: session.run_on(r, g)
+        way = _way(manager, choices["execute"])
+        times = {
+            name: timing.ms
+            for name, timing in time_calls(choices, torch.cuda.synchronize, effort).items()
+        }
+        execute = times.pop("execute")
+        best = min(times, key=times.__getitem__)
+        rows.append({
+            "items": len(grid),
+            "tokens": session.tokens(grid),
+            "way": way,
+            "best": best,
+            "execute_ms": execute,
+            "ratio": execute / times[best],
+            "single_ms": times,
+        })  # fmt: skip
+    return {"layouts": rows, **regret(rows)}
+
+
+def regret(rows: Sequence[Result]) -> Result:
+    """Worst and mean ratio to the best single choice, and how calls were served."""
+    ratios = [row["ratio"] for row in rows]
+    return {
+        "worst_ratio": max(ratios),
+        "mean_ratio": mean(ratios),
+        "median_ratio": median(ratios),
+        "over_limit": sum(ratio > MOST_REGRET for ratio in ratios),
+        "ways": dict(Counter(row["way"] for row in rows)),
+    }
+
+
+def _way(manager: EncoderCudaGraphManager, call: Callable[[], object]) -> str:
+    """How `call` is served: "replay", "eager" or "split"."""
+    before = manager.stats()
+    call()
+    after = manager.stats()
+    replays, misses = (after[key] - before[key] for key in ("replays", "misses"))
+    if replays == 0:
+        return "eager"
+    return "replay" if replays == 1 and misses == 0 else "split"
+
+
+def dispatch_text(result: Result) -> str:
+    """The five worst layouts, and the summary."""
+    rows = [
+        (
+            f"{row['tokens']} tokens", row["items"], row["way"], row["best"],
+            number(row["execute_ms"], 4), f"{row['ratio']:.3f}",
+        )
+        for row in sorted(result["layouts"], key=lambda row: -row["ratio"])[:5]
+    ]  # fmt: skip
+    header = ("dispatch, worst", "items", "way", "best", "ms", "of best")
+    ways = ", ".join(f"{way} {count}" for way, count in sorted(result["ways"].items()))
+    return (
+        f"{table(header, rows)}\n{len(result['layouts'])} layouts: worst "
+        f"{result['worst_ratio']:.3f}, mean {result['mean_ratio']:.3f}, median "
+        f"{result['median_ratio']:.3f}, above {MOST_REGRET}: {result['over_limit']} ({ways})"
+    )
+
+
+def ownership(session: Session) -> Result:
+    """Whole calls by who owns the results, over the replay alone; pixels are on the GPU."""
+    rows = []
+    with session.replaying() as manager:
+        for count in (1, 8):
+            grid = session.squares(count)
+            pixels = session.pixels(grid)
+            replays = _replays(session, grid)
+            out = manager.execute(pixels, grid)
+
+            def lease(pixels: torch.Tensor = pixels, grid: Sequence[Grid] = grid) -> None:
+                manager.lease(pixels, grid).release()
+
+            ways: dict[str, Callable[[], object]] = {
+                "replay": replays,
+                "execute": lambda p=pixels, g=grid: manager.execute(p, g),
+                "out=": lambda p=pixels, g=grid, o=out: manager.execute(p, g, out=o),
+                "pooler_output": lambda p=pixels, g=grid: manager.execute(
+                    p, g, names=("pooler_output",)
+                ),
+                "lease": lease,
+            }
+            walls, hosts = _wall_and_host(ways, 5 * session.effort.rounds)
+            rows += [
+                {
+                    "images": count,
+                    "way": way,
+                    "ms": walls[way],
+                    "over_replay_ms": walls[way] - walls["replay"],
+                    "host_ms": hosts[way],
+                }
+                for way in ways
+            ]
+    return {"calls": rows}
+
+
+def _replays(session: Session, grid: Sequence[Grid]) -> Callable[[], None]:
+    """The replays of a call and nothing else."""
+    manager = session.manager
+    batches = plan(session.encoder.item_specs(list(grid)), manager.rungs, manager.costs)
+    recordings = [session.rung(b.rung).graphs[0].recording for b in batches if b.rung]
+
+    def replay() -> None:
+        for recording in recordings:
+            recording.replay()
+
+    return replay
+
+
+def _wall_and_host(
+    ways: Mapping[str, Callable[[], object]], rounds: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Median ms until the device is done, and until the call returns; contenders take turns."""
+    walls: dict[str, list[float]] = {way: [] for way in ways}
+    hosts: dict[str, list[float]] = {way: [] for way in ways}
+    for turn in range(rounds + 2):
+        for way, call in ways.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            call()
+            returned = time.perf_counter()
+            torch.cuda.synchronize()
+            if turn >= 2:
+                walls[way].append((time.perf_counter() - start) * 1e3)
+                hosts[way].append((returned - start) * 1e3)
+    return (
+        {way: summarise(times).ms for way, times in walls.items()},
+        {way: summarise(times).ms for way, times in hosts.items()},
+    )
+
+
+def ownership_text(result: Result) -> str:
+    """One line a way and call."""
+    rows = [
+        (
+            f"{row['images']} x 448^2 {row['way']}", number(row["ms"], 4),
+            f"{row['over_replay_ms']:.3f}", f"{row['host_ms']:.3f}",
+        )
+        for row in result["calls"]
+    ]  # fmt: skip
+    return table(("ownership", "ms", "over replay", "host ms"), rows)
+
+
+def overlap(session: Session) -> Result:
+    """Calls from pinned fp32 pixels in a row, leased, with one slot and with two."""
+    grid = session.squares(8)
+    pixels = session.pixels(grid).float().cpu().pin_memory()
+    tokens = session.tokens(grid)
+    managers = {
+        slots: session.new_manager({"token_budgets": [tokens], "num_slots": slots})
+        for slots in (1, 2)
+    }
+    try:
+        for manager in managers.values():
+            manager.capture()
+
+        def leases(manager: EncoderCudaGraphManager) -> None:
+            for _ in range(_OVERLAPPED_CALLS):
+                manager.lease(pixels, grid).release()
+
+        ladder = managers[1].ladder
+        assert ladder is not None
+        recording = ladder.rungs[ladder.limits[0]].graphs[0].recording
+
+        def replays() -> None:
+            for _ in range(_OVERLAPPED_CALLS):
+                recording.replay()
+
+        calls: dict[str, Callable[[], object]] = {
+            "one_slot": lambda: leases(managers[1]),
+            "two_slots": lambda: leases(managers[2]),
+            "replays_only": replays,
+        }
+        effort = Effort(warmup_s=0.0, rounds=session.effort.min_rounds, min_rounds=3)
+        times = time_calls(calls, torch.cuda.synchronize, effort)
+    finally:
+        for manager in managers.values():
+            manager.clear()
+    per_call = {name: timing.ms / _OVERLAPPED_CALLS for name, timing in times.items()}
+    return {
+        "calls": _OVERLAPPED_CALLS,
+        "pixel_bytes": pixels.nbytes,
+        "ms_per_call": per_call,
+        "speedup": per_call["one_slot"] / per_call["two_slots"],
+    }
+
+
+def overlap_text(result: Result) -> str:
+    """One line a number of slots."""
+    rows = [
+        (name.replace("_", " "), number(ms, 4), number(1e3 / ms, 4))
+        for name, ms in result["ms_per_call"].items()
+    ]
+    text = table(("overlap, 8 x 448^2", "ms a call", "calls/s"), rows)
+    return f"{text}\none slot over two: {result['speedup']:.3f}"
