@@ -25,7 +25,7 @@ def dispatch(session: Session) -> Result:
     layouts = random_layouts(
         session.layouts, session.seed, merge=encoder.spec.merge_size, largest=largest
     )
-    effort = Effort(warmup_s=0.0, rounds=session.effort.min_rounds, min_rounds=5)
+    effort = Effort(warmup_s=0.0, rounds=max(10, session.effort.min_rounds), min_rounds=5)
     rows = []
     for grid in layouts:
         rungs = holding(manager, encoder.item_specs(grid))[:_NEXT_RUNGS]

@@ -19,6 +19,10 @@ from .protocol import EncoderItemSpec, RungLimits
 REPLAY_OVERHEAD_TOKENS = 128
 # Of eager tokens where nothing is measured: above any number of replays.
 _NEVER = 1e6
+# Below this a split is not worth its planning, if costs were exact. Measured ones are not: several
+# predictions add up, between rungs that were not all measured, and are off by a few per cent each.
+_EXACT_MARGIN = 0.01
+_MEASURED_MARGIN = 0.1
 
 
 class Load(NamedTuple):
@@ -76,13 +80,15 @@ class EagerCurve:
         floor: time in which the host launches everything.
         tokens, us: knots of the GPU time without attention pairs, the first at 0 tokens, linear
             between them, not falling.
-        per_pair: GPU time of an attention pair.
+        per_pair: GPU time of an attention pair, at least.
+        pair_rise: what a pair takes above that at each knot, linear between them; () for nothing.
     """
 
     floor: float
     tokens: tuple[int, ...]
     us: tuple[float, ...]
     per_pair: float
+    pair_rise: tuple[float, ...] = ()
     end_slope: float = field(init=False, compare=False, repr=False)
 
     def __post_init__(self):
@@ -92,16 +98,24 @@ class EagerCurve:
 
     def of(self, load: Load) -> float:
         """Microseconds of `load`."""
-        return max(self.floor, self.gpu(load.tokens) + self.per_pair * load.pairs)
+        per_pair = self.per_pair
+        if self.pair_rise:
+            per_pair += self._between(self.pair_rise, load.tokens, self.pair_rise[-1])
+        return max(self.floor, self.gpu(load.tokens) + per_pair * load.pairs)
 
     def gpu(self, tokens: int) -> float:
         """GPU time of `tokens` without attention pairs."""
-        knots, us = self.tokens, self.us
+        past = self.us[-1] + (tokens - self.tokens[-1]) * self.end_slope
+        return self._between(self.us, tokens, past)
+
+    def _between(self, values: tuple[float, ...], tokens: int, past: float) -> float:
+        """`values` at the knots, interpolated at `tokens`; `past` from the last knot on."""
+        knots = self.tokens
         if tokens >= knots[-1]:
-            return us[-1] + (tokens - knots[-1]) * self.end_slope
+            return past
         at = bisect_right(knots, tokens)
         low, high = knots[at - 1], knots[at]
-        return us[at - 1] + (us[at] - us[at - 1]) * (tokens - low) / (high - low)
+        return values[at - 1] + (values[at] - values[at - 1]) * (tokens - low) / (high - low)
 
 
 class Costs(Protocol):
@@ -110,6 +124,11 @@ class Costs(Protocol):
     @property
     def eager_curve(self) -> EagerCurve:
         """The cost of eager calls."""
+        ...
+
+    @property
+    def split_margin(self) -> float:
+        """The part of the cost of a single call that a split has to promise to save."""
         ...
 
     def terms(self, rung: RungLimits) -> Terms:
@@ -139,6 +158,11 @@ class AssumedCosts:
     def eager_curve(self) -> EagerCurve:
         """Proportional to tokens, out of reach of any replay."""
         return _ASSUMED_EAGER
+
+    @property
+    def split_margin(self) -> float:
+        """Small: an assumption is taken at its word."""
+        return _EXACT_MARGIN
 
     def terms(self, rung: RungLimits) -> Terms:
         """The budget and the overhead, whatever the load."""
@@ -174,6 +198,11 @@ class MeasuredCosts:
 
     def __post_init__(self):
         object.__setattr__(self, "_known", dict(self.replays))
+
+    @property
+    def split_margin(self) -> float:
+        """More than the errors of several predictions together."""
+        return _MEASURED_MARGIN
 
     def terms(self, rung: RungLimits) -> Terms:
         """The terms of `rung`, interpolated where it was not measured."""
@@ -213,6 +242,7 @@ class MeasuredCosts:
                 "tokens": list(curve.tokens),
                 "us": list(curve.us),
                 "per_pair": curve.per_pair,
+                "pair_rise": list(curve.pair_rise),
             },
         }
 
@@ -234,8 +264,12 @@ class MeasuredCosts:
         if not replays:
             raise refused("replays", rows, "a list of at least one rung")
         eager = entry(data, "eager", Mapping)
-        tokens, us = (entry(eager, key, list, "eager.") for key in ("tokens", "us"))
-        for key, values, kind in (("tokens", tokens, int), ("us", us, float)):
+        tokens, us, rise = (entry(eager, k, list, "eager.") for k in ("tokens", "us", "pair_rise"))
+        for key, values, kind in (
+            ("tokens", tokens, int),
+            ("us", us, float),
+            ("pair_rise", rise, float),
+        ):
             for place in range(len(values)):
                 number(values, place, kind, f"eager.{key}")
         if len(tokens) < 2 or tokens[0] != 0 or any(map(le, tokens[1:], tokens)):
@@ -243,7 +277,11 @@ class MeasuredCosts:
         if len(us) != len(tokens) or sorted(us) != us:
             raise refused("eager.us", us, f"{len(tokens)} numbers that do not fall")
         floor, per_pair = (number(eager, k, float, "eager.") for k in ("floor", "per_pair"))
-        curve = EagerCurve(floor, tuple(tokens), tuple(map(float, us)), per_pair)
+        if len(rise) not in (0, len(tokens)):
+            raise refused("eager.pair_rise", rise, f"{len(tokens)} numbers, or none")
+        curve = EagerCurve(
+            floor, tuple(tokens), tuple(map(float, us)), per_pair, tuple(map(float, rise))
+        )
         return cls(tuple(replays), curve)
 
 

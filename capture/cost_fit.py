@@ -9,6 +9,8 @@ from .protocol import RungLimits
 
 # Weight, in relative error, of the wish that a coefficient the samples say nothing about be zero.
 _WISH = 1e-2
+# The same for what the samples should insist on: chosen on made-up and on measured times.
+_STRONG_WISH = 0.3
 # Knots of the eager curve lie at least this far apart: closer ones would fit noise.
 _KNOT_RATIO = 1.15
 
@@ -50,7 +52,7 @@ def fit_costs(samples: Sequence[CostSample], rungs: Sequence[RungLimits]) -> Mea
 
 def _fit_rung(samples: Sequence[CostSample]) -> Terms:
     columns = [(1, sample.load.tokens, sample.load.pairs) for sample in samples]
-    return Terms(*_fit(np.array(columns, float), samples, (False, True, True)).tolist())
+    return Terms(*_fit(np.array(columns, float), samples, (0.0, _WISH, _WISH)).tolist())
 
 
 def _fit_eager(samples: Sequence[CostSample]) -> EagerCurve:
@@ -76,11 +78,16 @@ def _fit_curve(floor: float, samples: Sequence[CostSample]) -> EagerCurve:
     # The curve is a start and the rise of each segment: not negative means that it never falls.
     rises = ((tokens - low) / (high - low)).clip(0, 1)
     pairs = np.array([[sample.load.pairs] for sample in samples], float)
-    start = np.ones_like(pairs)
-    wishes = (True, *(False for _ in low), True)
-    found = _fit(np.concatenate([start, rises, pairs], axis=1), samples, wishes)
-    us = tuple(float(value) for value in np.cumsum(found[:-1]))
-    return EagerCurve(floor, knots, us, float(found[-1]))
+    # What a pair takes depends on how attention tiles the frames, so each knot may add to it; the
+    # first knot, no tokens, shares what the second adds.
+    hats = np.stack([np.interp(tokens[:, 0], knots, row) for row in np.eye(len(knots))], axis=1)
+    hats[:, 1] += hats[:, 0]
+    columns = [np.ones_like(pairs), rises, pairs, pairs * hats[:, 1:]]
+    wishes = (_WISH, *(0.0 for _ in low), _WISH, *(_STRONG_WISH for _ in low))
+    found = _fit(np.concatenate(columns, axis=1), samples, wishes).tolist()
+    start_and_rises, per_pair, added = found[: len(knots)], found[len(knots)], found[-len(low) :]
+    us = tuple(np.cumsum(start_and_rises).tolist())
+    return EagerCurve(floor, knots, us, per_pair, (added[0], *added))
 
 
 def _knots(tokens: Sequence[int]) -> tuple[int, ...]:
@@ -93,12 +100,12 @@ def _knots(tokens: Sequence[int]) -> tuple[int, ...]:
     return (0, *reversed(knots))
 
 
-def _fit(columns: np.ndarray, samples: Sequence[CostSample], wishes: Sequence[bool]) -> np.ndarray:
-    """x >= 0 that makes `columns @ x / us` closest to 1; `wishes` marks what had better be 0."""
+def _fit(columns: np.ndarray, samples: Sequence[CostSample], wishes: Sequence[float]) -> np.ndarray:
+    """x >= 0 that makes `columns @ x / us` closest to 1; `wishes` pulls entries to 0."""
     rows = columns / np.array([[sample.us] for sample in samples])
     scale = rows.max(axis=0)
     scale[scale == 0] = 1.0
-    wish = np.diag(np.where(wishes, _WISH, 0.0))
+    wish = np.diag(np.array(wishes))
     target = np.concatenate([np.ones(len(rows)), np.zeros(len(wish))])
     return nonnegative_least_squares(np.concatenate([rows / scale, wish]), target) / scale
 

@@ -26,8 +26,6 @@ from .packing import (
 )
 from .protocol import EncoderItemSpec, RungLimits
 
-# A split has to promise this much: less is neither worth the planning nor what costs are true to.
-MARGIN = 0.01
 # Up to so many items every division is looked at (3^N steps), and
 _EXACT_ITEMS = 6
 # up to so many, and in so few calls, changes of single items.
@@ -71,6 +69,7 @@ class Dispatcher:
         self._rooms = rooms
         self._columns = tuple(zip(*rooms, strict=True))
         self._eager = costs.eager_curve
+        self._margin = costs.split_margin
         terms = np.array([costs.terms(rung) for rung in rungs], dtype=float)
         self._runs = Runs(rooms, terms)
         # For each rung its terms, and the least of all from it on: where to stop looking.
@@ -97,10 +96,10 @@ class Dispatcher:
             sum([item.attention_pairs for item in items]),
         )
         cost, rung = self.price(total)
-        if len(items) > 1 and cost * (1 - MARGIN) > self._bound(total, 2):
+        if len(items) > 1 and cost * (1 - self._margin) > self._bound(total, 2):
             loads = [Load.of(item) for item in items]
             calls = self._divide(loads, total)
-            if _cost(calls) < cost * (1 - MARGIN):
+            if _cost(calls) < cost * (1 - self._margin):
                 return [self._batch(c.indices, c.rung, c.load, items) for c in calls]
         return [self._batch(tuple(range(len(items))), rung, total, items)]
 
@@ -149,7 +148,7 @@ class Dispatcher:
         for index in over:
             part = part.minus(loads[index])
         fewest = fewest_calls(part, self._room)
-        enough = self._bound(part, max(fewest, 1)) / (1 - MARGIN)
+        enough = self._bound(part, max(fewest, 1)) / (1 - self._margin)
         best = self._in_order(held, loads, bool(over))
         few = len(loads) <= _LOCAL_ITEMS
         # Neighbours are staged by one copy each: they win unless other divisions are cheaper.
