@@ -62,7 +62,8 @@ def _fit_eager(samples: Sequence[CostSample]) -> EagerCurve:
     curves = []
     for host_bound in range(len(ordered)):
         weights = 1 / times[:host_bound]
-        floor = float(weights.sum() / (weights**2).sum()) if host_bound else 0.0
+        # no call is taken to cost less than the fastest that was measured
+        floor = float(weights.sum() / (weights**2).sum()) if host_bound else float(times[0])
         curves.append(_fit_curve(floor, ordered[host_bound:]))
 
     def error(curve: EagerCurve) -> float:

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -20,6 +20,7 @@ from .staging import (
     Grid,
     check_out,
     check_pixels,
+    copy_views,
     gather_pixels,
     grid_rows,
     live_views,
@@ -30,6 +31,7 @@ from .staging import (
 )
 from .stats import CallStats
 
+_NOTHING = nullcontext()
 _INPUTS = ({PIXELS, GRID}, {PIXELS, GRID, KEEP, KEEP_MASK})
 
 
@@ -126,11 +128,9 @@ class Executor:
             if len(call.batches) == 1:
                 packed, slot = self._run(call.batches[0], call, pixel_values, grid, pruning)
                 views = live_views(packed, self._output_specs, wanted, call.offsets)
-                if out is not None:
-                    return {name: out[name].copy_(view) for name, view in views.items()}
-                if slot is None:
+                if slot is None and out is None:
                     return views  # eager results belong to nobody else
-                return {name: view.clone() for name, view in views.items()}
+                return copy_views(views, out)
             results = self._empty(wanted, call) if out is None else {n: out[n] for n in wanted}
             return self._scatter(results, call, pixel_values, grid, pruning)
 
@@ -168,7 +168,7 @@ class Executor:
             call = self._planner.plan(grid, None, "measured")
             packed, _ = self._replay(rung, call.batches[0], call, pixel_values, grid, None)
             views = live_views(packed, self._output_specs, self._output_specs, call.offsets)
-            return {name: view.clone() for name, view in views.items()}
+            return copy_views(views)
 
     def _plan(
         self,
@@ -237,7 +237,7 @@ class Executor:
     def _staging(self, slot: Slot, pixel_values: torch.Tensor) -> AbstractContextManager[None]:
         """Where to fill the slot: beside the replays if the pixels come from the CPU."""
         if self._copy_stream is None or pixel_values.is_cuda:
-            return nullcontext()
+            return _NOTHING
         return slot.staging_on(self._copy_stream)
 
     def _wanted(
@@ -304,18 +304,21 @@ class Executor:
     @contextmanager
     def _serving(self, operation: str) -> Iterator[CapturedLadder]:
         """One call: alone, on the encoder's device, after the previous call's stream."""
-        device = self._encoder.device
-        with ExitStack() as stack:
-            stack.enter_context(self.lock)
+        with self.lock, torch.no_grad(), self._on_device():
             ladder = self._ladder_or_raise(operation)
-            stack.enter_context(torch.no_grad())
-            if device.type == "cuda":
-                stack.enter_context(torch.cuda.device(device))
-                stream = torch.cuda.current_stream(device)
+            if self._encoder.device.type == "cuda":
+                stream = torch.cuda.current_stream()
                 if self._last_stream is not None and stream != self._last_stream:
                     stream.wait_stream(self._last_stream)
                 self._last_stream = stream
             yield ladder
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        """The encoder's device as the current one; nothing to do where it is that already."""
+        device = self._encoder.device
+        if device.type != "cuda" or torch.cuda.current_device() == device.index:
+            return _NOTHING
+        return torch.cuda.device(device)
 
     def _ladder_or_raise(self, operation: str) -> CapturedLadder:
         if self.ladder is None:

@@ -216,3 +216,15 @@ def live_views(
 ) -> dict[str, torch.Tensor]:
     """The live rows of `packed`, for a batch that holds all items in order; shares its memory."""
     return {name: packed[name][: offsets.total(specs[name].rows)] for name in names}
+
+
+def copy_views(
+    views: Mapping[str, torch.Tensor], out: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """Copies of `views` in `out`, or in new tensors; one launch for all of one dtype."""
+    copies = {
+        name: torch.empty_like(view) if out is None else out[name] for name, view in views.items()
+    }
+    if copies:
+        torch._foreach_copy_(list(copies.values()), list(views.values()))
+    return copies

@@ -27,17 +27,36 @@ MAX_D = 16384  # one row must fit in the registers of a program
 
 @dataclass(frozen=True)
 class NormConfig:
-    """Launch parameters: rows a program, and its warps."""
+    """Launch parameters: rows a program, its warps, and whether a row is cut in two.
+
+    A row is one block of the next power of two, or a block of the power of two below its width and
+    one for the rest.
+    """
 
     rows: int
     num_warps: int
+    split: bool = False
 
 
-def config(D: int) -> NormConfig:
-    """Two rows of usual widths a program keep eight 16-byte loads in flight for each thread."""
+def config(T: int, D: int) -> NormConfig:
+    """A pure function, by measurement on an H200 at widths of 1024 to 1280.
+
+    From some 2,000 rows on a warp for two rows is fastest: sums stay within the warp, and the split
+    leaves few of its lanes idle. Fewer rows are spread over more warps.
+    """
     if D <= 2048:
+        if T >= 2048 and D >= 32:
+            return NormConfig(rows=2, num_warps=1, split=True)
         return NormConfig(rows=2, num_warps=4)
     return NormConfig(rows=1, num_warps=8 if D <= 8192 else 16)
+
+
+def blocks(D: int, launch: NormConfig) -> tuple[int, int]:
+    """Widths of the two blocks of a row; the second is 0 where there is one."""
+    first = triton.next_power_of_2(D)
+    if not launch.split or first == D:
+        return first, 0
+    return first // 2, triton.next_power_of_2(D - first // 2)
 
 
 def norm_ref(
@@ -71,6 +90,28 @@ def cost(T: int, D: int, dtype: torch.dtype) -> Cost:
     return Cost(flops=8 * T * D, bytes=(2 * T * D + 3 * D) * dtype.itemsize)
 
 
+@triton.jit
+def _load(x_ptr, offset_ptr, row_start, live, d, D):
+    """Columns d of some rows of x + offset, fp32, 0 past the row and in rows that are not live."""
+    in_row = d < D
+    x = tl.load(x_ptr + row_start + d[None, :], mask=live & in_row[None, :], other=0.0)
+    x = x.to(tl.float32)
+    if offset_ptr is not None:
+        x += tl.load(offset_ptr + d, mask=in_row, other=0.0)[None, :]
+    return x
+
+
+@triton.jit
+def _store(y, weight_ptr, bias_ptr, y_ptr, row_start, live, in_rows, d, D):
+    """Scale and shift columns d of normalised rows, and write them."""
+    in_row = d < D
+    y *= tl.load(weight_ptr + d, mask=in_row, other=0.0).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + d, mask=in_row, other=0.0).to(tl.float32)[None, :]
+    y = tl.where(live, y, 0.0).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + row_start + d[None, :], y, mask=in_rows & in_row[None, :])
+
+
 @triton.jit(do_not_specialize=["T"])  # one compilation for all row counts
 def _norm_kernel(
     x_ptr,  # [T, D]
@@ -87,35 +128,38 @@ def _norm_kernel(
     LIVE_GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    REST: tl.constexpr,  # width of the second block of a row, or 0
 ):
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    d = tl.arange(0, BLOCK_D)
-    in_row = d < D
     num_live = T
     if live_ptr is not None:
         num_live = tl.load(live_ptr) // LIVE_GROUP
-    live = r < num_live
+    live = (r < num_live)[:, None]
+    in_rows = (r < T)[:, None]
     # int64 before the multiply: T * D passes 2**31 at 1.9M rows of width 1152
-    at = r[:, None].to(tl.int64) * D + d[None, :]
-    x = tl.load(x_ptr + at, mask=live[:, None] & in_row[None, :], other=0.0).to(tl.float32)
-    if offset_ptr is not None:
-        x += tl.load(offset_ptr + d, mask=in_row, other=0.0)[None, :]
-    if IS_RMS:
-        centred = x
-    else:
-        mean = tl.sum(x, axis=1) / D
-        centred = tl.where(in_row[None, :], x - mean[:, None], 0.0)
-    scale = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / D + eps)
-    y = centred * scale[:, None]
-    y *= tl.load(weight_ptr + d, mask=in_row, other=0.0).to(tl.float32)[None, :]
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + d, mask=in_row, other=0.0).to(tl.float32)[None, :]
-    y = tl.where(live[:, None], y, 0.0)
-    row = r
+    start = r[:, None].to(tl.int64) * D
+    d = tl.arange(0, BLOCK_D)
+    x = _load(x_ptr, offset_ptr, start, live, d, D)
+    total = tl.sum(x, axis=1)
+    if REST > 0:
+        rest_d = BLOCK_D + tl.arange(0, REST)
+        rest = _load(x_ptr, offset_ptr, start, live, rest_d, D)
+        total += tl.sum(rest, axis=1)
+    if not IS_RMS:
+        mean = total[:, None] / D
+        x = tl.where((d < D)[None, :], x - mean, 0.0)
+    squares = tl.sum(x * x, axis=1)
+    if REST > 0:
+        if not IS_RMS:
+            rest = tl.where((rest_d < D)[None, :], rest - mean, 0.0)
+        squares += tl.sum(rest * rest, axis=1)
+    scale = (1.0 / tl.sqrt(squares / D + eps))[:, None]
     if destination_ptr is not None:
         row = tl.load(destination_ptr + r, mask=r < T, other=0)
-    to = row[:, None].to(tl.int64) * D + d[None, :]
-    tl.store(y_ptr + to, y.to(y_ptr.dtype.element_ty), mask=(r < T)[:, None] & in_row[None, :])
+        start = row[:, None].to(tl.int64) * D
+    _store(x * scale, weight_ptr, bias_ptr, y_ptr, start, live, in_rows, d, D)
+    if REST > 0:
+        _store(rest * scale, weight_ptr, bias_ptr, y_ptr, start, live, in_rows, rest_d, D)
 
 
 def norm(
@@ -179,12 +223,12 @@ def norm(
     y = torch.empty_like(x) if out is None else out
     if T == 0:
         return y
-    launch = config(D)
+    launch = config(T, D)
+    block_d, rest = blocks(D, launch)
     _norm_kernel[(triton.cdiv(T, launch.rows),)](
         x, weight, bias, offset, destination, live_rows, y, T, D, eps,
         IS_RMS=kind == "rms", LIVE_GROUP=live_group, ROWS=launch.rows,
-        BLOCK_D=triton.next_power_of_2(D),
-        num_warps=launch.num_warps,
+        BLOCK_D=block_d, REST=rest, num_warps=launch.num_warps,
     )  # fmt: skip
     return y
 

@@ -186,6 +186,13 @@ def test_fit_of_noisy_times_stays_near_them_and_is_valid(noise):
         assert fit == pytest.approx(sample.us, rel=0.1)
 
 
+def test_no_eager_call_is_taken_to_cost_less_than_the_fastest_measured():
+    eager = [CostSample(None, load(tokens), 10.0 * tokens) for tokens in (100, 200, 400, 800)]
+    fitted = fit_costs([CostSample(64, load(64), 500.0), *eager], [rung(64)])
+    assert fitted.eager(load(1)) == pytest.approx(1000)
+    assert fitted.eager(load(300)) == pytest.approx(3000, rel=0.02)
+
+
 def test_one_sample_of_each_is_enough_for_a_rough_fit():
     fitted = fit_costs(
         [CostSample(64, load(64, 9), 1500.0), CostSample(None, load(64, 9), 8000.0)], [rung(64)]

@@ -8,9 +8,11 @@ from vitgraph.kernels.compiled import inspect
 
 
 @pytest.mark.parametrize("is_rms", [False, True], ids=["layer", "rms"])
+@pytest.mark.parametrize("T", [196, 4096])
 @pytest.mark.parametrize("D", [1024, 1152, 1280, 4608])
-def test_norm(D, is_rms):
-    launch = norm.config(D)
+def test_norm(D, T, is_rms):
+    launch = norm.config(T, D)
+    block_d, rest = norm.blocks(D, launch)
     none = {"destination_ptr": None} | ({"bias_ptr": None} if is_rms else {})
     info = inspect(
         norm._norm_kernel,
@@ -20,7 +22,7 @@ def test_norm(D, is_rms):
         },
         none | {
             "IS_RMS": is_rms, "LIVE_GROUP": 1, "ROWS": launch.rows,
-            "BLOCK_D": triton.next_power_of_2(D),
+            "BLOCK_D": block_d, "REST": rest,
         },
         divisible=["D"],
         num_warps=launch.num_warps,

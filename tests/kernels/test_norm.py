@@ -1,6 +1,7 @@
 import pytest
 import torch
-from vitgraph.kernels.norm import norm, norm_op, norm_ref
+from vitgraph.kernels import norm as norm_module
+from vitgraph.kernels.norm import NormConfig, blocks, config, norm, norm_op, norm_ref
 from vitgraph.kernels.testing import assert_as_accurate
 
 SHAPES = [
@@ -36,6 +37,38 @@ def test_matches_oracle(T, D, dtype, kind, device):
     eager = norm_ref(*args, kind=kind, offset=offset)
     oracle = norm_ref(*double(args), kind=kind, offset=offset.double())
     assert_as_accurate(norm(*args, kind=kind, offset=offset), eager, oracle)
+
+
+@pytest.mark.parametrize(
+    ("T", "D", "widths"),
+    [
+        (2047, 1152, (2048, 0)),
+        (2048, 1152, (1024, 128)),
+        (2048, 1280, (1024, 256)),
+        (2048, 1024, (1024, 0)),
+        (2048, 1025, (1024, 1)),
+        (10**6, 4608, (8192, 0)),
+    ],
+)
+def test_rows_are_split_where_that_is_faster(T, D, widths):
+    assert blocks(D, config(T, D)) == widths
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize("D", [96, 127, 1152, 1280])
+def test_split_rows(D, kind, device, monkeypatch):
+    monkeypatch.setattr(norm_module, "config", lambda T, D: NormConfig(2, 1, split=True))
+    args, offset = arguments(5, D, torch.bfloat16, device, kind)
+    eager = norm_ref(*args, kind=kind, offset=offset)
+    oracle = norm_ref(*double(args), kind=kind, offset=offset.double())
+    assert_as_accurate(norm(*args, kind=kind, offset=offset), eager, oracle)
+    # padding is not read and written as zeros in both blocks, and rows go where they are sent
+    order = torch.tensor([3, 0, 4, 2, 1], dtype=torch.int32, device=device)
+    args[0][3:] = float("nan")
+    live = torch.tensor([3], dtype=torch.int32, device=device)
+    moved = norm(*args, kind=kind, offset=offset, destination=order, live_rows=live)
+    assert (moved[order.long()[3:]] == 0).all()
+    assert_as_accurate(moved[order.long()[:3]], eager[:3], oracle[:3])
 
 
 @pytest.mark.parametrize("kind", ["layer", "rms"])
