@@ -19,10 +19,32 @@ from ..capture import (
     plan,
 )
 from ..encoder.vision_encoder import VisionEncoder
+from ..kernels.attention import check_backend
+from .floor import TowerShape
 from .provider import Builders, Job, Provider, UnavailableError, features_of, require_cuda
 from .workloads import Grid
 
 Budgets = Literal["auto", "ladder", "tight"]
+PLAIN = "plain"
+_OWN_BACKENDS = ("hopper", "triton")  # as an encoder prefers them
+
+
+def plain_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """What an encoder on `device` chooses where no package of FlashAttention is installed.
+
+    Raises:
+        ValueError: no kernel of ours takes the dtype or head dim.
+    """
+    if device.type != "cuda":
+        return "reference"
+    for name in _OWN_BACKENDS[:-1]:
+        try:
+            check_backend(name, dtype, device, head_dim)
+        except ValueError:
+            continue  # not for this device, dtype or head dim
+        return name
+    check_backend(_OWN_BACKENDS[-1], dtype, device, head_dim)
+    return _OWN_BACKENDS[-1]
 
 
 class OursTower:
@@ -32,21 +54,26 @@ class OursTower:
         tower: Live Hugging Face tower.
         workloads: All that will be asked of it; decides which graphs are captured.
         budgets: "auto" captures the rungs of the automatic ladder that the workloads use (the
-            same rungs, sooner), "ladder" all of it, "tight" one rung of exactly each workload.
-        attention: Backend for attention over whole frames; None for the encoder's choice.
+            same rungs, sooner), "ladder" all of it, "tight" one rung of exactly each workload,
+            and numbers are the rungs themselves, in tokens.
+        attention: Backend for attention over whole frames; None for the encoder's choice, `PLAIN`
+            for the one it makes without packages.
+        precision: Of the linear layers; see `VisionEncoder.from_pretrained`.
     """
 
     def __init__(
         self,
         tower: torch.nn.Module,
         workloads: Sequence[Sequence[Grid]],
-        budgets: Budgets = "auto",
+        budgets: Budgets | tuple[int, ...] = "auto",
         attention: str | None = None,
+        precision: str = "native",
     ):
         self._tower = tower
         self._workloads = workloads
         self._budgets = budgets
         self._attention = attention
+        self._precision = precision
         self._encoder: VisionEncoder | None = None
 
     def builders(self) -> Builders:
@@ -56,13 +83,23 @@ class OursTower:
     def encoder(self) -> VisionEncoder:
         """The encoder, built on first use from the tower's weights."""
         if self._encoder is None:
-            self._encoder = VisionEncoder.from_hf(self._tower, attention=self._attention)
+            attention = self._attention
+            if attention == PLAIN:
+                parameter = next(self._tower.parameters())
+                shape = TowerShape.of(self._tower.config)
+                head_dim = shape.hidden // shape.heads
+                attention = plain_backend(parameter.device, parameter.dtype, head_dim)
+            self._encoder = VisionEncoder.from_hf(
+                self._tower, attention=attention, precision=self._precision
+            )
         return self._encoder
 
     def config(self) -> EncoderCudaGraphConfig:
         """Which graphs `capture` will record."""
         if self._budgets == "ladder":
             return EncoderCudaGraphConfig()
+        if isinstance(self._budgets, tuple):
+            return EncoderCudaGraphConfig(token_budgets=self._budgets)
         encoder = self.encoder()
         items = [encoder.item_specs(list(grids)) for grids in self._workloads]
         if self._budgets == "tight":
@@ -112,7 +149,8 @@ class OursTower:
             deepstack = range(len(encoder.spec.deepstack_layers))
             return [out["pooler_output"], *(out[f"deepstack_{j}"] for j in deepstack)]
 
-        return Provider(call, features, len(job.pixel_values))
+        attention = encoder.attention_for(max(h * w for _, h, w in job.grids))
+        return Provider(call, features, len(job.pixel_values), attention=attention, replays=0)
 
     def _graph(self, job: Job) -> Provider:
         encoder, graphs, rungs = self.encoder(), self._captured(), self._rungs(job)
@@ -128,7 +166,9 @@ class OursTower:
         def features() -> list[torch.Tensor]:
             return features_of(encoder(job.pixel_values, job.grids))
 
-        return Provider(replay, features, sum(rung.max_patches for rung in rungs))
+        padded = sum(rung.max_patches for rung in rungs)
+        attention = _attention(encoder, rungs)
+        return Provider(replay, features, padded, attention=attention, replays=len(recordings))
 
     def _call(self, job: Job) -> Provider:
         encoder, batches = self.encoder(), self._batches(job)
@@ -144,4 +184,16 @@ class OursTower:
         def call() -> Any:
             return encoder(job.pixel_values, grid_thw)
 
-        return Provider(call, lambda: features_of(call()), padded)
+        return Provider(
+            call,
+            lambda: features_of(call()),
+            padded,
+            attention=_attention(encoder, [batch.rung for batch in batches if batch.rung]),
+            replays=sum(batch.rung is not None for batch in batches),
+        )
+
+
+def _attention(encoder: VisionEncoder, rungs: Sequence[RungLimits]) -> str:
+    """The backends of graphs, as a row names them; that of most calls where none is replayed."""
+    names = {encoder.attention_for(rung.max_patches) for rung in rungs}
+    return "+".join(sorted(names)) or encoder.attention

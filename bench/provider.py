@@ -36,13 +36,21 @@ class Provider:
         call: What is timed.
         features: Runs the same computation and returns [pooler_output, *deepstack_features].
         padded_patches: Rows of pixels that it computes on, padding included.
+        attention: Backend of ours over whole frames; None for the others.
+        replays: CUDA graphs of ours that one call replays; None for the others.
         holds: What `call` reads by address, and nothing else keeps alive: a graph's inputs.
+        criterion: What it must meet instead of the error ratio, in words; None for the ratio.
+        failure: Says why it misses `criterion`, or None if it meets it.
     """
 
     call: Callable[[], object]
     features: Callable[[], list[torch.Tensor]]
     padded_patches: int
+    attention: str | None = None
+    replays: int | None = None
     holds: tuple[Any, ...] = ()
+    criterion: str | None = None
+    failure: Callable[[], str | None] | None = None
 
 
 Builder = Callable[[Job], Provider]

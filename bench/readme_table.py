@@ -1,54 +1,121 @@
-"""The README's table, from a committed result: `python -m vitgraph.bench readme FILE`."""
+"""The README's tables, from committed results: `python -m vitgraph.bench readme FILE`."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# what a caller of Hugging Face can run on any layout, and the best that a graph per layout reaches
+# what a caller of a peer can run on any layout, and the best that a graph per layout reaches
 _EAGER = ("hf-eager-sdpa", "hf-eager-fa2")
 _EXACT = ("hf-exact-graph", "hf-compile-graph")
+_VLLM = ("vllm-eager", "vllm-graph")
+_BACKENDS = {"fa4": "FlashAttention-4", "fa3": "FlashAttention-3", "fa2": "FlashAttention-2"}
 
 
 def readme_table(path: str | Path) -> str:
-    """Markdown of the results in `path`: times in ms, and ours against the fastest Hugging Face.
+    """Markdown of the results in `path`: times in ms, and ours against the fastest correct peer.
+
+    A row where ours is not ahead names the peer that is faster; a contender without a time (it
+    failed, or was wrong) has a dash.
 
     Raises:
         ValueError: the file is no result of `bench towers`.
     """
+    meta, rows = _read(path)
+    try:
+        return _table(meta, rows)
+    except (KeyError, TypeError) as error:
+        raise _no_result(path, error) from error
+
+
+def readme_tables(path: str | Path, plain_path: str | Path) -> str:
+    """`readme_table` of both files under headings: with a FlashAttention package, and without.
+
+    Raises:
+        ValueError: a file is no result of `bench towers`; `plain_path` was not measured with
+            `--plain`, or `path` was; or `path` does not say which attention it used.
+    """
+    (meta, rows), (plain_meta, _) = _read(path), _read(plain_path)
+    if not plain_meta.get("plain"):
+        raise ValueError(f"readme: {plain_path} is not from `bench towers --plain`; measure it so")
+    if meta.get("plain"):
+        raise ValueError(
+            f"readme: {path} is from `bench towers --plain`; pass it as --plain-file, and a result "
+            "without that option first"
+        )
+    used = {str(r["attention"]) for r in rows if r.get("provider") == "ours" and r.get("attention")}
+    if len(used) != 1:
+        raise ValueError(
+            f"readme: {path} names {len(used)} attention backends of `ours` "
+            f"({', '.join(sorted(used)) or 'none'}) and the heading needs one; measure it again"
+        )
+    backend = used.pop()
+    return "\n".join([
+        f"With {_BACKENDS.get(backend, f'attention={backend}')}:", "", readme_table(path), "",
+        "Plain install, without any package of FlashAttention:", "", readme_table(plain_path),
+    ])  # fmt: skip
+
+
+def _read(path: str | Path) -> tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]:
     try:
         result = json.loads(Path(path).read_text())
         meta, rows = result["meta"], result["rows"]
-        cells = _by_workload(rows)
+        return dict(meta), [dict(row) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"readme: {path} is no result of `bench towers` ({error!r})") from error
-    lines = [
-        "| tower | workload | patches | HF eager | HF graph | ours | speed-up | floor | error |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for (tower, workload), row in cells.items():
-        eager, exact = _fastest(row, _EAGER), _fastest(row, _EXACT)
-        ours = row["ours"]
-        speedup = min(t for t in (eager, exact) if t is not None) / ours["ms"]
-        lines.append(
-            f"| {tower} | {workload} | {ours['patches']:,} | {_ms(eager)} | {_ms(exact)} | "
-            f"{_ms(ours['ms'])} | {speedup:.2f} | {_ms(ours['floor_ms'])} | "
-            f"{ours['max_err_ratio']:.2f} |"
-        )
-    lines += [
-        "",
-        f"{meta['gpu']}, torch {meta['torch']}, triton {meta['triton']}, transformers "
-        f"{meta['transformers']}, {meta['dtype']}, commit {meta['commit']}, {meta['date'][:10]}: "
-        f"`{meta['command']}`.",
-    ]
-    return "\n".join(lines)
+        raise _no_result(path, error) from error
 
 
-def _by_workload(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+def _no_result(path: str | Path, error: Exception) -> ValueError:
+    return ValueError(f"readme: {path} is no result of `bench towers` ({error!r})")
+
+
+def _table(meta: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     cells: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
         cells.setdefault((row["tower"], row["workload"]), {})[row["provider"]] = row
-    return {key: by_name for key, by_name in cells.items() if by_name["ours"]["ms"] is not None}
+    has_vllm = any(_fastest(by_name, _VLLM) for by_name in cells.values())
+    columns = ["HF eager", "HF graph", *(["vLLM"] if has_vllm else []), "ours"]
+    header = ["tower", "workload", "patches", *columns, "speed-up", "floor", "error"]
+    lines = [_line(header), _line(["---", "---", *["---:"] * (len(header) - 2)])]
+    for (tower, workload), by_name in cells.items():
+        ours = by_name["ours"]
+        groups = (_EAGER, _EXACT, _VLLM) if has_vllm else (_EAGER, _EXACT)
+        ratio = ours["max_err_ratio"]
+        lines.append(
+            _line([
+                tower, workload, f"{ours['patches']:,}",
+                *(_ms(_fastest(by_name, group)) for group in groups), _ms(ours["ms"]),
+                _speed_up(by_name), _ms(ours["floor_ms"]),
+                "-" if ratio is None else f"{ratio:.2f}",
+            ])
+        )  # fmt: skip
+    changes = " with changes" if meta["dirty"] else ""
+    lines += [
+        "",
+        f"{meta['gpu']}, torch {meta['torch']}, triton {meta['triton']}, transformers "
+        f"{meta['transformers']}, {meta['dtype']}, commit {meta['commit']}{changes}, "
+        f"{meta['date'][:10]}: `{meta['command']}`.",
+    ]
+    if meta.get("not_run"):
+        lines += ["", f"Not run, time was over: {', '.join(meta['not_run'])}."]
+    return "\n".join(lines)
+
+
+def _speed_up(by_name: Mapping[str, Any]) -> str:
+    """Fastest peer over ours; where that is not above 1, with the name of the peer."""
+    peers = {
+        name: row["ms"]
+        for name, row in by_name.items()
+        if not name.startswith("ours") and row["ms"] is not None
+    }
+    ours = by_name["ours"]["ms"]
+    if ours is None:
+        return "no time"
+    if not peers:
+        return "-"
+    name = min(peers, key=lambda peer: peers[peer])
+    ratio = peers[name] / ours
+    return f"{ratio:.2f}" if ratio > 1 else f"{ratio:.2f}, behind {name}"
 
 
 def _fastest(by_name: Mapping[str, Any], names: Sequence[str]) -> float | None:
@@ -58,3 +125,7 @@ def _fastest(by_name: Mapping[str, Any], names: Sequence[str]) -> float | None:
 
 def _ms(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -286,6 +286,8 @@ _CASES = [
             "torch": _linear_torch,
             "library": partial(_linear, backend="library"),
             "triton": partial(_linear, backend="triton"),
+            "hopper": partial(_linear, backend="hopper"),
+            "auto": partial(_linear, backend="auto"),
         },
     ),
     Case(
@@ -304,6 +306,8 @@ _CASES = [
             "torch": lambda stream, x, w: stream + F.linear(x, w),
             "library": partial(_add_linear, backend="library"),
             "triton": partial(_add_linear, backend="triton"),
+            "hopper": partial(_add_linear, backend="hopper"),
+            "auto": partial(_add_linear, backend="auto"),
         },
     ),
     Case(

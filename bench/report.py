@@ -5,12 +5,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from .provenance import Sources, sources
 
 _GPU_QUERY = {
     "driver": "driver_version",
@@ -23,10 +26,20 @@ _GPU_QUERY = {
 }
 
 
-def conditions(command: Sequence[str] | None = None) -> dict[str, Any]:
-    """GPU, driver, clocks, versions, commit, date and command line of this run."""
+def conditions(
+    command: Sequence[str] | None = None, made_of: Sources | None = None
+) -> dict[str, Any]:
+    """GPU, driver, clocks, versions, sources, date and command line of this run.
+
+    Args:
+        command: Words of the command line; None for those of this process.
+        made_of: What was measured; None for the sources as they are now, which differ from those
+            that ran if somebody edited them in between.
+
+    Raises:
+        ValueError: VITGRAPH_COMMIT names no commit.
+    """
     gpu = _query_gpu()
-    commit, dirty = _commit()
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "driver": gpu.pop("driver", None),
@@ -38,8 +51,7 @@ def conditions(command: Sequence[str] | None = None) -> dict[str, Any]:
         "vllm": _version("vllm"),
         "flash_attn_4": _version("flash-attn-4"),
         "vitgraph": _version("vitgraph"),
-        "commit": commit,
-        "dirty": dirty,
+        **asdict(made_of or sources()),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(sys.argv if command is None else command),
     }
@@ -54,11 +66,15 @@ def write_json(
 
 def write_content(path: str | Path, content: Mapping[str, Any]) -> None:
     """Write `content` as JSON, never half a file; NaN becomes null."""
+    write_text(path, json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8, never half a file; folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_plain(content), indent=1, allow_nan=False)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text + "\n")
+    unfinished.write_text(text, encoding="utf-8", newline="\n")
     unfinished.replace(path)
 
 
@@ -112,23 +128,6 @@ def _query_gpu() -> dict[str, str]:
         return {}
     values = [value.strip() for value in answer.splitlines()[0].split(",")]
     return dict(zip(_GPU_QUERY, values, strict=True))
-
-
-def _commit() -> tuple[str | None, bool | None]:
-    """Commit and whether the tree differs from it.
-
-    A copy of the tree without its history takes the commit from VITGRAPH_COMMIT; a suffix `-dirty`
-    there says that the tree differed.
-    """
-    root = Path(__file__).resolve().parent.parent
-    head = _run("git", "-C", str(root), "rev-parse", "HEAD") if (root / ".git").exists() else None
-    if head is not None:
-        status = _run("git", "-C", str(root), "status", "--porcelain")
-        return head.strip(), None if status is None else bool(status.strip())
-    told = os.environ.get("VITGRAPH_COMMIT")
-    if not told:
-        return None, None
-    return told.removesuffix("-dirty"), told.endswith("-dirty")
 
 
 def _run(*command: str) -> str | None:

@@ -44,6 +44,44 @@ class Effort:
 QUICK = Effort(warmup_s=0.05, rounds=7, min_rounds=3, limit_s=4.0)
 
 
+class TimeBudget:
+    """Seconds after which nothing new is started; what was left out is known.
+
+    Attributes:
+        seconds: From construction on; None for no limit.
+        skipped: Labels that were refused, in order.
+    """
+
+    def __init__(self, seconds: float | None = None):
+        """Start the clock.
+
+        Raises:
+            ValueError: `seconds` is not positive.
+        """
+        if seconds is not None and not seconds > 0:
+            raise ValueError(f"bench: --budget-s {seconds:g} must be more than 0 seconds")
+        self.seconds = seconds
+        self.skipped: list[str] = []
+        self._start = time.perf_counter()
+
+    def allows(self, label: str) -> bool:
+        """Whether `label` may start now; a refused one is noted."""
+        if self.seconds is None or time.perf_counter() - self._start < self.seconds:
+            return True
+        self.skipped.append(label)
+        return False
+
+    def to_json(self) -> dict[str, Any]:
+        """What the conditions of a result say of it."""
+        return {"budget_s": self.seconds, "not_run": self.skipped}
+
+    def note(self) -> str:
+        """One line on what was left out; empty if nothing was."""
+        if not self.skipped:
+            return ""
+        return f"time was over after {self.seconds:g} s; not run: {', '.join(self.skipped)}"
+
+
 def summarise(samples: Sequence[float]) -> Timing:
     """Median, 20th and 80th percentile of `samples` (ms).
 

@@ -25,6 +25,8 @@ _FAMILIES: dict[str, tuple[Any, Any]] = {
     "qwen2_5_vl": (Qwen2_5_VisionTransformerPretrainedModel, Qwen2_5_VLVisionConfig),
     "qwen3_vl": (Qwen3VLVisionModel, Qwen3VLVisionConfig),
 }
+# projections that add to the residual stream, by the end of their path in each family
+_INTO_STREAM = ("attn.proj", "mlp.linear_fc2", "mlp.fc2", "mlp.down_proj")
 _QUERY_KEY = ("qkv", "q_proj", "k_proj", "q", "k")  # projections that hold q or k
 
 
@@ -156,6 +158,25 @@ def boost_(tower: torch.nn.Module, seed: int) -> torch.nn.Module:
             else:
                 value = noise(parameter) * 0.05 + (1 if is_norm and name == "weight" else 0)
             parameter.copy_(value)
+    return tower
+
+
+@torch.no_grad()
+def calm_(tower: torch.nn.Module) -> torch.nn.Module:
+    """Turn boosted weights into ones that carry a rounding error on without amplifying it.
+
+    With doubled queries and keys attention picks single patches, and a tower of published depth is
+    chaotic: rounded to bf16 throughout, its own tokens fall under a cosine of 0.99. That is right
+    for comparing kernels of one precision, and blind to what another precision loses. Here queries
+    and keys are single again, and every branch is scaled by 1 / sqrt(2 * depth), with which deep
+    networks start training, so that all of them together weigh as much as the patches.
+    """
+    blocks: Any = tower.blocks
+    for path, module in blocks.named_modules():
+        if path.endswith(_INTO_STREAM):
+            module.weight.mul_((2 * len(blocks)) ** -0.5)
+        elif path.rpartition(".")[2] in _QUERY_KEY and hasattr(module, "weight"):
+            module.weight.mul_(0.5)
     return tower
 
 

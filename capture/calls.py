@@ -2,14 +2,16 @@
 
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import torch
 
 from .cost import Costs, Load
 from .dispatch import Dispatcher
 from .packing import CHEAPER, LIMITS, Batch, exceeded, room_of
 from .protocol import EncoderItemSpec, Pruning, Rows, RungLimits, SupportsEncoderCudaGraph
 from .rows import RowOffsets, Run, runs_of
-from .staging import Grid
+from .staging import Grid, table_for
 
 _REMEMBERED = 1024  # plans
 
@@ -22,6 +24,7 @@ class PlannedBatch:
     runs: tuple[Run, ...]
     rung: RungLimits | None
     reasons: Counter[str]
+    _tables: dict[int, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -43,6 +46,13 @@ class PlannedBatch:
     def rows(self, grid: Sequence[Grid]) -> list[Grid]:
         """The rows of the grid table that belong to this batch."""
         return [row for run in self.runs for row in grid[slice(*run)]]
+
+    def table(self, grid: Sequence[Grid], destination: torch.Tensor) -> torch.Tensor:
+        """`rows(grid)` as the table that `destination` takes; made once for each of its lengths."""
+        table = self._tables.get(len(destination))
+        if table is None:
+            table = self._tables[len(destination)] = table_for(destination, self.rows(grid))
+        return table
 
 
 @dataclass(frozen=True)

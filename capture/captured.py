@@ -91,6 +91,8 @@ def capture_ladder(
     descending = rungs[::-1]
     bar = tqdm(total=2 * len(rungs), desc="capture", file=sys.stderr, disable=not show_progress)
     try:
+        bar.set_postfix_str("compile")
+        encoder.compile_kernels(dict(slots[0].inputs), dict(slots[0].outputs), rungs)
         for limits in descending:
             bar.set_postfix_str(f"warm up {limits.token_budget} tokens")
             full_item(encoder, limits)

@@ -1,20 +1,21 @@
 """One batch shared out over the ranks of a process group, each with a copy of the encoder."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
-from typing import Literal, overload
+from inspect import signature
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
 
-from .protocol import BufferSpec, EncoderItemSpec, SupportsEncoderCudaGraph
+from .protocol import BufferSpec, EncoderItemSpec, Pruning, SupportsEncoderCudaGraph
 from .rank_exchange import RankStatus, RowExchange, StatusBoard
-from .rows import RowOffsets, row_counts, runs_of
-from .sharding import assign, item_cost
-from .staging import PIXELS, Grid, check_pixels, gather_pixels, grid_rows
+from .shard_plan import Gather, OwnItems, ShardPlan, ShardPlanner
+from .sharding import item_cost
+from .staging import PIXELS, check_out, check_pixels, gather_pixels, result_rows
 
-Execute = Callable[[torch.Tensor, list[Grid]], dict[str, torch.Tensor]]
+# (pixel_values, grid) and, as keywords where it has them, pruning, out and names.
+Execute = Callable[..., dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -30,18 +31,6 @@ class Shard:
     outputs: dict[str, torch.Tensor]
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """A batch as all ranks see it; the digests are what they compare."""
-
-    grid: list[Grid]
-    items: list[EncoderItemSpec]
-    shards: list[tuple[int, ...]]
-    names: list[str]
-    batch: bytes
-    setup: bytes
-
-
 class DataParallelEncoder:
     """Shares the items of a batch out over the ranks of a process group, by cost.
 
@@ -53,7 +42,9 @@ class DataParallelEncoder:
 
     Args:
         execute: computes items: `EncoderCudaGraphManager.execute` or `encoder.eager_forward`.
-            Never called without items. Its tensors must be the caller's to keep.
+            Never called without items. Its tensors must be the caller's to keep. It is given
+            `pruning`, `out` and `names` if it has parameters of these names; only pruned calls
+            need the first.
         encoder: names the outputs and sizes the items; the same tower on every rank.
         group: the ranks; None for the default group. It needs a backend for the encoder's device.
         costs: relative time of an item, the same on every rank; None for `item_cost`.
@@ -84,13 +75,16 @@ class DataParallelEncoder:
                 "construct it on the ranks of the group only"
             )
         self._execute = execute
+        self._accepts = signature(execute).parameters.keys()
         self._encoder = encoder
         self._group = group
-        self._costs = item_cost if costs is None else costs
         # Any rung will do: only leading axes depend on it, and those are not read.
         limits = encoder.rung_limits(encoder.budget_range()[1], 1, 1)
         self._pixel_spec = encoder.input_specs(limits)[PIXELS]
         self._specs: dict[str, BufferSpec] = encoder.output_specs(limits)
+        self._planner = ShardPlanner(
+            encoder, self._specs, self.world_size, item_cost if costs is None else costs
+        )
         self._board = StatusBoard(group, encoder.device)
 
     def assignment(self, grid_thw: torch.Tensor | Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
@@ -99,7 +93,7 @@ class DataParallelEncoder:
         Raises:
             TypeError, ValueError: a grid that is malformed or that the encoder refuses.
         """
-        return self._plan(grid_thw).shards
+        return self._planner.plan(grid_thw).shards
 
     @overload
     def execute(
@@ -110,6 +104,9 @@ class DataParallelEncoder:
         gather: Literal[True] | Collection[str] = True,
         shard: bool = False,
         check: bool = True,
+        pruning: Pruning | None = None,
+        out: None = None,
+        names: Collection[str] | None = None,
     ) -> dict[str, torch.Tensor]: ...
 
     @overload
@@ -121,6 +118,9 @@ class DataParallelEncoder:
         gather: Literal[False],
         shard: bool = False,
         check: bool = True,
+        pruning: Pruning | None = None,
+        out: Mapping[str, torch.Tensor] | None = None,
+        names: Collection[str] | None = None,
     ) -> Shard: ...
 
     @torch.no_grad()
@@ -129,9 +129,12 @@ class DataParallelEncoder:
         pixel_values: torch.Tensor,
         grid_thw: torch.Tensor | Sequence[Sequence[int]],
         *,
-        gather: bool | Collection[str] = True,
+        gather: Gather = True,
         shard: bool = False,
         check: bool = True,
+        pruning: Pruning | None = None,
+        out: Mapping[str, torch.Tensor] | None = None,
+        names: Collection[str] | None = None,
     ) -> dict[str, torch.Tensor] | Shard:
         """Encode a batch on all ranks together.
 
@@ -150,6 +153,14 @@ class DataParallelEncoder:
             shard: whether `pixel_values` holds the items `assignment(grid_thw)[rank]` only; ranks
                 may differ in this.
             check: tell all ranks of errors and of differing batches before results are exchanged.
+            pruning: which tokens to keep of all items; None for all. The same on every rank, but
+                that of the mask a rank reads only the tokens of its own items. An encoder that
+                announces no rows of kind "kept" (a tower that was not captured with pruning)
+                shortens its "tokens", and outputs that it does not announce are not returned.
+            out: with gather=False, tensors for the rows of this rank's items, to write instead of
+                new ones; only the outputs that it names are returned.
+            names: the outputs wanted, the same on every rank; None for all, or those of `gather`
+                or `out`.
 
         Returns:
             Outputs by name, rows in the order of the items, owned by the caller; a `Shard` for
@@ -157,13 +168,19 @@ class DataParallelEncoder:
 
         Raises:
             TypeError, ValueError: this rank's arguments are refused, or ranks were called with
-                different grids, costs or outputs (on all ranks).
+                different grids, prunings, costs or outputs (on all ranks).
             RuntimeError: a rank failed or refused its arguments (on all other ranks, and on the
                 failing one with its own error as the cause).
         """
         # Whatever goes wrong must not keep this rank from the exchanges that others wait in.
         try:
-            plan = self._plan(grid_thw, gather)
+            if pruning is not None and "pruning" not in self._accepts:
+                raise ValueError(
+                    "execute: pruning is given, and the function that computes the items has no "
+                    "such parameter; construct the DataParallelEncoder with a manager's `execute` "
+                    "or an encoder's `eager_forward`, or leave pruning out"
+                )
+            plan = self._planner.plan(grid_thw, gather, pruning, out, names)
         except Exception as error:
             if check:
                 self._agree(None, error, refused=True)
@@ -172,19 +189,19 @@ class DataParallelEncoder:
         outputs: dict[str, torch.Tensor] = {}
         failure: Exception | None = None
         refused = False
+        device = self._encoder.device
         try:
             if gather is not False and self.world_size > 1:
                 exchange = RowExchange(
-                    {name: self._specs[name] for name in plan.names},
-                    plan.items,
-                    plan.shards,
-                    self.rank,
-                    self._encoder.device,
+                    plan.specs, plan.items, plan.shards, self.rank, device, plan.pruning
                 )
             refused = True
-            pixels = self._own_pixels(pixel_values, plan, shard)
+            own = plan.own(self.rank)
+            pixels = self._own_pixels(pixel_values, plan, own, shard)
+            if out is not None:
+                check_out(out, plan.specs, own.offsets, device)
             refused = False
-            outputs = self._compute(pixels, plan)
+            outputs = self._compute(pixels, own, plan.specs, out)
             if exchange is not None:
                 exchange.put(outputs)
         except Exception as error:
@@ -199,61 +216,66 @@ class DataParallelEncoder:
             self._board.follow_current_stream()
         if failure is not None:
             raise failure
-        if gather is False:
-            return Shard(plan.shards[self.rank], results)
-        return {name: results[name] for name in plan.names}
+        return Shard(plan.shards[self.rank], results) if gather is False else results
 
-    def _plan(
-        self,
-        grid_thw: torch.Tensor | Sequence[Sequence[int]],
-        gather: bool | Collection[str] = False,
-    ) -> _Plan:
-        wanted = self._specs.keys() if isinstance(gather, bool) else gather
-        unknown = sorted(set(wanted) - self._specs.keys())
-        if unknown:
-            raise ValueError(
-                f"execute: gather names {', '.join(unknown)}; the outputs are "
-                f"{', '.join(self._specs)}"
-            )
-        grid = grid_rows(grid_thw)
-        items = self._encoder.item_specs(grid)
-        shards = assign([self._costs(item) for item in items], self.world_size)
-        names = [name for name in self._specs if name in wanted]
-        layout = [(name, self._specs[name].shape[1:], self._specs[name].dtype) for name in names]
-        return _Plan(
-            grid, items, shards, names, _digest(grid), _digest((shards, layout, gather is False))
-        )
-
-    def _own_pixels(self, pixel_values: torch.Tensor, plan: _Plan, shard: bool) -> torch.Tensor:
-        own = plan.shards[self.rank]
-        offsets = RowOffsets.of({"patches"}, plan.items)
-        patches = sum([plan.items[index].input_size for index in own])
-        check_pixels(pixel_values, self._pixel_spec, patches if shard else offsets.total("patches"))
-        if shard or not own:
+    def _own_pixels(
+        self, pixel_values: torch.Tensor, plan: ShardPlan, own: OwnItems, shard: bool
+    ) -> torch.Tensor:
+        offsets = own.offsets if shard else plan.offsets
+        check_pixels(pixel_values, self._pixel_spec, offsets.total("patches"))
+        if shard or not own.runs:
             return pixel_values
-        return gather_pixels(pixel_values, offsets, runs_of(own))
+        return gather_pixels(pixel_values, plan.offsets, own.runs)
 
-    def _compute(self, pixels: torch.Tensor, plan: _Plan) -> dict[str, torch.Tensor]:
-        """All outputs of this rank's items, of the shapes and dtypes that the encoder announced."""
-        own = plan.shards[self.rank]
-        items = [plan.items[index] for index in own]
-        device = self._encoder.device
-        outputs = self._execute(pixels, [plan.grid[index] for index in own]) if own else {}
-        for name, spec in self._specs.items():
-            shape = (sum(row_counts(spec.rows, items)), *spec.shape[1:])
-            if not own:
-                outputs[name] = torch.empty(shape, dtype=spec.dtype, device=device)
-                continue
-            actual = outputs.get(name)
-            if actual is None or actual.shape != shape or actual.dtype != spec.dtype:
+    def _compute(
+        self,
+        pixels: torch.Tensor,
+        own: OwnItems,
+        specs: Mapping[str, BufferSpec],
+        out: Mapping[str, torch.Tensor] | None,
+    ) -> dict[str, torch.Tensor]:
+        """Outputs of this rank's items, of the shapes and dtypes that the encoder announced."""
+        shapes = result_rows(specs, specs, own.offsets)
+        if not own.grid:
+            if out is not None:
+                return {name: out[name] for name in specs}
+            device = self._encoder.device
+            return {
+                name: torch.empty(shape, dtype=specs[name].dtype, device=device)
+                for name, shape in shapes.items()
+            }
+        outputs = self._execute(pixels, own.grid, **self._options(own, specs, out))
+        for name, shape in shapes.items():
+            actual, dtype = outputs.get(name), specs[name].dtype
+            if actual is None or actual.shape != shape or actual.dtype != dtype:
                 found = "nothing" if actual is None else f"{actual.dtype} {list(actual.shape)}"
                 raise RuntimeError(
-                    f"execute: {name} of {len(own)} items is {found}, the encoder announces "
-                    f"{spec.dtype} {list(shape)}; pass the `execute` of this same encoder"
+                    f"execute: {name} of {len(own.grid)} items is {found}, the encoder announces "
+                    f"{dtype} {list(shape)}; pass the `execute` of this same encoder"
                 )
-        return outputs
+        if out is None:
+            return {name: outputs[name] for name in specs}
+        return {
+            name: out[name] if outputs[name] is out[name] else out[name].copy_(outputs[name])
+            for name in specs
+        }
 
-    def _agree(self, plan: _Plan | None, error: Exception | None, refused: bool) -> None:
+    def _options(
+        self, own: OwnItems, specs: Mapping[str, BufferSpec], out: Mapping[str, torch.Tensor] | None
+    ) -> dict[str, Any]:
+        """What `execute` is told besides the items: what differs from its defaults, if it can."""
+        options: dict[str, Any] = {}
+        if own.pruning is not None:
+            options["pruning"] = own.pruning
+            if not self._planner.announces_kept:
+                return options  # pruned eagerly, which returns all outputs
+        if out is not None and "out" in self._accepts:
+            options["out"] = out
+        elif len(specs) < len(self._specs) and "names" in self._accepts:
+            options["names"] = tuple(specs)
+        return options
+
+    def _agree(self, plan: ShardPlan | None, error: Exception | None, refused: bool) -> None:
         """Exchange statuses, and raise on every rank unless all are well and agree."""
         text = ""
         if error is not None:
@@ -273,16 +295,11 @@ class DataParallelEncoder:
         for rank, other in enumerate(statuses):
             if other.batch != statuses[0].batch:
                 raise ValueError(
-                    f"execute: grid_thw on rank {rank} is not that on rank 0; pass the grid of "
-                    "the whole batch, in one order, on every rank"
+                    f"execute: grid_thw on rank {rank} is not that on rank 0, or pruning is not; "
+                    "pass those of the whole batch, in one order, on every rank"
                 )
             if other.setup != statuses[0].setup:
                 raise ValueError(
                     f"execute: rank {rank} and rank 0 share the same batch out differently or "
                     "return other outputs; use the same encoder, costs and gather on every rank"
                 )
-
-
-def _digest(value: object) -> bytes:
-    """8 bytes that differ, in practice always, between ranks that hold different values."""
-    return blake2b(repr(value).encode(), digest_size=8).digest()

@@ -27,7 +27,6 @@ from .staging import (
     result_rows,
     scatter_rows,
     stage_pixels,
-    stage_table,
 )
 from .stats import CallStats
 
@@ -224,7 +223,8 @@ class Executor:
         graph = ladder.rungs[rung].graphs[index]
         graph.check_addresses()
         with span("vitgraph.stage", self._nvtx), self._staging(slot, pixel_values):
-            stage_table(graph.inputs[GRID], batch.rows(grid))
+            table = graph.inputs[GRID]
+            table.copy_(batch.table(grid, table), non_blocking=True)
             if KEEP in graph.inputs:
                 stage_pruning(graph.inputs, pruning, call.offsets, batch.runs)
             stage_pixels(graph.inputs[PIXELS], pixel_values, call.offsets, batch.runs)

@@ -2,16 +2,18 @@
 
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from .config import EncoderCudaGraphConfig
 from .graph import CudaGraphRecorder, GraphPool, Recorder
 from .manager import EncoderCudaGraphManager
-from .protocol import SupportsEncoderCudaGraph
+from .protocol import Pruning, SupportsEncoderCudaGraph
+from .slots import Lease
 
 _SUMMED = (
     "items",
@@ -27,6 +29,22 @@ _SUMMED = (
 )
 
 PathInput = tuple[torch.Tensor, torch.Tensor | Sequence[Sequence[int]]]
+Result = TypeVar("Result")
+
+
+class PathLeases(dict[str, Lease]):
+    """A lease by path. As a context manager it releases all of them at the end."""
+
+    def release(self) -> None:
+        """Release the lease of every path, on the stream that reads the results."""
+        for lease in self.values():
+            lease.release()
+
+    def __enter__(self) -> "PathLeases":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
 
 class MultiPathManager:
@@ -43,8 +61,9 @@ class MultiPathManager:
         recorder: how rungs are recorded; None for CUDA graphs on the encoders' device.
 
     Attributes:
-        managers: the manager of each path, in the order of `encoders`. Their `capture`, `clear`
-            and `execute` are for this class alone: nothing orders direct calls on other streams.
+        managers: the manager of each path, in the order of `encoders`. Their `capture`, `clear`,
+            `execute` and `lease` are for this class alone: nothing orders direct calls on other
+            streams.
         graph_pool: the memory pool of all graphs; None when nothing is captured.
 
     Raises:
@@ -120,12 +139,23 @@ class MultiPathManager:
             if self._device.type == "cuda":
                 self._last_stream = torch.cuda.current_stream(self._device)
 
-    def execute(self, inputs: Mapping[str, PathInput]) -> dict[str, dict[str, torch.Tensor]]:
+    def execute(
+        self,
+        inputs: Mapping[str, PathInput],
+        *,
+        pruning: Mapping[str, Pruning] | None = None,
+        out: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+        names: Mapping[str, Collection[str]] | None = None,
+    ) -> dict[str, dict[str, torch.Tensor]]:
         """Encode the items of each path, as `EncoderCudaGraphManager.execute` does.
 
         Args:
             inputs: (pixel_values [T, width], grid_thw [N, 3]) by path. Paths may be left out, and
                 N may be 0.
+            pruning: by path, which tokens its items keep; all in paths left out.
+            out: by path, tensors to write instead of new ones; only the outputs that a path's own
+                mapping names are copied.
+            names: by path, the outputs wanted; all, or those of `out`, in paths left out.
 
         Returns:
             For every path its outputs by name, owned by the caller; without rows where there were
@@ -136,14 +166,43 @@ class MultiPathManager:
             ValueError: an unknown path, and what a path refuses.
             TypeError: what a path refuses.
         """
-        _check_paths("execute: inputs names", inputs, self.managers)
-        nothing: PathInput = (torch.empty(0), [])
-        with self._lock:
-            self._follow_last_stream()
-            return {
-                path: manager.execute(*inputs.get(path, nothing))
-                for path, manager in self.managers.items()
-            }
+        pruning, out, names = pruning or {}, out or {}, names or {}
+        _check_paths("execute: out names", out, self.managers)
+        _check_paths("execute: names names", names, self.managers)
+
+        def run(path: str, given: PathInput) -> dict[str, torch.Tensor]:
+            return self.managers[path].execute(
+                *given, pruning=pruning.get(path), out=out.get(path), names=names.get(path)
+            )
+
+        return self._on_each_path("execute", inputs, pruning, run)
+
+    def lease(
+        self, inputs: Mapping[str, PathInput], *, pruning: Mapping[str, Pruning] | None = None
+    ) -> PathLeases:
+        """`execute` without copying results out: a lease for each path, by its name.
+
+        Paths have slots of their own, so that a lease is overtaken by later calls with items of its
+        path alone; with `num_slots` = n in the path's configuration it outlives n - 1 of these.
+
+        Args:
+            inputs, pruning: as in `execute`.
+
+        Raises:
+            As `execute`; no path is leased then. Reading a lease whose slot was taken again raises
+            RuntimeError.
+        """
+        pruning = pruning or {}
+        with ExitStack() as undo:
+
+            def run(path: str, given: PathInput) -> Lease:
+                lease = self.managers[path].lease(*given, pruning=pruning.get(path))
+                undo.callback(lease.release)
+                return lease
+
+            leases = PathLeases(self._on_each_path("lease", inputs, pruning, run))
+            undo.pop_all()  # every path is leased: nothing to undo
+        return leases
 
     def clear(self) -> None:
         """Drop the graphs and buffers of all paths, after the device is done with them."""
@@ -167,6 +226,28 @@ class MultiPathManager:
         for counters in paths.values():
             reasons.update(counters["eager_reasons"])
         return {"paths": paths, "total": total | {"eager_reasons": dict(reasons)}}
+
+    def _on_each_path(
+        self,
+        operation: str,
+        inputs: Mapping[str, PathInput],
+        pruning: Mapping[str, Pruning],
+        run: Callable[[str, PathInput], Result],
+    ) -> dict[str, Result]:
+        """What `run` makes of each path's input, one path after the other; errors name the path."""
+        _check_paths(f"{operation}: inputs names", inputs, self.managers)
+        _check_paths(f"{operation}: pruning names", pruning, self.managers)
+        nothing: PathInput = (torch.empty(0), [])
+        results: dict[str, Result] = {}
+        with self._lock:
+            self._follow_last_stream()
+            for path in self.managers:
+                try:
+                    results[path] = run(path, inputs.get(path, nothing))
+                except Exception as error:
+                    error.add_note(f"in the path {path}")
+                    raise
+        return results
 
     def _follow_last_stream(self) -> None:
         """Order this call after the previous one: another path's graphs use the same memory."""

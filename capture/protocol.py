@@ -127,6 +127,19 @@ class SupportsEncoderCudaGraph(Protocol):
         """
         ...
 
+    def compile_kernels(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        outputs: Mapping[str, torch.Tensor],
+        rungs: Sequence[RungLimits],
+    ) -> None:
+        """Called before `rungs` (ascending) are warmed up one by one: compile what they launch.
+
+        `inputs` and `outputs` are the buffers of the largest. An encoder whose kernels need no
+        compilation, or cannot be compiled several at a time, does nothing.
+        """
+        ...
+
     def eager_forward(
         self,
         pixel_values: torch.Tensor,

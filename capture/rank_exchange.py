@@ -10,7 +10,7 @@ from math import prod
 import torch
 import torch.distributed as dist
 
-from .protocol import BufferSpec, EncoderItemSpec, Rows
+from .protocol import BufferSpec, EncoderItemSpec, Pruning, Rows
 from .rows import row_counts
 
 _STATUS_BYTES = 512
@@ -106,6 +106,7 @@ class RowExchange:
         shards: the items of each rank, ascending.
         rank: this one.
         device: where outputs and blocks live.
+        pruning: what the items keep; None for all.
     """
 
     def __init__(
@@ -115,12 +116,13 @@ class RowExchange:
         shards: Sequence[Sequence[int]],
         rank: int,
         device: torch.device,
+        pruning: Pruning | None = None,
     ):
         self._specs = specs
         self._items = items
         self._shards = shards
         self._rank = rank
-        self._counts = {spec.rows: row_counts(spec.rows, items) for spec in specs.values()}
+        self._counts = {spec.rows: row_counts(spec.rows, items, pruning) for spec in specs.values()}
         self._starts: dict[str, int] = {}
         size = 0
         for name, spec in specs.items():

@@ -114,18 +114,23 @@ def check_pixels(pixel_values: torch.Tensor, spec: BufferSpec, patches: int) -> 
         )
 
 
-def stage_table(destination: torch.Tensor, rows: Sequence[Any] | torch.Tensor) -> None:
-    """Write a whole table [max_rows, ...] of integers: `rows`, then zeros.
+def table_for(destination: torch.Tensor, rows: Sequence[Any] | torch.Tensor) -> torch.Tensor:
+    """A whole table of integers for `destination` [max_rows, ...]: `rows`, then zeros.
 
-    The table is built in fresh pinned memory, so the copy does not wait; the caching host allocator
-    does not hand that memory out again before the copy is done.
+    It lies in pinned memory of its own, so that copying it does not wait. The caching host
+    allocator does not hand that memory out again before the copies are done.
     """
     table = torch.zeros(destination.shape, dtype=destination.dtype, pin_memory=destination.is_cuda)
     if isinstance(rows, torch.Tensor):
         table[: len(rows)] = rows
     elif rows:
         table.numpy()[: len(rows)] = rows
-    destination.copy_(table, non_blocking=True)
+    return table
+
+
+def stage_table(destination: torch.Tensor, rows: Sequence[Any] | torch.Tensor) -> None:
+    """Write `table_for(destination, rows)`."""
+    destination.copy_(table_for(destination, rows), non_blocking=True)
 
 
 def stage_pixels(
@@ -139,7 +144,8 @@ def stage_pixels(
     row = 0
     for run in runs:
         first, count = offsets.span("patches", run)
-        source = pixel_values[first : first + count]
+        whole = count == len(pixel_values)
+        source = pixel_values if whole else pixel_values[first : first + count]
         destination[row : row + count].copy_(source, non_blocking=True)
         row += count
 

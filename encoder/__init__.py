@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from ..capture import EncoderCudaGraphConfig
     from .checkpoint import CheckpointError
     from .embedder import Embedder
+    from .fp8 import Fp8Plan
     from .media import MediaError
     from .spec import EncoderSpec
     from .swap import SwappedTower, swap_vision_tower
@@ -17,6 +18,7 @@ _HOMES = {
     "Embedder": ".embedder",
     "EncoderCudaGraphConfig": "..capture",
     "EncoderSpec": ".spec",
+    "Fp8Plan": ".fp8",
     "MediaError": ".media",
     "SwappedTower": ".swap",
     "VisionEncoder": ".vision_encoder",
@@ -29,6 +31,7 @@ __all__ = [
     "Embedder",
     "EncoderCudaGraphConfig",
     "EncoderSpec",
+    "Fp8Plan",
     "MediaError",
     "SwappedTower",
     "VisionEncoder",

@@ -1,4 +1,4 @@
-"""The `vitgraph` command: embed, info, bench.
+"""The `vitgraph` command: embed, info, tune, bench.
 
 Exit status: 0 done, 1 some inputs failed, 2 the command could not start. Results go to stdout,
 progress and errors to stderr. torch is imported by the commands that need it, not by `--help`.
@@ -15,11 +15,16 @@ import typer
 
 from .graph_options import (
     BudgetsOption,
+    BytesOption,
+    CalibrateOption,
     FramesOption,
     GraphsOption,
     ItemsOption,
     ModalityOption,
+    NvtxOption,
+    SlotsOption,
     graph_choice,
+    in_options,
 )
 
 app = typer.Typer(
@@ -62,6 +67,14 @@ def embed(
     layers: Annotated[
         str | None, typer.Option(help="Blocks to pool as well, such as 3,7,-1.")
     ] = None,
+    pruning_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Fraction of the tokens of videos to drop, such as 0.5: those most like the frame "
+            "before. [default: keep all]",
+            show_default=False,
+        ),
+    ] = None,
     recursive: Annotated[bool, typer.Option(help="Search folders below folders.")] = True,
     glob: Annotated[str | None, typer.Option(help="Names that count in folders: '*.png'.")] = None,
     local_files_only: Annotated[bool, typer.Option(help="Never ask the Hub.")] = False,
@@ -70,7 +83,14 @@ def embed(
     max_vision_items_per_batch: ItemsOption = None,
     max_frames_per_batch: FramesOption = None,
     modality: ModalityOption = None,
+    num_slots: SlotsOption = None,
+    calibrate: CalibrateOption = False,
+    max_bytes: BytesOption = None,
+    nvtx: NvtxOption = False,
     attention: Annotated[str | None, typer.Option(help="Backend, see `vitgraph info`.")] = None,
+    precision: Annotated[
+        str, typer.Option(help="native, or fp8 for most linear layers of a bfloat16 tower.")
+    ] = "native",
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Errors only.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Log what happens.")] = False,
 ) -> None:
@@ -89,17 +109,23 @@ def embed(
 
         from .embedder import POOLS, Embedder
         from .forward import check_layers
+        from .pruning import check_rate
 
         if pool not in POOLS:
             raise ValueError(f"--pool {pool}: choose from {', '.join(POOLS)}")
+        check_rate("--pruning-rate", pruning_rate)
         choice = graph_choice(
             graphs,
-            token_budgets,
-            max_vision_items_per_batch,
-            max_frames_per_batch,
-            modality,
             device=device,
             layers=blocks is not None,
+            token_budgets=token_budgets,
+            max_vision_items_per_batch=max_vision_items_per_batch,
+            max_frames_per_batch=max_frames_per_batch,
+            modality=modality,
+            num_slots=num_slots,
+            calibrate=calibrate,
+            max_bytes=max_bytes,
+            nvtx=nvtx,
         )
         embedder = Embedder.from_pretrained(
             model,
@@ -108,7 +134,9 @@ def embed(
             revision=revision,
             local_files_only=local_files_only,
             attention=attention,
+            precision=precision,
             graphs=choice,
+            pruning=pruning_rate is not None,
         )
         encoder = embedder.encoder
         checked = check_layers(encoder.spec, blocks or ())
@@ -121,6 +149,7 @@ def embed(
             pool=pool,  # pyright: ignore[reportArgumentType]
             normalize_embeddings=normalize,
             layers=blocks,
+            pruning_rate=pruning_rate,
             on_error="skip",
             show_progress_bar=not quiet,
         )
@@ -136,9 +165,11 @@ def embed(
         model=model,
         revision=encoder.revision,
         dtype=str(encoder.dtype).removeprefix("torch."),
+        precision=encoder.precision,
         pooling=pool,
         normalized=normalize,
         layers=checked,
+        pruning_rate=pruning_rate,
     )
     try:
         write_embeddings(output, names, embeddings, metadata, by_layer)
@@ -167,6 +198,7 @@ def info(
             "device": _device_name(),
             "versions": package_versions(),
             "attention": _attention_backends(),
+            "matrix_products": _launch_table(),
         }
         if model is not None:
             report["model"] = model
@@ -180,10 +212,42 @@ def info(
     typer.echo("attention backends")
     for name, reason in report["attention"].items():
         typer.echo(f"  {name}  {'available' if reason is None else reason}")
+    typer.echo(f"launch table of matrix products  {report['matrix_products']}")
     if model is not None:
         typer.echo(f"{model}")
         for name, value in report["spec"].items():
             typer.echo(f"  {name}  {value}")
+
+
+@app.command()
+def tune(
+    shapes: Annotated[
+        list[str] | None,
+        typer.Option(help="Only layers whose label holds this, such as qwen3-vl-8b; repeatable."),
+    ] = None,
+    budget_s: Annotated[
+        float | None, typer.Option(help="Seconds after which no further layer is begun.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Errors only.")] = False,
+) -> None:
+    """Measure which matrix products are fastest on this GPU, and keep the table for later runs.
+
+    It replaces an earlier one of this GPU and these versions, and stands before the shipped table
+    for the layers that were measured. `vitgraph info` says which table is in use.
+    """
+    with _usage_errors():
+        from ..bench.timing import TimeBudget
+        from ..bench.tune import tune_this_gpu
+
+        def log(line: str) -> None:
+            if not quiet:
+                typer.echo(line, err=True)
+
+        path, result = tune_this_gpu(shapes or (), time_budget=TimeBudget(budget_s), log=log)
+    for label in result.unmeasured:
+        typer.echo(f"not measured: {label}", err=True)
+    if not quiet:
+        typer.echo(f"{path}: {len(result.table)} layers")
 
 
 @app.command(
@@ -191,7 +255,7 @@ def info(
     add_help_option=False,
 )
 def bench(context: typer.Context) -> None:
-    """Measure kernels and towers; `vitgraph bench --help` lists the options."""
+    """Measure towers, scaling, kernels and capture, plot results; `vitgraph bench --help`."""
     from ..bench.__main__ import main as run
 
     raise typer.Exit(run(context.args) or 0)
@@ -258,6 +322,14 @@ def _attention_backends() -> dict[str, str | None]:
     return backend_report()
 
 
+def _launch_table() -> str:
+    import torch
+
+    from ..kernels.gemm_tuning import tuning_report
+
+    return tuning_report(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def _configure_logging(quiet: bool, verbose: bool) -> None:
     level = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
@@ -271,7 +343,7 @@ def _usage_errors() -> Iterator[None]:
         yield
     except (ValueError, ImportError, OSError, RuntimeError) as error:
         logging.getLogger("vitgraph").info("usage error", exc_info=True)
-        _fail(" ".join(str(error).split()), 2)
+        _fail(" ".join(in_options(str(error)).split()), 2)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import torch
 
+from .fp8 import Fp8Plan
 from .vision_encoder import VisionEncoder, pick_device, pick_dtype
 
 SEED = 20250917
@@ -12,6 +13,7 @@ def demo_encoder(
     dtype: torch.dtype | str | None = None,
     *,
     attention: str | None = None,
+    precision: str | Fp8Plan = "native",
 ) -> VisionEncoder:
     """A Qwen3-VL tower of four blocks, the same on every machine; its embeddings mean nothing.
 
@@ -21,7 +23,7 @@ def demo_encoder(
     Args:
         device: None is the current GPU if there is one, else the CPU.
         dtype: None or "auto" is bf16 on a GPU and fp32 on the CPU.
-        attention: As in `VisionEncoder.from_pretrained`.
+        attention, precision: As in `VisionEncoder.from_pretrained`.
 
     Raises:
         ValueError: an argument has no such value.
@@ -55,6 +57,6 @@ def demo_encoder(
         else:
             parameter.copy_(float(name.endswith("weight")) + 0.05 * noise)
     tower.to(device=place, dtype=kind)  # pyright: ignore[reportCallIssue] (transformers wraps it)
-    encoder = VisionEncoder.from_hf(tower, attention=attention)
+    encoder = VisionEncoder.from_hf(tower, attention=attention, precision=precision)
     encoder.source = "demo"
     return encoder

@@ -20,8 +20,10 @@ from tqdm.auto import tqdm
 from .checkpoint import Checkpoint
 from .demo import demo_encoder
 from .forward import check_layers
+from .fp8 import Fp8Plan
 from .media import MediaError, Video
 from .preprocess import Grid, ImagePreprocessor, preprocess_named
+from .pruning import check_rate
 from .vision_encoder import VisionEncoder, pick_device
 
 logger = logging.getLogger("vitgraph")
@@ -94,17 +96,21 @@ class Embedder:
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
         attention: str | None = None,
+        precision: str | Fp8Plan = "native",
         graphs: Any = None,
+        pruning: bool = False,
     ) -> "Embedder":
         """Load a tower and its preprocessing.
 
         Args:
             model: Hub id, folder, or "demo" for a small tower with random weights (a folder of
                 that name is "./demo").
-            dtype, device, revision, local_files_only, token, cache_dir, attention: As in
-                `VisionEncoder.from_pretrained`.
+            dtype, device, revision, local_files_only, token, cache_dir, attention, precision: As
+                in `VisionEncoder.from_pretrained`.
             graphs: True captures CUDA graphs with an automatic ladder, an `EncoderCudaGraphConfig`
                 (or a mapping, or JSON) with that one, False none; None captures on a GPU.
+            pruning: Capture pruning as well, for `encode` with a `pruning_rate`, which otherwise
+                runs without graphs.
 
         Raises:
             ValueError: as `VisionEncoder.from_pretrained` and `ImagePreprocessor.from_folder`.
@@ -119,7 +125,7 @@ class Embedder:
                 "use graphs=False"
             )
         if model == "demo":
-            encoder = demo_encoder(place, dtype, attention=attention)
+            encoder = demo_encoder(place, dtype, attention=attention, precision=precision)
             embedder = cls(encoder)
         else:
             checkpoint = Checkpoint.open(
@@ -130,11 +136,15 @@ class Embedder:
                 cache_dir=cache_dir,
             )
             encoder = VisionEncoder.from_checkpoint(
-                checkpoint, dtype=dtype, device=place, attention=attention
+                checkpoint, dtype=dtype, device=place, attention=attention, precision=precision
             )
             embedder = cls(encoder, ImagePreprocessor.from_folder(checkpoint.folder, encoder.spec))
         if graphs is not False:
-            encoder.capture(None if graphs is True else graphs, show_progress=_show_progress(None))
+            encoder.capture(
+                None if graphs is True else graphs,
+                show_progress=_show_progress(None),
+                pruning=pruning,
+            )
         return embedder
 
     def encode(
@@ -149,6 +159,7 @@ class Embedder:
         convert_to_tensor: bool = False,
         truncate_dim: int | None = None,
         layers: Sequence[int] | None = None,
+        pruning_rate: float | None = None,
         on_error: Literal["raise", "skip"] = "raise",
         num_workers: int | None = None,
     ) -> Any:
@@ -171,6 +182,8 @@ class Embedder:
             truncate_dim: Keep that many leading values, before normalising.
             layers: Blocks whose patches are pooled as well (negative ones count from the end), for
                 "tokens" in the row order of `pixel_values`.
+            pruning_rate: Fraction of each video's merged tokens to drop before they are pooled, in
+                [0, 1): those most like the frame before. Images lose none, `layers` neither.
             on_error: "raise" stops at the first bad input; "skip" leaves bad inputs out of the
                 results and lists them in `errors`.
             num_workers: Threads that decode; 0 uses the caller's. None is one a core, up to 8.
@@ -184,6 +197,7 @@ class Embedder:
             ValueError: an argument has no such value.
         """
         _check(batch_size, pool, truncate_dim, on_error, num_workers, self._widths(layers))
+        check_rate("encode: pruning_rate", pruning_rate)
         wanted = check_layers(self.encoder.spec, layers or ())
         single = _is_item(inputs)
         items: Iterable[Any] = [inputs] if single else inputs
@@ -199,7 +213,7 @@ class Embedder:
             closing(self._prepared(items, batch_size, num_workers)) as prepared,
         ):
             for batch in self._batches(prepared, batch_size, single or on_error == "raise"):
-                for key, rows in self._encode_batch(batch, pool, wanted).items():
+                for key, rows in self._encode_batch(batch, pool, wanted, pruning_rate).items():
                     for row in rows:
                         row = row[..., :truncate_dim]
                         if normalize_embeddings:
@@ -276,7 +290,11 @@ class Embedder:
             yield batch
 
     def _encode_batch(
-        self, batch: list[tuple[torch.Tensor, Grid]], pool: Pool, layers: list[int]
+        self,
+        batch: list[tuple[torch.Tensor, Grid]],
+        pool: Pool,
+        layers: list[int],
+        pruning_rate: float | None,
     ) -> dict[int | None, list[torch.Tensor]]:
         """Pooled fp32 rows of each item, of the output (None) and of each layer."""
         grids = [grid for _, grid in batch]
@@ -287,11 +305,10 @@ class Embedder:
             pin_memory=self.encoder.device.type == "cuda",
         )
         torch.cat([rows for rows, _ in batch], out=pixels)
-        output = self.encoder(pixels, grids, layers=layers)
+        output = self.encoder(pixels, grids, layers=layers, pruning_rate=pruning_rate)
         patches = [t * h * w for t, h, w in grids]
-        tokens = [n // self.encoder.spec.patches_per_token for n in patches]
         results: dict[int | None, list[torch.Tensor]] = {
-            None: _pooled(output.pooler_output, tokens, pool)
+            None: _pooled(output.pooler_output, output.tokens_per_item, pool)
         }
         order = self.encoder.row_order(grids) if layers else None
         for layer in layers:
@@ -302,8 +319,8 @@ class Embedder:
         return results
 
 
-def _pooled(rows: torch.Tensor, counts: list[int], pool: Pool) -> list[torch.Tensor]:
-    parts = [part.float() for part in rows.split(counts)]
+def _pooled(rows: torch.Tensor, counts: Sequence[int], pool: Pool) -> list[torch.Tensor]:
+    parts = [part.float() for part in rows.split(list(counts))]
     if pool == "tokens":
         # not a view of the batch: an item that the caller keeps would keep all of them
         return [part.clone() for part in parts]

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from ..capture import RungLimits
+from ..kernels.activation import activation_
 from ..kernels.attention import varlen_attention
+from ..kernels.gated_linear import choose_gated_backend, gated_linear
 from ..kernels.layout import Layout, layout
 from ..kernels.linear import choose_backend, linear
 from ..kernels.norm import norm
@@ -23,6 +25,8 @@ from ..kernels.residual import residual
 from ..kernels.rope import rope_
 from ..kernels.swiglu import swiglu
 from ..kernels.window_attention import window_attention
+from .branch import Branch
+from .fp8 import Fp8Block, Stream, linear_of_rows
 from .spec import EncoderSpec
 from .weights import BlockWeights, MergerWeights, TowerWeights
 
@@ -60,8 +64,11 @@ class _Workspace:
         self.qkv = _output(x, block.qkv_weight, None).view(T, 3, spec.num_heads, spec.head_dim)
         self.attended = x.new_zeros(T, spec.num_heads, spec.head_dim)
         if is_gated:
-            # gating reads live rows only, and writes no others
-            self.up = x.new_empty(T, block.up_weight.shape[0])
+            N, K = block.up_weight.shape
+            backend, _ = choose_gated_backend(T, N, K, x.dtype, x.device)
+            # not needed by one kernel; two of them read and write live rows only
+            is_needed = backend == "library" or weights.fp8.plan is not None
+            self.up = x.new_empty(T if is_needed else 0, N)
             self.gated = x.new_zeros(T, block.down_weight.shape[1])
         else:
             self.up = self.gated = _output(x, block.up_weight, spec.activation)
@@ -128,23 +135,34 @@ def _forward(
         live_rows=plan.live_rows,
     )
     work = _Workspace(weights, x)
+    stream, fp8 = Stream(x, plan.live_rows), weights.fp8
+    branch = Branch(x.device, len(x))
     for i, block in enumerate(weights.blocks):
-        _attend(spec, block, x, plan, work, batch.max_seqlen, attention, spec.attends_in_windows(i))
-        _mlp(spec, block, x, plan, work)
+        in_windows = spec.attends_in_windows(i)
+        _attend(
+            spec, block, fp8.blocks[i], stream, plan, work, batch.max_seqlen, attention, in_windows
+        )
+        _mlp(spec, block, fp8.blocks[i], stream, plan, work)
         if i in spec.deepstack_layers:
-            j = spec.deepstack_layers.index(i)
+            j, x = spec.deepstack_layers.index(i), stream.settled()
             joined = x.view(-1, spec.hidden_size * spec.patches_per_token)
-            _merge(spec, weights.deepstack[j], joined, plan, None, outputs[f"deepstack_{j}"])
+            out = outputs[f"deepstack_{j}"]
+            _merge(spec, weights.deepstack[j], fp8.deepstack[j], joined, plan, None, out, branch)
         if i in states:
+            x = stream.settled()
             residual(x, weights.offsets[i + 1], live_rows=plan.live_rows, out=states[i])
+    x = stream.settled()
     residual(x, weights.offsets[-1], live_rows=plan.live_rows, out=outputs["last_hidden_state"])
-    _merge(spec, weights.merger, x, plan, reordered, outputs["pooler_output"])
+    out = outputs["pooler_output"]
+    _merge(spec, weights.merger, fp8.merger, x, plan, reordered, out, None)
+    branch.join()
 
 
 def _attend(
     spec: EncoderSpec,
     block: BlockWeights,
-    x: torch.Tensor,
+    in_fp8: Fp8Block,
+    stream: Stream,
     plan: Layout,
     work: _Workspace,
     max_seqlen: int,
@@ -152,11 +170,18 @@ def _attend(
     in_windows: bool,
 ) -> None:
     live = plan.live_rows
-    norm(
-        x, block.norm1_weight, block.norm1_bias, spec.eps,
-        kind=spec.norm, offset=block.norm1_offset, live_rows=live, out=work.normed,
-    )  # fmt: skip
-    linear(work.normed, block.qkv_weight, block.qkv_bias, out=work.qkv.flatten(1), live_rows=live)
+    if in_fp8.qkv is not None:
+        weights = block.norm1_weight, block.norm1_bias, block.norm1_offset
+        stream.norm_linear(weights, in_fp8.qkv, block.qkv_bias, spec, work.qkv.flatten(1))
+    else:
+        norm(
+            stream.settled(), block.norm1_weight, block.norm1_bias, spec.eps,
+            kind=spec.norm, offset=block.norm1_offset, live_rows=live, out=work.normed,
+        )  # fmt: skip
+        linear(
+            work.normed, block.qkv_weight, block.qkv_bias,
+            out=work.qkv.flatten(1), live_rows=live,
+        )  # fmt: skip
     scale = spec.head_dim**-0.5
     q, k, v = work.qkv.unbind(1)
     if in_windows:
@@ -170,40 +195,68 @@ def _attend(
             q, k, v, plan.cu_seqlens,
             max_seqlen=max_seqlen, scale=scale, out=work.attended, backend=attention,
         )  # fmt: skip
-    linear(work.attended.flatten(1), block.proj_weight, residual=x, live_rows=live)
+    attended = work.attended.flatten(1)
+    if in_fp8.proj is not None:
+        stream.add_linear(attended, in_fp8.proj)
+    else:
+        linear(attended, block.proj_weight, residual=stream.x, live_rows=live)
 
 
 def _mlp(
-    spec: EncoderSpec, block: BlockWeights, x: torch.Tensor, plan: Layout, work: _Workspace
+    spec: EncoderSpec,
+    block: BlockWeights,
+    in_fp8: Fp8Block,
+    stream: Stream,
+    plan: Layout,
+    work: _Workspace,
 ) -> None:
     live = plan.live_rows
-    norm(
-        x, block.norm2_weight, block.norm2_bias, spec.eps,
-        kind=spec.norm, offset=block.norm2_offset, live_rows=live, out=work.normed,
-    )  # fmt: skip
-    if spec.mlp == "gated":
-        linear(work.normed, block.up_weight, block.up_bias, out=work.up, live_rows=live)
-        swiglu(work.up, out=work.gated, live_rows=live)
+    is_gated = spec.mlp == "gated"
+    # the kernel that quantises rows for `down` also activates or gates them
+    activation = None if is_gated or in_fp8.down is not None else spec.activation
+    if in_fp8.up is not None:
+        weights = block.norm2_weight, block.norm2_bias, block.norm2_offset
+        stream.norm_linear(weights, in_fp8.up, block.up_bias, spec, work.up)
+        if activation is not None:
+            activation_(work.up, activation, live)
     else:
-        linear(
-            work.normed, block.up_weight, block.up_bias,
-            activation=spec.activation, out=work.up, live_rows=live,
+        norm(
+            stream.settled(), block.norm2_weight, block.norm2_bias, spec.eps,
+            kind=spec.norm, offset=block.norm2_offset, live_rows=live, out=work.normed,
         )  # fmt: skip
-    linear(work.gated, block.down_weight, residual=x, live_rows=live)
+        if is_gated and in_fp8.down is None:
+            gated_linear(
+                work.normed, block.up_weight, block.up_bias,
+                out=work.gated, scratch=work.up if len(work.up) else None, live_rows=live,
+            )  # fmt: skip
+        else:
+            linear(
+                work.normed, block.up_weight, block.up_bias,
+                activation=activation, out=work.up, live_rows=live,
+            )  # fmt: skip
+    if in_fp8.down is not None:
+        stream.add_linear(work.up, in_fp8.down, "swiglu" if is_gated else spec.activation)
+        return
+    if is_gated and in_fp8.up is not None:
+        swiglu(work.up, out=work.gated, live_rows=live)
+    linear(work.gated, block.down_weight, residual=stream.x, live_rows=live)
 
 
 def _merge(
     spec: EncoderSpec,
     merger: MergerWeights,
+    in_fp8: Fp8Block,
     rows: torch.Tensor,
     plan: Layout,
     destination: torch.Tensor | None,
     out: torch.Tensor,
+    branch: Branch | None,
 ) -> None:
     """Norm, join 2 x 2 patches to a row, and a two-layer MLP.
 
     `rows` are patches if the norm comes before the joining, joined rows if after. `destination`
-    brings a tower's own row order back to that of the pixels.
+    brings a tower's own row order back to that of the pixels. The norm, which reads the stream,
+    stays on the main line; the MLP may run on a `branch`.
     """
     joined_before = rows.shape[1] != spec.hidden_size
     normed = norm(
@@ -212,7 +265,22 @@ def _merge(
         live_group=spec.patches_per_token if joined_before else 1,
     )  # fmt: skip
     joined = normed.view(-1, spec.hidden_size * spec.patches_per_token)
-    live = plan.live_tokens
+    with nullcontext() if branch is None else branch.after_main(joined):
+        _merger_mlp(merger, in_fp8, joined, plan.live_tokens, out)
+
+
+def _merger_mlp(
+    merger: MergerWeights,
+    in_fp8: Fp8Block,
+    joined: torch.Tensor,
+    live: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    if in_fp8.fc1 is not None and in_fp8.fc2 is not None:
+        hidden = torch.empty_like(joined)
+        linear_of_rows(joined, in_fp8.fc1, merger.fc1_bias, live, hidden)
+        linear_of_rows(hidden, in_fp8.fc2, merger.fc2_bias, live, out, "gelu_erf")
+        return
     hidden = linear(
         joined, merger.fc1_weight, merger.fc1_bias,
         activation="gelu_erf", out=_output(joined, merger.fc1_weight, "gelu_erf"), live_rows=live,

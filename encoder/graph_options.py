@@ -6,8 +6,9 @@ torch is imported when that is called, not by `--help`.
 
 import json
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,13 +17,26 @@ if TYPE_CHECKING:
 
 ENABLE = "--enable-vit-cuda-graph"
 DISABLE = "--no-enable-vit-cuda-graph"
-# Options by the configuration's keys.
+# Options by the configuration's keys, which are not read from it: that would import torch.
 FLAGS = {
-    "token_budgets": "--encoder-cudagraph-token-budgets",
-    "max_vision_items_per_batch": "--encoder-cudagraph-max-vision-items-per-batch",
-    "max_frames_per_batch": "--encoder-cudagraph-max-frames-per-batch",
-    "modality": "--encoder-cudagraph-modality",
+    key: f"--encoder-cudagraph-{key.replace('_', '-')}"
+    for key in (
+        "token_budgets",
+        "max_vision_items_per_batch",
+        "max_frames_per_batch",
+        "modality",
+        "num_slots",
+        "calibrate",
+        "max_bytes",
+        "nvtx",
+    )
 }
+
+
+def _option(key: str, description: str, **more: Any) -> Any:
+    """The declaration of the option for one key; a default is told by the description."""
+    return typer.Option(FLAGS[key], help=description, show_default=False, **more)
+
 
 GraphsOption = Annotated[
     bool | None,
@@ -35,71 +49,66 @@ GraphsOption = Annotated[
 ]
 BudgetsOption = Annotated[
     list[str] | None,
-    typer.Option(
-        FLAGS["token_budgets"],
+    _option(
+        "token_budgets",
+        "Tokens of each graph, such as 512,1024. [default: a dense ladder]",
         metavar="LIST",
-        help="Tokens of each graph, such as 512,1024. [default: a dense ladder]",
-        show_default=False,
     ),
 ]
 ItemsOption = Annotated[
     int | None,
-    typer.Option(
-        FLAGS["max_vision_items_per_batch"],
+    _option(
+        "max_vision_items_per_batch",
+        "Images and videos in one replay. [default: by budget]",
         min=1,
-        help="Images and videos in one replay. [default: by budget]",
-        show_default=False,
     ),
 ]
 FramesOption = Annotated[
     int | None,
-    typer.Option(
-        FLAGS["max_frames_per_batch"],
-        min=1,
-        help="Frames in one replay. [default: by budget]",
-        show_default=False,
-    ),
+    _option("max_frames_per_batch", "Frames in one replay. [default: by budget]", min=1),
 ]
 ModalityOption = Annotated[
+    str | None, _option("modality", "image, video or image+video. [default: image+video]")
+]
+SlotsOption = Annotated[
+    int | None,
+    _option("num_slots", "Sets of buffers: 2 stage a batch during a replay. [default: 1]"),
+]
+CalibrateOption = Annotated[
+    bool, _option("calibrate", "Measure what replays and eager calls cost, and go by it.")
+]
+BytesOption = Annotated[
     str | None,
-    typer.Option(
-        FLAGS["modality"],
-        help="image, video or image+video. [default: image+video]",
-        show_default=False,
+    _option(
+        "max_bytes",
+        "Memory of all graphs, such as 8GiB; the largest are left out. [default: no limit]",
+        metavar="SIZE",
     ),
 ]
+NvtxOption = Annotated[bool, _option("nvtx", "NVTX ranges around staging and replays.")]
 
 
 def graph_choice(
-    enable: bool | None,
-    token_budgets: Sequence[str] | None = None,
-    max_vision_items_per_batch: int | None = None,
-    max_frames_per_batch: int | None = None,
-    modality: str | None = None,
-    *,
-    device: str | None = None,
-    layers: bool = False,
+    enable: bool | None, *, device: str | None = None, layers: bool = False, **options: Any
 ) -> "bool | EncoderCudaGraphConfig | None":
     """What `Embedder.from_pretrained` takes as `graphs`; any option but `enable` asks for graphs.
 
     Args:
         enable: None where neither graphs nor their absence is asked for.
-        token_budgets: lists such as "512,1024" or "[512, 1024]", joined; None if not given.
-        max_vision_items_per_batch, max_frames_per_batch, modality: None if not given.
         device: where the tower goes; None for a GPU if there is one.
         layers: blocks are asked for, whose calls run eagerly.
+        options: values of the options by keys of `FLAGS`, as typer gives them; None, False and an
+            empty list are those of an option that was not given.
 
     Raises:
         ValueError: graphs are asked for and cannot be had, or an option has no such value; the
             message names the option.
     """
-    options = {
-        "token_budgets": token_budgets or None,
-        "max_vision_items_per_batch": max_vision_items_per_batch,
-        "max_frames_per_batch": max_frames_per_batch,
-        "modality": modality,
+    given = {
+        key: value
+        for key, value in options.items()
+        if value is not None and value is not False and value != []
     }
-    given = {key: value for key, value in options.items() if value is not None}
     asking = ENABLE if enable else FLAGS[next(iter(given))] if given else None
     if enable is False and asking is not None:
         raise ValueError(f"{asking}: there are no graphs with {DISABLE}; leave one of them out")
@@ -118,14 +127,26 @@ def graph_choice(
         )
     if not given:
         return True
-    if token_budgets:
-        given["token_budgets"] = _parse_budgets(token_budgets)
+    for key, parse in _PARSERS.items():
+        if key in given:
+            given[key] = parse(given[key])
     from ..capture import EncoderCudaGraphConfig
 
     try:
         return EncoderCudaGraphConfig.from_any(given)
     except ValueError as error:
-        raise ValueError(_in_options(str(error))) from error
+        raise ValueError(in_options(str(error))) from error
+
+
+def in_options(message: str) -> str:
+    """A message of the configuration or of a capture in the words of the command line.
+
+    Messages of anything else stay as they are.
+    """
+    if not message.startswith(("EncoderCudaGraphConfig: ", "capture: ")):
+        return message
+    message = message.removeprefix("EncoderCudaGraphConfig: ")
+    return re.sub(rf"\b({'|'.join(FLAGS)})\b", lambda key: FLAGS[key[0]], message)
 
 
 def _parse_budgets(texts: Sequence[str]) -> list[int]:
@@ -146,7 +167,26 @@ def _parse_budgets(texts: Sequence[str]) -> list[int]:
     return budgets
 
 
-def _in_options(message: str) -> str:
-    """An error of the configuration in the words of the command line."""
-    message = message.removeprefix("EncoderCudaGraphConfig: ")
-    return re.sub(rf"\b({'|'.join(FLAGS)})\b", lambda key: FLAGS[key[0]], message)
+def _parse_bytes(text: str) -> int:
+    """Bytes of a size such as 8GiB (of 1024), 500MB (of 1000), or a whole number of them."""
+    size = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I)?)?(B)?\s*", text.upper())
+    number = 0
+    if size is not None:
+        amount, prefix, binary, unit = size.groups()
+        if prefix is None or unit is not None:  # 8G could be either
+            power = " KMGT".index(prefix or " ")
+            exact = Fraction(amount) * (1024 if binary else 1000) ** power
+            number = int(exact) if prefix or exact.denominator == 1 else 0
+    if number < 1:
+        raise ValueError(
+            f"{FLAGS['max_bytes']} {text}: give a whole number of bytes of at least 1, or a size "
+            "such as 8GiB or 500MB, or leave it out for no limit"
+        )
+    return number
+
+
+# Options whose values typer leaves as text.
+_PARSERS: dict[str, Callable[[Any], Any]] = {
+    "token_budgets": _parse_budgets,
+    "max_bytes": _parse_bytes,
+}

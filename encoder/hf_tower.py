@@ -17,6 +17,7 @@ import torch
 
 from ..capture import EncoderCudaGraphConfig
 from .families import family_of_tower
+from .fp8 import Fp8Plan
 from .tower_contents import TowerContents
 from .vision_encoder import VisionEncoder, VisionOutput
 
@@ -66,12 +67,20 @@ class SwappedTower:
         is_active: False once restored.
     """
 
-    def __init__(self, tower: torch.nn.Module, *, graphs: GraphChoice, attention: str | None):
+    def __init__(
+        self,
+        tower: torch.nn.Module,
+        *,
+        graphs: GraphChoice,
+        attention: str | None,
+        precision: str | Fp8Plan = "native",
+    ):
         _check_tower(tower)
         self.tower = tower
         self.is_active = False
         self._graphs = graphs
         self._attention = attention
+        self._precision = precision
         self._hf_forward = tower.forward
         self._patched_before = tower.__dict__.get("forward")
         self._output_class = _output_class(tower)
@@ -216,7 +225,9 @@ class SwappedTower:
 
     def _build(self) -> VisionEncoder:
         with torch.inference_mode(False), torch.no_grad():
-            encoder = VisionEncoder.from_hf(self.tower, attention=self._attention)
+            encoder = VisionEncoder.from_hf(
+                self.tower, attention=self._attention, precision=self._precision
+            )
             if self._graphs is False:
                 return encoder
             config = None if self._graphs is True else EncoderCudaGraphConfig.from_any(self._graphs)

@@ -6,6 +6,7 @@ fewer of them. It runs after the mergers, on the device, inside the graph if it 
 """
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 
 import torch
 
@@ -17,6 +18,21 @@ from .grids import Grid
 from .spec import EncoderSpec
 
 KEPT_INDEX = "kept_index"
+
+
+def check_rate(name: str, rate: float | None) -> None:
+    """Refuse a rate, named `name`, that is no fraction in [0, 1); None asks for no pruning.
+
+    Raises:
+        ValueError: any other value.
+    """
+    if rate is None:
+        return
+    if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 <= rate < 1:
+        raise ValueError(
+            f"{name}={rate!r} is not a fraction of tokens to drop; give one number of at least 0 "
+            "and less than 1, or leave it out to keep every token"
+        )
 
 
 def plan_pruning(

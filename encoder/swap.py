@@ -3,6 +3,7 @@
 import torch
 
 from .families import FAMILIES
+from .fp8 import Fp8Plan
 from .hf_tower import GraphChoice, SwappedTower, SwapStats
 
 __all__ = ["SwapStats", "SwappedTower", "swap_vision_tower"]
@@ -16,7 +17,11 @@ MODELS = (
 
 
 def swap_vision_tower(
-    model: torch.nn.Module, *, graphs: GraphChoice = True, attention: str | None = None
+    model: torch.nn.Module,
+    *,
+    graphs: GraphChoice = True,
+    attention: str | None = None,
+    precision: str | Fp8Plan = "native",
 ) -> SwappedTower:
     """Let the fused encoder compute the vision features of `model`, this instance only.
 
@@ -30,13 +35,14 @@ def swap_vision_tower(
         graphs: True replays CUDA graphs with an automatic ladder of budgets, a configuration says
             which, False runs the same kernels without graphs. Without CUDA, nothing is captured.
         attention: Backend for whole-frame attention; None chooses.
+        precision: "native", or "fp8" for most linear layers; see `VisionEncoder.from_pretrained`.
 
     Returns:
         The handle; `restore()` or leaving its `with` block undoes the swap.
 
     Raises:
         ValueError: no supported tower; one already swapped, adapted, quantised, or spread over
-            devices (device_map); or an invalid configuration.
+            devices (device_map); an invalid configuration; or a precision that cannot be had.
         TypeError: `graphs` is of another type.
     """
     tower = _find_tower(model)
@@ -45,7 +51,7 @@ def swap_vision_tower(
             f"swap_vision_tower: the {type(tower).__name__} of this {type(model).__name__} is "
             "already swapped; call restore() on the handle of the first swap"
         )
-    return SwappedTower(tower, graphs=graphs, attention=attention)
+    return SwappedTower(tower, graphs=graphs, attention=attention, precision=precision)
 
 
 def _find_tower(model: torch.nn.Module) -> torch.nn.Module:

@@ -16,11 +16,15 @@ from ..capture import (
     RungLimits,
 )
 from ..capture.protocol import Rows
-from ..kernels.attention import check_backend, choose_backend
+from ..capture.staging import leading_slices
+from ..kernels.attention import LONG_SEGMENT, check_backend, choose_backend
+from ..kernels.gemm_tuning import tuning
+from ..kernels.launch import compiling
 from ..kernels.layout import layout_ref, num_windows
 from .checkpoint import Checkpoint
 from .families import family_of_tower
 from .forward import Batch, check_layers, output_shapes, tower_forward
+from .fp8 import Fp8Plan, pick_plan
 from .grids import Grid, check_pixels, parse_grids
 from .pruning import KEPT_INDEX, plan_pruning, prune
 from .spec import EncoderSpec
@@ -59,7 +63,10 @@ class VisionEncoder:
     Attributes:
         spec: What the tower is.
         device, dtype: Where its weights are, and their type.
-        attention: Backend of the blocks that attend over whole frames.
+        attention: Backend of the blocks that attend over whole frames, if none was asked for that
+            of most calls (`attention_for`).
+        precision: "fp8" if some linear layers compute in it (`weights.fp8.plan` says which), else
+            "native".
         source: Name of the checkpoint, None for a live module.
         revision: Commit of the checkpoint on the Hub.
         graphs: The capture manager, None while not captured.
@@ -71,6 +78,7 @@ class VisionEncoder:
         weights: TowerWeights,
         *,
         attention: str | None = None,
+        precision: str | Fp8Plan = "native",
         source: str | None = None,
         revision: str | None = None,
     ):
@@ -79,11 +87,15 @@ class VisionEncoder:
         self.weights = weights
         self.device: torch.device = parameter.device
         self.dtype: torch.dtype = parameter.dtype
+        self._chooses_attention = attention is None
         if attention is None:
             attention = choose_backend(self.device, self.dtype, spec.head_dim)
         else:
             check_backend(attention, self.dtype, self.device, spec.head_dim)
         self.attention = attention
+        plan = pick_plan(precision)
+        weights.quantize(plan)
+        self.precision = "native" if plan is None else "fp8"
         self.source = source
         self.revision = revision
         self.graphs: EncoderCudaGraphManager | None = None
@@ -101,6 +113,7 @@ class VisionEncoder:
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
         attention: str | None = None,
+        precision: str | Fp8Plan = "native",
     ) -> "VisionEncoder":
         """Load only the vision tower of a model folder or Hub repository.
 
@@ -111,6 +124,9 @@ class VisionEncoder:
             device: None is the current GPU if there is one, else the CPU.
             revision, token, cache_dir, local_files_only: As in transformers.
             attention: Backend for whole-frame attention; None chooses (see `vitgraph info`).
+            precision: "native" computes in `dtype`, "fp8" most linear layers in fp8, an
+                `Fp8Plan` those that it names. On a GPU, fp8 takes a tower in bf16 and
+                compute capability 8.9.
 
         Raises:
             ValueError: the model cannot be found or read, has no supported tower, or a tensor is
@@ -124,7 +140,9 @@ class VisionEncoder:
             token=token,
             cache_dir=cache_dir,
         )
-        return cls.from_checkpoint(checkpoint, dtype=dtype, device=place, attention=attention)
+        return cls.from_checkpoint(
+            checkpoint, dtype=dtype, device=place, attention=attention, precision=precision
+        )
 
     @classmethod
     def from_checkpoint(
@@ -134,9 +152,11 @@ class VisionEncoder:
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         attention: str | None = None,
+        precision: str | Fp8Plan = "native",
     ) -> "VisionEncoder":
         """`from_pretrained` for a checkpoint that has been opened."""
         place = pick_device(device)
+        pick_plan(precision)  # an unknown name is refused before the weights are read
         family, config = checkpoint.family_and_config()
         spec = family.spec(config)
         tensors = checkpoint.tower_tensors(place)
@@ -144,18 +164,26 @@ class VisionEncoder:
         kind = pick_dtype(dtype, place, stored)
         weights = TowerWeights(spec, family.weight_map(spec), tensors, place, kind)
         return cls(
-            spec, weights, attention=attention, source=checkpoint.name, revision=checkpoint.revision
-        )
+            spec, weights, attention=attention, precision=precision, source=checkpoint.name,
+            revision=checkpoint.revision,
+        )  # fmt: skip
 
     @classmethod
-    def from_hf(cls, tower: torch.nn.Module, *, attention: str | None = None) -> "VisionEncoder":
+    def from_hf(
+        cls,
+        tower: torch.nn.Module,
+        *,
+        attention: str | None = None,
+        precision: str | Fp8Plan = "native",
+    ) -> "VisionEncoder":
         """Take a live Hugging Face tower, on its device and in its dtype.
 
         Weights whose layout does not change share memory with the tower; `load_weights` re-reads
         all of them after the tower was changed.
 
         Raises:
-            ValueError: the class of the tower is not supported, or it holds no data (meta device).
+            ValueError: the class of the tower is not supported, it holds no data (meta device), or
+                it cannot compute in the precision asked for.
         """
         family = family_of_tower(tower)
         spec = family.spec(tower.config)
@@ -169,7 +197,13 @@ class VisionEncoder:
             )
         kind = pick_dtype(parameter.dtype, parameter.device, parameter.dtype)
         weights = TowerWeights(spec, family.weight_map(spec), state, parameter.device, kind)
-        return cls(spec, weights, attention=attention)
+        return cls(spec, weights, attention=attention, precision=precision)
+
+    def attention_for(self, max_seqlen: int) -> str:
+        """Backend of a call or rung whose frames may have so many patches."""
+        if not self._chooses_attention:
+            return self.attention
+        return choose_backend(self.device, self.dtype, self.spec.head_dim, max_seqlen)
 
     def load_weights(self, tower: torch.nn.Module) -> None:
         """Re-read every weight from `tower` into the same memory; captured graphs see them.
@@ -358,12 +392,35 @@ class VisionEncoder:
     ) -> None:
         """The work that a graph records."""
         batch = Batch(inputs["pixel_values"], inputs["grid"], limits, limits.max_patches)
+        attention = self.attention_for(limits.max_patches)
         if not self._records_pruning:
-            tower_forward(self.weights, batch, outputs, attention=self.attention)
+            tower_forward(self.weights, batch, outputs, attention=attention)
             return
         whole = self._before_pruning(outputs, limits.max_patches)
-        tower_forward(self.weights, batch, {**outputs, **whole}, attention=self.attention)
+        tower_forward(self.weights, batch, {**outputs, **whole}, attention=attention)
         prune(self.spec, inputs["grid"], inputs["keep"], inputs["keep_mask"], whole, outputs)
+
+    def compile_kernels(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        outputs: Mapping[str, torch.Tensor],
+        rungs: Sequence[RungLimits],
+    ) -> None:
+        """Compile the kernels of some of `rungs`, several at a time.
+
+        Kernels differ by thresholds of rows, so the rungs are taken by halves; what only one of the
+        others launches is compiled when that is warmed up.
+        """
+        with compiling():
+            patches = 2 * rungs[-1].max_patches
+            for limits in reversed(rungs):
+                if 2 * limits.max_patches <= patches:
+                    patches = limits.max_patches
+                    self.graph_forward(
+                        leading_slices(inputs, self.input_specs(limits)),
+                        leading_slices(outputs, self.output_specs(limits)),
+                        limits,
+                    )
 
     def eager_forward(
         self,
@@ -378,7 +435,11 @@ class VisionEncoder:
 
     def fingerprint(self) -> str:
         """What this tower's speed depends on."""
-        return f"{self.spec} {self.dtype} {self.attention} pruning={self._records_pruning}"
+        table = tuning(self.device).digest
+        attention = f"{self.attention} {self.attention_for(LONG_SEGMENT)}"
+        tower = f"{self.spec} {self.dtype} {attention} pruning={self._records_pruning}"
+        plan = self.weights.fp8.plan
+        return f"{tower} gemm={table}" + ("" if plan is None else f" {plan}")
 
     def _before_pruning(
         self, outputs: Mapping[str, torch.Tensor], num_patches: int
@@ -408,7 +469,8 @@ class VisionEncoder:
             table = torch.tensor(grids, dtype=torch.int32).to(self.device, non_blocking=True)
             longest = max(h * w for _, h, w in grids)
             batch = Batch(pixels, table, self._exact_limits(grids), longest)
-            tower_forward(self.weights, batch, outputs, attention=self.attention, states=states)
+            attention = self.attention_for(longest)
+            tower_forward(self.weights, batch, outputs, attention=attention, states=states)
             if pruning is not None:
                 return self._pruned(table, outputs, pruning)
         elif pruning is not None:

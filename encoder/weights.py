@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .fp8 import Fp8Plan, Fp8Weights
 from .spec import EncoderSpec
 from .weight_map import Rule
 
@@ -54,6 +55,7 @@ class TowerWeights:
         blocks, merger, deepstack: The same tensors, grouped as the forward reads them.
         offsets: [depth + 1, D]: what the stream lacks before block i, and after the last.
         inv_freq: [head_dim / 4] fp32 rope frequencies.
+        fp8: Quantised copies of some of the tensors; of none unless `quantize` was called.
     """
 
     def __init__(
@@ -92,11 +94,20 @@ class TowerWeights:
         self.inv_freq = (1.0 / spec.rope_theta**exponent).to(device)
 
         self.blocks = [self._block(i) for i in range(depth)]
+        self.fp8 = Fp8Weights(None, spec, self.tensors)
         self.merger = self._merger("merger", self.offsets[-1])
         self.deepstack = [
             self._merger(f"deepstack.{j}", self._joined[j])
             for j in range(len(spec.deepstack_layers))
         ]
+
+    def quantize(self, plan: Fp8Plan | None) -> None:
+        """Let the layers of `plan` compute in fp8, beside the tensors, which stay as they are.
+
+        Raises:
+            ValueError: a device, dtype or width that fp8 products do not take.
+        """
+        self.fp8 = Fp8Weights(plan, self.spec, self.tensors)
 
     def load(self, source: Mapping[str, torch.Tensor]) -> None:
         """Read new values into the same memory, so that captured graphs see them.
@@ -109,6 +120,7 @@ class TowerWeights:
             if tensor.data_ptr() != self.tensors[name].data_ptr():
                 self.tensors[name].copy_(tensor)
         self._fill_offsets()
+        self.fp8.refresh(self.tensors)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Hugging Face's tensors by Hugging Face's names, without the tower's prefix."""

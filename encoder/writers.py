@@ -107,15 +107,19 @@ def run_metadata(
     pooling: str,
     normalized: bool,
     layers: Sequence[int] = (),
+    pruning_rate: float | None = None,
+    precision: str = "native",
 ) -> dict[str, Any]:
     """What a reader of an output needs to make it again, versions included."""
     return {
         "model": model,
         "revision": revision,
         "dtype": dtype,
+        "precision": precision,
         "pooling": pooling,
         "normalized": normalized,
         "layers": list(layers),
+        "pruning_rate": pruning_rate,
         "versions": package_versions(),
     }
 

@@ -12,7 +12,7 @@ once. Rows from `live_rows` on are neither read nor written. Memory-bound: 2*T*F
 `apply_activation` is the same function for the epilogue of another kernel.
 """
 
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from .dispatch import use_reference
+from .launch import launch_kernel
 from .roofline import Cost
 from .rows import ceil_div, check_live_rows, row_programs
 
@@ -112,8 +113,18 @@ def activation_(
         return x
     T, features = x.shape
     blocks = ceil_div(T, BLOCK_T) * ceil_div(features, BLOCK_F)
-    kernel: Any = _activation_kernel[(row_programs(x.device, blocks),)]
-    kernel(x, live_rows, T, features, x.stride(0), activation, BLOCK_T=BLOCK_T, BLOCK_F=BLOCK_F)
+    launch_kernel(
+        _activation_kernel,
+        (row_programs(x.device, blocks),),
+        x,
+        live_rows,
+        T,
+        features,
+        x.stride(0),
+        activation,
+        BLOCK_T=BLOCK_T,
+        BLOCK_F=BLOCK_F,
+    )
     return x
 
 

@@ -11,6 +11,7 @@ and are left as they are in `out`.
 |-----------|------------------------------------------------|-----------------------|
 | reference | `attention_ref` (any device, syncs, no capture) | yes                   |
 | triton    | `attention_triton`                             | yes                   |
+| hopper    | `attention_hopper` (compute capability 9.0)    | yes                   |
 | torch     | the FlashAttention-2 inside torch              | yes                   |
 | fa2       | package flash-attn                             | yes                   |
 | fa3       | package flash_attn_interface (Hopper)          | no                    |
@@ -29,9 +30,11 @@ import torch
 import torch.nn.functional as F
 
 from .dispatch import is_interpreting
+from .launch import is_compiling
 from .roofline import Cost
 
-BACKENDS = ("reference", "triton", "torch", "fa2", "fa3", "fa4")
+BACKENDS = ("reference", "triton", "hopper", "torch", "fa2", "fa3", "fa4")
+LONG_SEGMENT = 8192
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -144,6 +147,10 @@ def _reason(
         return _dims_reason(head_dim, MAX_HEAD_DIM, dtype, DTYPES)
     if device.type != "cuda":
         return f"needs a CUDA device, this is {device.type}"
+    if backend == "hopper":
+        from . import attention_hopper
+
+        return attention_hopper.unusable_reason(device, head_dim, dtype)
     if backend == "fa4":
         from . import attention_fa4
 
@@ -200,8 +207,20 @@ def check_backend(name: str, dtype: torch.dtype, device: torch.device | str, hea
         )
 
 
-def choose_backend(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str:
-    """Backend to use when the user names none: reference on a CPU, else fa4 if usable, else triton.
+def choose_backend(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    head_dim: int,
+    max_seqlen: int | None = None,
+) -> str:
+    """Backend to use when the user names none.
+
+    reference on a CPU. For 16-bit dtypes, measured on an H200: hopper, or fa4 where a segment may
+    have `LONG_SEGMENT` rows or more; or whichever of them is usable. Else triton.
+
+    Args:
+        device, dtype, head_dim: of q, k and v.
+        max_seqlen: the bound of the call, in rows; None for that of most calls.
 
     Raises:
         ValueError: none of these takes the dtype or head dim; the message names those that do.
@@ -209,8 +228,11 @@ def choose_backend(device: torch.device | str, dtype: torch.dtype, head_dim: int
     where = _with_index(device)
     if where.type != "cuda":
         return "reference"
-    if dtype in _HALF and _reason("fa4", where, head_dim, dtype) is None:
-        return "fa4"
+    if dtype in _HALF:
+        is_long = max_seqlen is not None and max_seqlen >= LONG_SEGMENT
+        for name in ("fa4", "hopper") if is_long else ("hopper", "fa4"):
+            if _reason(name, where, head_dim, dtype) is None:
+                return name
     check_backend("triton", dtype, where, head_dim)
     return "triton"
 
@@ -258,6 +280,12 @@ def _triton(q, k, v, cu_seqlens, *, max_seqlen: int, scale: float, out) -> None:
     varlen_attention_triton(q, k, v, cu_seqlens, scale=scale, out=out)
 
 
+def _hopper(q, k, v, cu_seqlens, *, max_seqlen: int, scale: float, out) -> None:
+    from .attention_hopper import varlen_attention_hopper
+
+    varlen_attention_hopper(q, k, v, cu_seqlens, scale=scale, out=out)
+
+
 @lru_cache(maxsize=len(BACKENDS))
 def _implementation(backend: str) -> Callable[..., None]:
     if backend == "fa4":
@@ -267,6 +295,7 @@ def _implementation(backend: str) -> Callable[..., None]:
     return {
         "reference": _reference,
         "triton": _triton,
+        "hopper": _hopper,
         "torch": _torch,
         "fa2": _fa2,
         "fa3": _fa3,
@@ -304,4 +333,6 @@ def varlen_attention(
     check_backend(backend, q.dtype, q.device, q.shape[-1])
     if q.numel() == 0 or cu_seqlens.shape[0] == 1:
         return
+    if is_compiling() and backend not in ("triton", "hopper"):
+        return  # others would run, on offsets that nobody has written
     _implementation(backend)(q, k, v, cu_seqlens, max_seqlen=max_seqlen, scale=scale, out=out)

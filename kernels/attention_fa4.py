@@ -142,6 +142,22 @@ def unusable_reason(
     return f"flash-attn-4 is not installed ({_PIP}), and {reason}"
 
 
+def usable_tiles(
+    device: torch.device, head_dim: int, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tile, ...]:
+    """Those of `TILES` that `varlen_attention_fa4` takes as `tile` here; none where it has no say.
+
+    With the package every tile counts, though a device may refuse one when it is compiled.
+    """
+    if unusable_reason(device, head_dim, dtype) is not None:
+        return ()
+    capability = torch.cuda.get_device_capability(device)
+    if _object_reason(object_folder(), capability, head_dim, dtype) is None:
+        available = _objects(object_folder())[head_dim]
+        return tuple(tile for tile in TILES if tile in available)
+    return TILES if capability == (9, 0) and head_dim <= 96 else ()
+
+
 @lru_cache(maxsize=64)
 def _load_object(path: Path) -> Callable[..., None]:
     import tvm_ffi  # pyright: ignore[reportMissingImports]

@@ -24,6 +24,7 @@ import triton.language as tl
 
 from .attention import attention_ref, check_tensors
 from .dispatch import use_reference
+from .launch import launch_kernel
 
 MAX_HEAD_DIM = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -291,7 +292,9 @@ def launch(q, k, v, cu_seqlens, scale: float, out, config: LaunchConfig) -> None
     """Run the kernel with a given tile, unchecked; the benchmark tunes through it."""
     num_segments = cu_seqlens.shape[0] - 1
     grid = (num_slots(q.shape[0], num_segments, config.block_m), q.shape[1])
-    _varlen_attention_kernel[grid](
+    launch_kernel(
+        _varlen_attention_kernel,
+        grid,
         q,
         k,
         v,

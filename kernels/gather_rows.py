@@ -8,13 +8,13 @@ adjacent; source [K] int32, live_rows [1] int32. Elements are moved as they are.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from .dispatch import use_reference
+from .launch import launch_kernel
 from .roofline import Cost
 from .rows import ceil_div, check_live_rows, row_programs
 
@@ -126,8 +126,8 @@ def gather_rows(
         return out
     launch = config(C, x.dtype.itemsize)
     blocks = ceil_div(K, launch.BLOCK_R) * ceil_div(C, launch.BLOCK_C)
-    kernel: Any = _gather_rows_kernel[(row_programs(x.device, blocks),)]
-    kernel(
+    launch_kernel(
+        _gather_rows_kernel, (row_programs(x.device, blocks),),
         x, source, live_rows, out, K, C, x.stride(0), out.stride(0),
         BLOCK_R=launch.BLOCK_R, BLOCK_C=launch.BLOCK_C,
     )  # fmt: skip

@@ -30,6 +30,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .activation import Activation, activation_ref, apply_activation
 from .dispatch import is_interpreting, use_reference
 from .gemm_tuning import HopperConfig
+from .launch import launch_kernel
 from .roofline import Cost
 from .rows import ceil_div, check_live_rows, num_sms
 
@@ -335,8 +336,8 @@ def gemm(
             TensorDescriptor.from_tensor(m, block)
             for m, block in zip(operands, blocks, strict=True)
         )
-    kernel: Any = _gemm_kernel[(min(sms * config.programs_per_sm, tiles),)]
-    kernel(
+    launch_kernel(
+        _gemm_kernel, (min(sms * config.programs_per_sm, tiles),),
         operands[0], operands[1], bias, operands[2], live_rows,
         M, N, K, x.stride(0), weight.stride(0), y.stride(0),
         ACTIVATION=activation or "", HAS_RESIDUAL=residual is not None, USE_TMA=use_tma,

@@ -5,13 +5,13 @@ multiply. Each has tiles of its own and they take turns at the tensor cores: whi
 through its epilogue (activation, residual, rounding, store) the other multiplies.
 
 A tile is `block_n` = 2^a or 2^a + 2^b columns wide, in one or two accumulators: 192 columns divide
-widths such as 1152 that no power of two above 128 does.
+widths such as 1152 that no power of two above 128 does. A gated tile (see gated_linear.py) is half
+as wide in the output: its left half are products with rows of the gate, the right half with the
+same rows of the up projection.
 
 Written in Gluon (`triton.experimental.gluon`), which has no interpreter: it runs on the GPU or not
 at all. What it computes, and which rows it writes, is said in gemm.py.
 """
-
-from typing import Any
 
 import torch
 from triton.experimental import gluon
@@ -27,6 +27,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .activation import apply_activation
 from .gemm_tuning import HopperConfig
+from .launch import launch_kernel
 
 # columns of the output that are stored at a time: 128 bytes, the widest swizzle
 STORE_N = 64
@@ -76,6 +77,7 @@ def _produce(
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     GROUP_M: gl.constexpr,
+    IS_GATED: gl.constexpr,
 ):
     STAGES: gl.constexpr = x_ring.shape[0]
     STEP_K: gl.constexpr = x_ring.shape[2]
@@ -92,7 +94,13 @@ def _produce(
             arrived = full.index(stage)
             mbarrier.expect(arrived, BYTES)
             _load(x, [start_m, start_k], arrived, x_ring.index(stage))
-            _load(weight, [start_n, start_k], arrived, weight_ring.index(stage))
+            block = weight_ring.index(stage)
+            if IS_GATED:
+                gate, up = start_n // 2, (N + start_n) // 2
+                _load(weight, [gate, start_k], arrived, block.slice(0, BLOCK_N // 2))
+                _load(weight, [up, start_k], arrived, block.slice(BLOCK_N // 2, BLOCK_N // 2))
+            else:
+                _load(weight, [start_n, start_k], arrived, block)
             if HEAD < BLOCK_N:
                 _load(weight_tail, [start_n + HEAD, start_k], arrived, tail_ring.index(stage))
             step += 1
@@ -106,6 +114,16 @@ def _columns(acc, COUNT: gl.constexpr):
     else:
         halves = acc.reshape([acc.shape[0], 2, acc.shape[1] // 2]).permute(0, 2, 1).split()
         return _columns(halves[0], COUNT // 2) + _columns(halves[1], COUNT // 2)
+
+
+@gluon.jit
+def _add_bias(y, bias_ptr, first, end, LAYOUT: gl.constexpr):
+    """Add the bias of columns `first`.. to `y`."""
+    if bias_ptr is not None:
+        columns = first + gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+        bias = gl.load(bias_ptr + columns, mask=columns < end, other=0.0)
+        y += bias.to(gl.float32)[None, :]
+    return y
 
 
 @gluon.jit
@@ -134,11 +152,14 @@ def _finish(
     LAYOUT: gl.constexpr,
     ACTIVATION: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr,
+    IS_GATED: gl.constexpr,
     GROUP: gl.constexpr,
     BUFFERS: gl.constexpr,
 ):
-    PARTS: gl.constexpr = len(parts)
+    PARTS: gl.constexpr = len(parts) // 2 if IS_GATED else len(parts)
     WIDTH: gl.constexpr = buffers.shape[2]
+    if IS_GATED:
+        start_n = start_n // 2
     for i in gl.static_range(PARTS):
         if HAS_RESIDUAL and i > 0 and i - 1 + BUFFERS < PARTS:
             # the buffer that the part before was stored from serves a later part
@@ -146,12 +167,12 @@ def _finish(
             _load_residual(
                 i - 1 + BUFFERS, out, start_m, start_n, buffers, arrived, GROUP, PARTS, BUFFERS
             )
-        y = gl.convert_layout(parts[i], LAYOUT)
-        if bias_ptr is not None:
-            offs_n = start_n + i * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
-            bias = gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
-            y += bias.to(gl.float32)[None, :]
+        first = start_n + i * WIDTH
+        y = _add_bias(gl.convert_layout(parts[i], LAYOUT), bias_ptr, first, N, LAYOUT)
         y = apply_activation(y, ACTIVATION)
+        if IS_GATED:
+            up = gl.convert_layout(parts[PARTS + i], LAYOUT)
+            y *= _add_bias(up, bias_ptr, N // 2 + first, N, LAYOUT)
         buffer = buffers.index(GROUP * BUFFERS + i % BUFFERS)
         if HAS_RESIDUAL:
             mbarrier.wait(arrived.index(GROUP * PARTS + i), phase)
@@ -161,7 +182,7 @@ def _finish(
             tma.store_wait(BUFFERS - 1 if i > 0 else 0)
         buffer.store(y.to(out.dtype))
         fence_async_shared()
-        _store(out, [start_m, start_n + i * WIDTH], buffer)
+        _store(out, [start_m, first], buffer)
 
 
 @gluon.jit
@@ -185,6 +206,7 @@ def _consume(
     GROUP_M: gl.constexpr,
     ACTIVATION: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr,
+    IS_GATED: gl.constexpr,
     NUM_WARPS: gl.constexpr,
     GROUP: gl.constexpr,
 ):
@@ -244,7 +266,7 @@ def _consume(
         step += steps  # those of the other group's tile
         _finish(
             parts, bias_ptr, out, N, start_m, start_n, buffers, arrived, phase,
-            PART_LAYOUT, ACTIVATION, HAS_RESIDUAL, GROUP, BUFFERS,
+            PART_LAYOUT, ACTIVATION, HAS_RESIDUAL, IS_GATED, GROUP, BUFFERS,
         )  # fmt: skip
         phase ^= 1
     tma.store_wait(0)
@@ -263,6 +285,7 @@ def _gemm_hopper_kernel(
     K,
     ACTIVATION: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr,
+    IS_GATED: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     GROUP_M: gl.constexpr,
@@ -271,7 +294,7 @@ def _gemm_hopper_kernel(
     num_warps: gl.constexpr,
 ):
     STEP_K: gl.constexpr = x.block_shape[1]
-    HEAD: gl.constexpr = weight.block_shape[0]
+    HEAD: gl.constexpr = weight.block_shape[0] * (2 if IS_GATED else 1)
     TAIL: gl.constexpr = BLOCK_N - HEAD
     WIDTH: gl.constexpr = out.block_shape[1]
     PARTS: gl.constexpr = BLOCK_N // WIDTH
@@ -301,16 +324,16 @@ def _gemm_hopper_kernel(
             (_consume, (
                 bias_ptr, out, live_ptr, M, N, K, x_ring, weight_ring, tail_ring, empty, full,
                 buffers, arrived, turn, BLOCK_M, BLOCK_N, GROUP_M, ACTIVATION,
-                HAS_RESIDUAL, num_warps, 0,
+                HAS_RESIDUAL, IS_GATED, num_warps, 0,
             )),
             (_consume, (
                 bias_ptr, out, live_ptr, M, N, K, x_ring, weight_ring, tail_ring, empty, full,
                 buffers, arrived, turn, BLOCK_M, BLOCK_N, GROUP_M, ACTIVATION,
-                HAS_RESIDUAL, num_warps, 1,
+                HAS_RESIDUAL, IS_GATED, num_warps, 1,
             )),
             (_produce, (
                 x, weight, weight_tail, live_ptr, M, N, K, x_ring, weight_ring, tail_ring,
-                empty, full, BLOCK_M, BLOCK_N, GROUP_M,
+                empty, full, BLOCK_M, BLOCK_N, GROUP_M, IS_GATED,
             )),
         ],
         [num_warps, 1],
@@ -326,11 +349,15 @@ def launch(
     live_rows: torch.Tensor | None,
     *,
     activation: str | None,
-    has_residual: bool,
+    has_residual: bool = False,
+    is_gated: bool = False,
     config: HopperConfig,
     programs: int,
 ) -> None:
-    """Launch on checked operands: 16-bit, 16-byte aligned rows, on compute capability 9.0."""
+    """Launch on checked operands: 16-bit, 16-byte aligned rows, on compute capability 9.0.
+
+    With `is_gated`, weight is [2 F, K] and out [M, F]; the activation is that of the gate.
+    """
     block_m, block_n = config.block_m, config.block_n
     head = 1 << (block_n.bit_length() - 1)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -338,14 +365,14 @@ def launch(
     def blocks(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
         return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)
 
-    kernel: Any = _gemm_hopper_kernel[(programs,)]
-    kernel(
+    launch_kernel(
+        _gemm_hopper_kernel, (programs,),
         blocks(x, block_m, BLOCK_K),
-        blocks(weight, head, BLOCK_K),
+        blocks(weight, head // 2 if is_gated else head, BLOCK_K),
         blocks(weight, block_n - head, BLOCK_K) if block_n > head else None,
         bias, blocks(out, block_m, STORE_N), live_rows,
-        out.shape[0], out.shape[1], x.shape[1],
-        ACTIVATION=activation or "", HAS_RESIDUAL=has_residual,
+        out.shape[0], weight.shape[0], x.shape[1],
+        ACTIVATION=activation or "", HAS_RESIDUAL=has_residual, IS_GATED=is_gated,
         BLOCK_M=block_m, BLOCK_N=block_n, GROUP_M=GROUP_M,
         STAGES=config.num_stages, BUFFERS=BUFFERS,
         num_warps=4, maxnreg=MAX_REGISTERS,

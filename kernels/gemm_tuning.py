@@ -8,11 +8,27 @@ rows live; with fewer live rows it gains, as cuBLAS computes them all.
 
 To extend it: add (first M, tile) to the entries of a shape, in ascending order of M; None as the
 tile names the library. A new tile goes into `SHIPPED` as well, which is what the tests go through.
+`python -m vitgraph.bench tune --print` measures the shapes of all towers and prints the literal.
+
+A user's own GPU may differ: `vitgraph tune` measures there, and keeps the entries in the file of
+tuning_cache.py. They stand before the shipped ones of the same shape. `tuning` reads that file
+once in a process, when a GPU is first asked for, so the choice cannot change under a graph.
 """
 
-from dataclasses import dataclass
+import functools
+import hashlib
+import json
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
 
+import torch
+
+from .activation import Activation
 from .rows import ceil_div
+from .tuning_cache import read_tuning, tuning_path
 
 
 @dataclass(frozen=True)
@@ -34,8 +50,12 @@ WIDE = HopperConfig(128, 192, num_stages=4)
 SHIPPED = (SQUARE, WIDE)
 
 RESIDUAL = "residual"
+GATED = "swiglu"  # the two products of gated_linear.py; N counts the rows of both
+EPILOGUES = ("", RESIDUAL, GATED, *get_args(Activation))
 
 # (N, K, epilogue): (first M, tile), each up to the next; below the first the library
+Table = Mapping[tuple[int, int, str], tuple[tuple[int, HopperConfig | None], ...]]
+
 TABLE: dict[tuple[int, int, str], tuple[tuple[int, HopperConfig | None], ...]] = {
     # Qwen3-VL: qkv, proj, up, down
     (3456, 1152, ""): ((3136, SQUARE), (6272, WIDE), (16384, SQUARE)),
@@ -46,9 +66,7 @@ TABLE: dict[tuple[int, int, str], tuple[tuple[int, HopperConfig | None], ...]] =
     (3840, 1280, ""): ((1568, SQUARE), (65536, WIDE)),
     (1280, 1280, RESIDUAL): ((8192, SQUARE),),
     # Qwen2.5-VL: gate and up, down
-    (6912, 1280, ""): (
-        (3136, WIDE), (6272, SQUARE), (16384, WIDE), (32768, SQUARE), (65536, WIDE),
-    ),
+    (6912, 1280, GATED): ((1, SQUARE),),
     (1280, 3456, RESIDUAL): ((8192, SQUARE),),
     # Qwen2-VL: up, down
     (5120, 1280, "quick_gelu"): ((1568, SQUARE), (65536, WIDE)),
@@ -68,8 +86,11 @@ def epilogue_name(activation: str | None, has_residual: bool) -> str:
 
 
 def shipped_tiles(activation: str | None) -> tuple[HopperConfig, ...]:
-    """Tiles whose registers hold this epilogue: that of the erf form spills from wide ones."""
-    return tuple(t for t in SHIPPED if activation != "gelu_erf" or t.block_n <= 128)
+    """Tiles that this epilogue runs with.
+
+    That of the erf form spills from wide ones, and gated ones must have two equal halves.
+    """
+    return tuple(t for t in SHIPPED if activation not in ("gelu_erf", GATED) or t.block_n <= 128)
 
 
 def tile_by_waves(M: int, N: int, K: int, activation: str | None, num_sms: int) -> HopperConfig:
@@ -85,13 +106,19 @@ def tile_by_waves(M: int, N: int, K: int, activation: str | None, num_sms: int) 
 
 
 def hopper_tile(
-    M: int, N: int, K: int, activation: str | None, has_residual: bool, num_sms: int
+    M: int,
+    N: int,
+    K: int,
+    activation: str | None,
+    has_residual: bool,
+    num_sms: int,
+    table: Table = TABLE,
 ) -> HopperConfig | None:
     """Tile for M rows by measurement, or between measurements by rule; None for the library.
 
     A shape without an entry takes `tile_by_waves` if M, N and K lie within what was measured.
     """
-    entries = TABLE.get((N, K, epilogue_name(activation, has_residual)))
+    entries = table.get((N, K, epilogue_name(activation, has_residual)))
     if entries is not None:
         chosen = None
         for first, tile in entries:
@@ -100,3 +127,131 @@ def hopper_tile(
         return chosen
     known = MEASURED_N[0] <= N <= MEASURED_N[1] and MEASURED_K[0] <= K <= MEASURED_K[1]
     return tile_by_waves(M, N, K, activation, num_sms) if known and M >= MIN_M else None
+
+
+def table_to_json(table: Table) -> list[dict[str, Any]]:
+    """`table` as plain data, in an order that depends on its contents alone."""
+    return [
+        {
+            "N": N,
+            "K": K,
+            "epilogue": epilogue,
+            "tiles": [[first, tile and asdict(tile)] for first, tile in table[N, K, epilogue]],
+        }
+        for N, K, epilogue in sorted(table)
+    ]
+
+
+def table_from_json(entries: Any) -> Table:
+    """The table that `table_to_json` wrote.
+
+    Raises:
+        ValueError: an entry is not of that form, or names what gemm_hopper.py is not tested for:
+            widths that are not multiples of 8, an unknown epilogue, a tile that is not among
+            `shipped_tiles` of the epilogue.
+    """
+    if not isinstance(entries, list):
+        raise ValueError(f"its entries are a {type(entries).__name__} instead of a list")
+    table: dict[tuple[int, int, str], tuple[tuple[int, HopperConfig | None], ...]] = {}
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, dict) or set(entry) != {"N", "K", "epilogue", "tiles"}:
+            raise ValueError(f"entry {i} does not have N, K, epilogue and tiles")
+        N, K, epilogue = entry["N"], entry["K"], entry["epilogue"]
+        if not all(_is_count(width) and width % 8 == 0 for width in (N, K)):
+            raise ValueError(f"entry {i}: N = {N!r} and K = {K!r} must be multiples of 8")
+        if epilogue not in EPILOGUES:
+            raise ValueError(f"entry {i}: epilogue {epilogue!r} is not one of {EPILOGUES}")
+        if (N, K, epilogue) in table:
+            raise ValueError(f"entry {i} repeats {(N, K, epilogue)}")
+        table[N, K, epilogue] = _row_classes(entry["tiles"], epilogue, f"entry {i}")
+    return table
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0  # bool is a subclass of int
+
+
+def _row_classes(
+    classes: Any, epilogue: str, where: str
+) -> tuple[tuple[int, HopperConfig | None], ...]:
+    known = {json.dumps(asdict(t), sort_keys=True): t for t in shipped_tiles(epilogue)}
+    if not isinstance(classes, list):
+        raise ValueError(f"{where}: tiles is a {type(classes).__name__} instead of a list")
+    found: list[tuple[int, HopperConfig | None]] = []
+    for pair in classes:
+        if not isinstance(pair, list) or len(pair) != 2 or not _is_count(pair[0]):
+            raise ValueError(f"{where}: {pair!r} is not [first M, tile]")
+        first, tile = pair
+        if found and first <= found[-1][0]:
+            raise ValueError(f"{where}: first M {first} does not ascend from {found[-1][0]}")
+        name = json.dumps(tile, sort_keys=True)
+        if tile is not None and name not in known:
+            raise ValueError(
+                f"{where}: tile {name} is none that {epilogue or 'bias'!r} runs with: "
+                f"{', '.join(known)}"
+            )
+        found.append((first, None if tile is None else known[name]))
+    return tuple(found)
+
+
+@dataclass(frozen=True, eq=False)
+class Tuning:
+    """The table that one GPU goes by, and the file of the user that it holds, if there is one."""
+
+    table: Table
+    path: Path | None = None
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Changes with the table."""
+        text = json.dumps(table_to_json(self.table), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+_SHIPPED_TUNING = Tuning(TABLE)
+_lock = threading.Lock()
+
+
+def tuning(device: torch.device) -> Tuning:
+    """The table of `device`: its user's measurements, before those shipped.
+
+    Raises:
+        ValueError: the user's file is damaged; names it and the way out.
+    """
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _tuning_of_device(device)
+
+
+def tuning_report(device: torch.device) -> str:
+    """One line on the table of `device`, or on why it cannot be used."""
+    try:
+        path = tuning(device).path
+    except ValueError as error:
+        return str(error)
+    return "shipped" if path is None else f"measured on this GPU: {path}"
+
+
+@functools.cache
+def _tuning_of_device(device: torch.device) -> Tuning:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return _SHIPPED_TUNING
+    # a GPU of the same name gets the same table even if the file has changed since, and of two
+    # threads that ask at once the second gets what the first has read
+    with _lock:
+        return _tuning_of_gpu(torch.cuda.get_device_name(device))
+
+
+@functools.cache
+def _tuning_of_gpu(gpu: str) -> Tuning:
+    path = tuning_path(gpu)
+    try:
+        content = read_tuning(gpu)
+        if content is None:
+            return _SHIPPED_TUNING
+        return Tuning({**TABLE, **table_from_json(content.get("gemm"))}, path)
+    except (ValueError, OSError, RecursionError) as error:
+        raise ValueError(
+            f"linear: {path}, the launch table measured on this GPU, cannot be used ({error}); "
+            "delete it to go by the shipped table, or run `vitgraph tune` to measure again"
+        ) from error

@@ -5,6 +5,7 @@ an fp32 instead of rounding, its arithmetic and `tl.dot` work on the bit pattern
 with numpy 2.4 a loop bounded by a value loaded on the device raises. After `install()`
 
 - casts to bf16 round to nearest, ties to even, as the hardware does;
+- so do casts to fp8 (e4m3), which saturate at 448; without, a carry out of the mantissa is lost;
 - bf16 arithmetic and comparisons are done in fp32 and rounded once, `tl.dot` takes exact operands;
 - reductions, scans and atomics in bf16, whose order of rounding the interpreter cannot know,
   raise: cast to fp32 first;
@@ -19,6 +20,7 @@ Call it once, before the first launch; the test suite does. To debug a kernel by
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter as triton_interpreter
 
@@ -41,6 +43,13 @@ def to_bf16_bits(values: np.ndarray) -> np.ndarray:
 def from_bf16_bits(bits: np.ndarray) -> np.ndarray:
     """The fp32 values of bf16 bit patterns (uint16); exact."""
     return (np.ascontiguousarray(bits).astype(np.uint32) << 16).view(np.float32)
+
+
+def to_e4m3_bits(values: np.ndarray) -> np.ndarray:
+    """Bit patterns (uint8) of `values` in e4m3: nearest, ties to even, saturated; NaN is kept."""
+    # whether PyTorch's own cast saturates is left to its releases; clamp keeps NaN
+    wide = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).clamp(-448, 448)
+    return wide.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
 
 def _is_bf16(handle) -> bool:
@@ -78,6 +87,8 @@ def _repair_casts() -> None:
 
     def fp_to_fp(self, src, dst_type, rounding_mode):
         truncates = rounding_mode is not None and "RTZ" in str(rounding_mode)
+        if dst_type.scalar == tl.float8e4nv and not truncates:
+            return _Handle(to_e4m3_bits(_widen(src).data), tl.float8e4nv)
         is_fp8 = 8 in (src.dtype.scalar.primitive_bitwidth, dst_type.scalar.primitive_bitwidth)
         if is_fp8 or truncates:
             return create_fp_to_fp(self, src, dst_type, rounding_mode)

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from .dispatch import use_reference
+from .launch import launch_kernel
 from .roofline import Cost
 
 BLOCK = 64  # rows, frames or windows a program
@@ -351,7 +352,8 @@ def layout(
         "BLOCK_I": BLOCK_I,
         "BLOCK_HALF": triton.next_power_of_2(half),
     }
-    _layout_kernel[(programs,)](
+    launch_kernel(
+        _layout_kernel, (programs,),
         grid, inv_freq, out.cu_seqlens, out.cu_window_seqlens, out.position, out.source,
         out.cos, out.sin, out.live, grid.shape[0], num_rows, num_frames, num_windows, **constants,
     )  # fmt: skip

@@ -35,7 +35,7 @@ from .gemm import (
     is_aligned,
     write_reference,
 )
-from .gemm_tuning import HopperConfig, hopper_tile, tile_by_waves
+from .gemm_tuning import HopperConfig, hopper_tile, tile_by_waves, tuning
 from .rows import num_sms
 
 __all__ = [
@@ -64,14 +64,19 @@ def choose_backend(
 ) -> tuple[str, HopperConfig | None]:
     """What "auto" stands for, ("library", None) or ("hopper", tile), by gemm_tuning.py.
 
-    It depends on nothing but the arguments, so a recorded call and an eager one on the same padded
-    shape are computed alike. `M` counts all rows, not the live ones. Operands are taken to be
-    contiguous; `linear` goes to the library where one is not aligned to 16 bytes.
+    In a process it depends on nothing but the arguments, since a user's table is read once; so a
+    recorded call and an eager one on the same padded shape are computed alike. `M` counts all rows,
+    not the live ones. Operands are taken to be contiguous; `linear` goes to the library where one
+    is not aligned to 16 bytes.
+
+    Raises:
+        ValueError: the user's table for this GPU is damaged.
     """
     # the cheapest questions first: small calls are made in great number
     tile = None
     if device.type == "cuda" and N % 8 == 0 and K % 8 == 0:
-        tile = hopper_tile(M, N, K, activation, has_residual, num_sms(device))
+        table = tuning(device).table
+        tile = hopper_tile(M, N, K, activation, has_residual, num_sms(device), table)
     if tile is None or hopper_reason(device, dtype) is not None:
         return "library", None
     return "hopper", tile
@@ -138,7 +143,7 @@ def linear(
         if reason := hopper_reason(x.device, x.dtype):
             raise ValueError(f"linear: backend='hopper' cannot run here: {reason}; use 'auto'")
         sms = num_sms(x.device)
-        tile = hopper_tile(M, N, K, activation, has_residual, sms)
+        tile = hopper_tile(M, N, K, activation, has_residual, sms, tuning(x.device).table)
         tile = tile or tile_by_waves(M, N, K, activation, sms)
     else:
         _check_library_epilogue(backend, bias, activation, residual)

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from .dispatch import use_reference
+from .launch import launch_kernel
 from .roofline import Cost
 
 MAX_D = 16384  # one row must fit in the registers of a program
@@ -141,12 +142,13 @@ def _norm_kernel(
     d = tl.arange(0, BLOCK_D)
     x = _load(x_ptr, offset_ptr, start, live, d, D)
     total = tl.sum(x, axis=1)
+    rest_d, rest = d, x  # of no meaning without a second block
     if REST > 0:
         rest_d = BLOCK_D + tl.arange(0, REST)
         rest = _load(x_ptr, offset_ptr, start, live, rest_d, D)
         total += tl.sum(rest, axis=1)
+    mean = total[:, None] / D
     if not IS_RMS:
-        mean = total[:, None] / D
         x = tl.where((d < D)[None, :], x - mean, 0.0)
     squares = tl.sum(x * x, axis=1)
     if REST > 0:
@@ -225,7 +227,8 @@ def norm(
         return y
     launch = config(T, D)
     block_d, rest = blocks(D, launch)
-    _norm_kernel[(triton.cdiv(T, launch.rows),)](
+    launch_kernel(
+        _norm_kernel, (triton.cdiv(T, launch.rows),),
         x, weight, bias, offset, destination, live_rows, y, T, D, eps,
         IS_RMS=kind == "rms", LIVE_GROUP=live_group, ROWS=launch.rows,
         BLOCK_D=block_d, REST=rest, num_warps=launch.num_warps,

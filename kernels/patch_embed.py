@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from .dispatch import use_reference
+from .launch import launch_kernel
 from .roofline import Cost
 
 
@@ -209,7 +210,8 @@ def patch_embed(
     if T == 0:
         return x
     launch = config(T, weight.dtype)
-    _patch_embed_kernel[(triton.cdiv(D, launch.BLOCK_D), triton.cdiv(T, launch.BLOCK_T))](
+    launch_kernel(
+        _patch_embed_kernel, (triton.cdiv(D, launch.BLOCK_D), triton.cdiv(T, launch.BLOCK_T)),
         pixels, weight, bias, source, table, position, live_rows, x, T, D, P=P,
         SIDE=0 if table is None else int(table.shape[0] ** 0.5),
         BLOCK_T=launch.BLOCK_T, BLOCK_D=launch.BLOCK_D, BLOCK_P=launch.BLOCK_P,

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .dispatch import use_reference
+from .launch import launch_kernel
 from .roofline import Cost
 
 BLOCK_T = 4
@@ -85,7 +86,9 @@ def residual(
     if T == 0:
         return state
     constants = {"BLOCK_T": BLOCK_T, "BLOCK_D": triton.next_power_of_2(D)}
-    _residual_kernel[(triton.cdiv(T, BLOCK_T),)](x, offset, live_rows, state, T, D, **constants)
+    launch_kernel(
+        _residual_kernel, (triton.cdiv(T, BLOCK_T),), x, offset, live_rows, state, T, D, **constants
+    )
     return state
 
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .dispatch import use_reference
+from .launch import launch_kernel
 from .roofline import Cost
 
 
@@ -100,7 +101,7 @@ def rope_(
         "BLOCK_H": triton.next_power_of_2(2 * H),
         "BLOCK_HALF": triton.next_power_of_2(D // 2),
     }
-    _rope_kernel[(T,)](qkv, cos, sin, live_rows, **constants)
+    launch_kernel(_rope_kernel, (T,), qkv, cos, sin, live_rows, **constants)
     return qkv
 
 

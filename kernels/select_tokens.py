@@ -17,13 +17,14 @@ passes over the scores of the longest item, which stay in L1; one if it keeps ev
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from .dispatch import use_reference
+from .launch import launch_kernel
 from .roofline import Cost
 from .token_pruning import BLOCK_I, check_grid
 
@@ -263,10 +264,20 @@ def select_tokens(
         return out
     launch = config(M)
     constants = {"AREA": merge**2, "BLOCK": launch.BLOCK, "BLOCK_I": BLOCK_I}
-    count: Any = _count_kernel[(num_items,)]
-    count(grid, keep, mask, out.kept_per_item, M, num_items, **constants, num_warps=4)
-    select: Any = _select_tokens_kernel[(num_items,)]
-    select(
+    launch_kernel(
+        _count_kernel,
+        (num_items,),
+        grid,
+        keep,
+        mask,
+        out.kept_per_item,
+        M,
+        num_items,
+        **constants,
+        num_warps=4,
+    )
+    launch_kernel(
+        _select_tokens_kernel, (num_items,),
         score, grid, keep, mask, out.kept_per_item, out.source, out.index_in_item, out.kept,
         M, num_items, **constants, num_warps=launch.num_warps,
     )  # fmt: skip

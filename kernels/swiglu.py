@@ -7,14 +7,13 @@ adjacent; computed in fp32 and rounded once. Rows of `out` from `live_rows` on a
 Memory-bound: 3*T*F elements moved. https://arxiv.org/abs/2002.05202
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 from .dispatch import use_reference
+from .launch import launch_kernel
 from .roofline import Cost
 from .rows import ceil_div, check_live_rows, row_programs
 
@@ -99,8 +98,8 @@ def swiglu(
         out[:live].copy_(swiglu_ref(gate_up[:live]))
         return out
     blocks = ceil_div(T, BLOCK_T) * ceil_div(features, BLOCK_F)
-    kernel: Any = _swiglu_kernel[(row_programs(gate_up.device, blocks),)]
-    kernel(
+    launch_kernel(
+        _swiglu_kernel, (row_programs(gate_up.device, blocks),),
         gate_up, out, live_rows, T, features, gate_up.stride(0), out.stride(0),
         BLOCK_T=BLOCK_T, BLOCK_F=BLOCK_F,
     )  # fmt: skip

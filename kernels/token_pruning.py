@@ -16,13 +16,13 @@ read once from memory and once more from L2. https://arxiv.org/abs/2510.14624
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from .dispatch import use_reference
+from .launch import launch_kernel
 from .roofline import Cost
 from .rows import ceil_div
 
@@ -182,8 +182,8 @@ def token_scores(tokens: torch.Tensor, grid: torch.Tensor, *, merge: int) -> tor
     if M == 0:
         return score
     launch = config(C, tokens.dtype)
-    kernel: Any = _token_scores_kernel[(ceil_div(M, launch.ROWS),)]
-    kernel(
+    launch_kernel(
+        _token_scores_kernel, (ceil_div(M, launch.ROWS),),
         tokens, grid, score, M, C, tokens.stride(0), grid.shape[0], AREA=merge**2,
         FIRST_FRAME=FIRST_FRAME, NOT_A_NUMBER=NOT_A_NUMBER, PADDING=PADDING,
         ROWS=launch.ROWS, BLOCK_C=launch.BLOCK_C, BLOCK_I=BLOCK_I, num_warps=launch.num_warps,

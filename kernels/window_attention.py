@@ -34,6 +34,7 @@ from .attention_triton import (
     value_block,
 )
 from .dispatch import use_reference
+from .launch import launch_kernel
 from .roofline import Cost
 
 MAX_WINDOW = 256
@@ -83,25 +84,54 @@ def launch_config(max_window: int, head_dim: int, dtype: torch.dtype) -> LaunchC
 
 
 @triton.jit
-def _load_rotated(
-    base,
+def _load_angles(
     cos_base,
     sin_base,
+    rows,
+    num_rows,
+    HALF: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """cos and sin of columns FIRST.., each [R, WIDTH], 0 past HALF and past `num_rows`."""
+    c = load_rows(cos_base, rows, num_rows, HALF, FIRST, WIDTH, HALF, True)
+    s = load_rows(sin_base, rows, num_rows, HALF, FIRST, WIDTH, HALF, True)
+    return c, s
+
+
+@triton.jit
+def _load_rotated(
+    base,
+    c,
+    s,
     rows,
     num_rows,
     STRIDE: tl.constexpr,
     HALF: tl.constexpr,
     FIRST: tl.constexpr,
-    WIDTH: tl.constexpr,
 ):
-    """Columns FIRST.. of both rotated halves, each [R, WIDTH], 0 past HALF and past `num_rows`."""
+    """Columns FIRST.. of both rotated halves, as wide as the angles c and s."""
+    WIDTH: tl.constexpr = c.shape[1]
     x1 = load_rows(base, rows, num_rows, STRIDE, FIRST, WIDTH, HALF, True)
     x2 = load_rows(base + HALF, rows, num_rows, STRIDE, FIRST, WIDTH, HALF, True)
-    c = load_rows(cos_base, rows, num_rows, HALF, FIRST, WIDTH, HALF, True)
-    s = load_rows(sin_base, rows, num_rows, HALF, FIRST, WIDTH, HALF, True)
     f1 = x1.to(tl.float32)
     f2 = x2.to(tl.float32)
     return (f1 * c - f2 * s).to(x1.dtype), (f2 * c + f1 * s).to(x1.dtype)
+
+
+@triton.jit
+def _load_rotated_pair(
+    q_base, k_base, cos_q, sin_q, cos_k, sin_k, rows_m, rows_n, left, length,
+    STRIDE_QT: tl.constexpr, STRIDE_KT: tl.constexpr, HALF: tl.constexpr,
+    FIRST: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Both halves of q and of k; a program that holds a whole window reads the angles once."""
+    ck, sk = _load_angles(cos_k, sin_k, rows_n, length, HALF, FIRST, WIDTH)
+    k1, k2 = _load_rotated(k_base, ck, sk, rows_n, length, STRIDE_KT, HALF, FIRST)
+    if TILES > 1:
+        ck, sk = _load_angles(cos_q, sin_q, rows_m, left, HALF, FIRST, WIDTH)
+    q1, q2 = _load_rotated(q_base, ck, sk, rows_m, left, STRIDE_QT, HALF, FIRST)
+    return q1, q2, k1, k2
 
 
 @triton.jit
@@ -157,13 +187,17 @@ def _window_attention_kernel(
 
     # a score does not depend on the order of the columns: the halves are multiplied apart, and
     # never have to be joined
-    q1, q2 = _load_rotated(q_base, cos_q, sin_q, rows_m, left, STRIDE_QT, HALF, 0, H0)
-    k1, k2 = _load_rotated(k_base, cos_k, sin_k, rows_n, length, STRIDE_KT, HALF, 0, H0)
+    q1, q2, k1, k2 = _load_rotated_pair(
+        q_base, k_base, cos_q, sin_q, cos_k, sin_k, rows_m, rows_n, left, length,
+        STRIDE_QT, STRIDE_KT, HALF, 0, H0, TILES,
+    )  # fmt: skip
     scores = tl.dot(q1, tl.trans(k1), input_precision="ieee")
     scores = tl.dot(q2, tl.trans(k2), scores, input_precision="ieee")
     if H1 > 0:
-        q1, q2 = _load_rotated(q_base, cos_q, sin_q, rows_m, left, STRIDE_QT, HALF, H0, H1)
-        k1, k2 = _load_rotated(k_base, cos_k, sin_k, rows_n, length, STRIDE_KT, HALF, H0, H1)
+        q1, q2, k1, k2 = _load_rotated_pair(
+            q_base, k_base, cos_q, sin_q, cos_k, sin_k, rows_m, rows_n, left, length,
+            STRIDE_QT, STRIDE_KT, HALF, H0, H1, TILES,
+        )  # fmt: skip
         scores = tl.dot(q1, tl.trans(k1), scores, input_precision="ieee")
         scores = tl.dot(q2, tl.trans(k2), scores, input_precision="ieee")
 
@@ -259,7 +293,9 @@ def window_attention(
         return
     config = launch_config(max_window, D, q.dtype)
     grid = (num_windows * (config.block_n // config.block_m) * H,)
-    _window_attention_kernel[grid](
+    launch_kernel(
+        _window_attention_kernel,
+        grid,
         q,
         k,
         v,

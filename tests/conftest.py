@@ -6,6 +6,7 @@ tests/kernels launch them; elsewhere a CPU tensor goes the way it goes for a use
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,6 +51,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     # Only what dispatch reads is replaced: kernels first imported by a later test are still
     # decorated for the interpreter.
     dispatch.knobs = knobs if is_kernel_test(item) else REFERENCES
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """An empty cache: what a user has measured on this machine must not change what tests see."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VITGRAPH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 from vitgraph.bench.__main__ import main
-from vitgraph.bench.readme_table import readme_table
+from vitgraph.bench.readme_table import readme_table, readme_tables
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "bench" / "results" / "h200" / "towers.json"
@@ -22,6 +22,89 @@ def test_committed_results_are_complete():
             ours = rows[tower, workload, "ours"]
             assert ours["max_err_ratio"] <= 1.3
             assert ours["floor_ms"] < ours["ms"]
+
+
+META = {
+    "gpu": "G", "torch": "2", "triton": "3", "transformers": "5", "dtype": "bfloat16",
+    "commit": "abc", "dirty": False, "date": "2026-01-02T03", "command": "vitgraph bench towers",
+}  # fmt: skip
+
+
+def result(tmp_path, name, times, *, attention="fa4", **meta):
+    """A result of one tower; `times` maps a workload to the ms of its providers."""
+    rows = [
+        {
+            "tower": "t", "workload": workload, "provider": provider, "ms": ms, "floor_ms": 0.5,
+            "patches": 1234, "max_err_ratio": None if ms is None else 0.9,
+            "attention": attention if provider == "ours" and ms else None,
+        }
+        for workload, by_name in times.items()
+        for provider, ms in by_name.items()
+    ]  # fmt: skip
+    path = tmp_path / name
+    path.write_text(json.dumps({"meta": {**META, **meta}, "rows": rows}))
+    return path
+
+
+def cells(text, workload):
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| t | {workload} ")]
+    return line.strip("| ").split(" | ")[2:]
+
+
+def test_ours_is_held_against_the_fastest_correct_peer(tmp_path):
+    sdpa, fa2, exact = "hf-eager-sdpa", "hf-eager-fa2", "hf-exact-graph"
+    path = result(
+        tmp_path,
+        "r.json",
+        {
+            "ahead": {sdpa: 6.0, fa2: 5.0, exact: 3.0, "vllm-graph": None, "ours": 2.0},
+            "behind": {sdpa: 6.0, fa2: None, exact: 3.0, "vllm-graph": 1.5, "ours": 2.0},
+            "tied": {sdpa: 2.0, exact: None, "vllm-eager": 3.0, "ours": 2.0, "ours-graph": 1.0},
+            "failed": {sdpa: 6.0, "ours": None},
+            "alone": {sdpa: None, "ours": 2.0},
+        },
+    )
+    text = readme_table(path)
+    head, rule, *_ = text.splitlines()
+    assert head == (
+        "| tower | workload | patches | HF eager | HF graph | vLLM | ours | speed-up | floor | "
+        "error |"
+    )
+    assert rule.count("---") == 10
+    assert cells(text, "ahead") == ["1,234", "5", "3", "-", "2", "1.50", "0.5", "0.90"]
+    assert cells(text, "behind") == [
+        "1,234", "6", "3", "1.5", "2", "0.75, behind vllm-graph", "0.5", "0.90",
+    ]  # fmt: skip
+    assert cells(text, "tied")[5] == "1.00, behind hf-eager-sdpa"
+    assert cells(text, "failed") == ["1,234", "6", "-", "-", "-", "no time", "0.5", "-"]
+    assert cells(text, "alone")[5] == "-"
+
+
+def test_what_was_not_run_and_changes_are_named(tmp_path):
+    times = {"w": {"hf-eager-sdpa": 3.0, "ours": 2.0}}
+    text = readme_table(result(tmp_path, "r.json", times, dirty=True, not_run=["t a", "t b"]))
+    assert "commit abc with changes, 2026-01-02" in text
+    assert text.endswith("Not run, time was over: t a, t b.")
+    assert "vLLM" not in text
+
+
+def test_both_tables(tmp_path, capsys):
+    times = {"w": {"hf-eager-sdpa": 3.0, "ours": 2.0}}
+    with_fa4 = result(tmp_path, "a.json", times)
+    plain = result(tmp_path, "b.json", times, attention="triton", plain=True)
+    text = readme_tables(with_fa4, plain)
+    first, second = text.split("Plain install, without any package of FlashAttention:\n\n")
+    assert first == f"With FlashAttention-4:\n\n{readme_table(with_fa4)}\n\n"
+    assert second == readme_table(plain)
+    assert main(["readme", str(with_fa4), "--plain-file", str(plain)]) == 0
+    assert capsys.readouterr().out == text + "\n"
+
+    with pytest.raises(ValueError, match=r"a.json is not from `bench towers --plain`"):
+        readme_tables(with_fa4, with_fa4)
+    with pytest.raises(ValueError, match="pass it as --plain-file"):
+        readme_tables(plain, plain)
+    with pytest.raises(ValueError, match=r"0 attention backends of `ours` \(none\)"):
+        readme_tables(result(tmp_path, "c.json", times, attention=None), plain)
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"meta": {}, "rows": [{}]}'])

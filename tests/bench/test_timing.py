@@ -1,5 +1,5 @@
 import pytest
-from vitgraph.bench.timing import Effort, summarise, time_calls
+from vitgraph.bench.timing import Effort, TimeBudget, summarise, time_calls
 
 
 def test_summary_of_samples():
@@ -25,3 +25,25 @@ def test_contenders_take_turns_between_synchronisations():
 def test_time_limit_keeps_the_least_rounds():
     effort = Effort(warmup_s=0.0, rounds=100, min_rounds=4, limit_s=0.0)
     assert time_calls({"a": lambda: None}, lambda: None, effort)["a"].samples == 4
+
+
+def test_time_budget(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("vitgraph.bench.timing.time.perf_counter", lambda: now[0])
+    budget, endless = TimeBudget(10.0), TimeBudget()
+    now[0] = 109.9
+    assert budget.allows("a")
+    assert budget.note() == ""
+    now[0] = 110.0
+    assert [budget.allows(label) for label in "bc"] == [False, False]
+    assert budget.to_json() == {"budget_s": 10.0, "not_run": ["b", "c"]}
+    assert budget.note() == "time was over after 10 s; not run: b, c"
+    now[0] = 1e9
+    assert endless.allows("a")
+    assert endless.to_json() == {"budget_s": None, "not_run": []}
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])
+def test_time_budget_refuses(seconds):
+    with pytest.raises(ValueError, match="must be more than 0"):
+        TimeBudget(seconds)

@@ -3,20 +3,24 @@ import math
 
 import pytest
 import torch
-from vitgraph.bench import towers
+from vitgraph.bench import contest, towers
 from vitgraph.bench.__main__ import main
-from vitgraph.bench.ours_providers import OursTower
+from vitgraph.bench.arguments import parser
+from vitgraph.bench.oracle import Reference
+from vitgraph.bench.ours_providers import OursTower, plain_backend
+from vitgraph.bench.provenance import source_digest
 from vitgraph.bench.provider import UnavailableError
-from vitgraph.bench.timing import Effort
+from vitgraph.bench.timing import Effort, TimeBudget
 from vitgraph.bench.towers_config import build_tower
 from vitgraph.bench.vllm_providers import VllmTower
+from vitgraph.kernels import attention
 
 TINY = ("tiny-qwen3-vl", "tiny-qwen2.5-vl", "tiny-qwen2-vl")
 WORKLOADS = {"one": ((1, 8, 12),), "mixed": ((1, 4, 6), (2, 10, 18), (1, 2, 2))}
 FAST = Effort(warmup_s=0.0, rounds=2, min_rounds=2)
 KEYS = {
     "tower", "workload", "provider", "ms", "ms_p20", "ms_p80", "floor_ms", "floor_parts",
-    "patches", "padded_patches", "max_err_ratio",
+    "patches", "padded_patches", "attention", "replays", "max_err_ratio",
 }  # fmt: skip
 
 
@@ -30,19 +34,19 @@ def run(**kwargs):
 
 @pytest.fixture(scope="module")
 def rows():
-    return run(towers=TINY, providers=towers.PROVIDERS)
+    return run(towers=TINY, providers=contest.PROVIDERS)
 
 
 def test_a_row_for_each_tower_workload_and_provider(rows):
     assert [(r["tower"], r["workload"], r["provider"]) for r in rows] == [
-        (t, w, p) for t in TINY for w in WORKLOADS for p in towers.PROVIDERS
+        (t, w, p) for t in TINY for w in WORKLOADS for p in contest.PROVIDERS
     ]
     for row in rows:
         assert row.keys() - {"reason"} == KEYS
         assert row["patches"] == {"one": 96, "mixed": 388}[row["workload"]]
         assert row["floor_ms"] is None
         assert (row["ms"] is None) == ("reason" in row)
-    text = towers.summary(rows)
+    text = contest.summary(rows)
     assert "tiny-qwen3-vl mixed" in text
     assert "ours: a CUDA graph needs a CUDA device" in text
 
@@ -72,7 +76,7 @@ def test_a_wrong_contender_gets_no_time(monkeypatch):
     monkeypatch.setattr(VisionEncoder, "eager_forward", one_small_image_is_wrong)
     *_, row = run(towers=["tiny-qwen2-vl"], providers=["ours-eager"])
     assert row["ms"] is None
-    assert row["max_err_ratio"] > towers.MAX_ERR_RATIO
+    assert row["max_err_ratio"] > contest.MAX_ERR_RATIO
     assert row["reason"].startswith("error is")
 
     monkeypatch.setattr(
@@ -96,9 +100,84 @@ def test_a_contender_that_fails_does_not_stop_the_others(monkeypatch):
     assert [r.get("reason") for r in rows[:2]] == ["RuntimeError: no luck", None]
 
 
+class OneAllowed(TimeBudget):
+    """Time is over after the first."""
+
+    def allows(self, label):
+        if self.seconds is None:
+            self.seconds = 10.0
+            return True
+        self.skipped.append(label)
+        return False
+
+
+def test_when_time_is_over_no_workload_and_no_tower_starts(monkeypatch):
+    built = []
+    real = towers.Contest
+    monkeypatch.setattr(towers, "Contest", lambda n, *a, **k: built.append(n) or real(n, *a, **k))
+    budget = OneAllowed()
+    names = ["tiny-qwen2-vl", "tiny-qwen3-vl"]
+    rows = run(towers=names, providers=["hf-eager-sdpa"], time_budget=budget)
+    assert [(r["tower"], r["workload"]) for r in rows] == [("tiny-qwen2-vl", "one")]
+    assert built == ["tiny-qwen2-vl"]
+    assert budget.skipped == ["tiny-qwen2-vl mixed", "tiny-qwen3-vl one", "tiny-qwen3-vl mixed"]
+
+
+@pytest.mark.parametrize("also_missing", [set(), {"hopper"}])
+def test_plain_is_what_is_chosen_on_a_gpu_without_flash_attention(also_missing, monkeypatch):
+    """Every backend of a package is missing; what torch brings is there."""
+    missing = {"fa2", "fa3", "fa4", *also_missing}
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(attention, "_with_index", lambda device: gpu)
+    monkeypatch.setattr(
+        attention, "_reason", lambda name, *_: "not installed" if name in missing else None
+    )
+    chosen = attention.choose_backend(gpu, torch.bfloat16, 72)
+    assert plain_backend(gpu, torch.bfloat16, 72) == chosen
+
+
+def test_plain_with_a_head_dim_that_nothing_takes(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(attention, "_with_index", lambda device: gpu)
+    monkeypatch.setattr(attention, "_reason", lambda name, *_: f"{name} does not take it")
+    with pytest.raises(ValueError, match="triton does not take it"):
+        plain_backend(gpu, torch.bfloat16, 72)
+
+
+def test_plain_is_asked_for_with_the_head_dim_of_the_tower(monkeypatch):
+    tower, asked = build_tower("tiny-qwen3-vl", device="cpu", dtype=torch.bfloat16), []
+    monkeypatch.setattr(
+        "vitgraph.bench.ours_providers.plain_backend",
+        lambda *given: asked.append(given) or "reference",
+    )
+    assert OursTower(tower, (), attention="plain").encoder().attention == "reference"
+    assert asked == [(torch.device("cpu"), torch.bfloat16, 32)]
+
+
+def test_plain_excludes_another_attention():
+    with pytest.raises(SystemExit):
+        parser().parse_args(["towers", "--plain", "--attention", "fa4"])
+
+
+def test_plain_on_the_command_line(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "vitgraph.bench.ours_providers.plain_backend",
+        lambda *given: asked.append(given) or plain_backend(*given),
+    )
+    path = tmp_path / "plain.json"
+    options = ["--towers", "tiny-qwen2-vl", "--workloads", "mix1", "--providers", "ours-eager"]
+    code = main(["towers", *options, "--plain", "--device", "cpu", "--quick", "--json", str(path)])
+    assert code == 0
+    written = json.loads(path.read_text())
+    assert written["meta"]["plain"] is True
+    assert written["rows"][0]["attention"] == "reference"
+    assert len(asked) == 1
+
+
 def test_reference_needs_matching_features():
     x = torch.ones(4, 3)
-    reference = towers.Reference([x], [x], [1, 3])
+    reference = Reference([x], [x], [1, 3])
     with pytest.raises(ValueError, match="shapes"):
         reference.worst_ratio([x, x])
 
@@ -127,8 +206,7 @@ def test_vllm_says_why_it_is_missing(family, monkeypatch):
 
 
 def test_command_line_writes_json(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("VITGRAPH_COMMIT", "abc123-dirty")
-    monkeypatch.setattr("vitgraph.bench.report._run", lambda *command: None)
+    monkeypatch.setenv("VITGRAPH_COMMIT", "0abc123")
     path = tmp_path / "new" / "rows.json"
     code = main([
         "towers", "--towers", "tiny-qwen2-vl", "--workloads", "mix2", "--providers",
@@ -139,7 +217,9 @@ def test_command_line_writes_json(tmp_path, capsys, monkeypatch):
     meta = written["meta"]
     for key in ("gpu", "driver", "clocks", "torch", "triton", "transformers", "date"):
         assert key in meta
-    assert (meta["commit"], meta["dirty"]) == ("abc123", True)
+    assert (meta["commit"], meta["dirty"]) == ("0abc123", None)
+    assert meta["source_digest"] == source_digest()
+    assert (meta["plain"], meta["budget_s"], meta["not_run"]) == (False, None, [])
     assert meta["command"].startswith("vitgraph bench towers --towers tiny-qwen2-vl")
     assert [r["provider"] for r in written["rows"]] == ["hf-eager-sdpa", "ours"]
     assert list(tmp_path.glob("new/.*")) == []

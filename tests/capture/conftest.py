@@ -69,6 +69,14 @@ class FakeEncoder:
     def fingerprint(self) -> str:
         return "fake"
 
+    def compile_kernels(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        outputs: Mapping[str, torch.Tensor],
+        rungs: Sequence[RungLimits],
+    ) -> None:
+        pass
+
     def eager_forward(
         self,
         pixel_values: torch.Tensor,
@@ -113,6 +121,100 @@ class FakeEncoder:
         outputs["pooler_output"].copy_(pooled)
 
 
+class PruningEncoder(FakeEncoder):
+    """On the CPU, with pruning: an item keeps its last tokens, or those of its mask.
+
+    `announces` is what a captured tower does; without it pruning is in no graph.
+    """
+
+    def __init__(self, device: str = "cpu", announces: bool = True):
+        super().__init__(device)
+        self.announces = announces
+
+    def input_specs(self, limits: RungLimits) -> dict[str, BufferSpec]:
+        specs = super().input_specs(limits)
+        if self.announces:
+            specs["keep"] = BufferSpec((limits.max_items,), torch.int32, "items")
+            specs["keep_mask"] = BufferSpec((limits.token_budget,), torch.uint8, "tokens")
+        return specs
+
+    def output_specs(self, limits: RungLimits) -> dict[str, BufferSpec]:
+        specs = super().output_specs(limits)
+        if self.announces:
+            specs["pooler_output"] = BufferSpec(specs["pooler_output"].shape, torch.float32, "kept")
+            specs["kept_index"] = BufferSpec((limits.token_budget,), torch.int32, "kept")
+        return specs
+
+    def graph_forward(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        outputs: Mapping[str, torch.Tensor],
+        limits: RungLimits,
+    ) -> None:
+        whole = dict(outputs)
+        if self.announces:
+            whole["pooler_output"] = torch.empty(limits.token_budget, WIDTH)
+        super().graph_forward(inputs, whole, limits)
+        if self.announces:
+            grid, keep, mask = (inputs[name] for name in ("grid", "keep", "keep_mask"))
+            self._prune(grid.tolist(), keep.tolist(), mask, whole["pooler_output"], outputs)
+
+    def eager_forward(
+        self,
+        pixel_values: torch.Tensor,
+        grid_thw: Sequence[tuple[int, int, int]],
+        pruning: Pruning | None = None,
+    ) -> dict[str, torch.Tensor]:
+        outputs = super().eager_forward(pixel_values, grid_thw)
+        if pruning is None:
+            if not self.announces:
+                return outputs
+            sizes = [item.output_tokens for item in self.item_specs(grid_thw)]
+            pruning = Pruning(tuple(sizes), (False,) * len(sizes))
+        rows = sum(pruning.keep)
+        short = {
+            "pooler_output": torch.empty(rows, WIDTH),
+            "kept_index": torch.empty(rows, dtype=torch.int32),
+        }
+        mask = torch.empty(0) if pruning.mask is None else pruning.mask
+        keep = [-1 if m else k for k, m in zip(pruning.keep, pruning.masked, strict=True)]
+        self._prune(grid_thw, keep, mask, outputs["pooler_output"], short)
+        return outputs | short
+
+    def _prune(
+        self,
+        grid: Sequence[Sequence[int]],
+        keep: Sequence[int],
+        mask: torch.Tensor,
+        pooled: torch.Tensor,
+        outputs: Mapping[str, torch.Tensor],
+    ) -> None:
+        places, rows, first = [], [], 0
+        for (t, h, w), count in zip(grid, keep, strict=True):
+            size = t * h * w // MERGE
+            chosen = list(range(size - count, size))
+            if count < 0:
+                chosen = mask[first : first + size].nonzero().flatten().tolist()
+            places += chosen
+            rows += [first + place for place in chosen]
+            first += size
+        outputs["pooler_output"].fill_(torch.nan)[: len(rows)] = pooled[rows]
+        outputs["kept_index"].fill_(-1)[: len(rows)] = torch.tensor(places, dtype=torch.int32)
+
+
+def pruning_of(grid: Sequence[tuple[int, int, int]], seed: int = 0) -> Pruning:
+    """Whole items, none of an item, some of it, and masks, in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    keep, pieces = [], []
+    for index, (t, h, w) in enumerate(grid):
+        size = t * h * w // MERGE
+        pieces.append(torch.randint(2, (size,), generator=generator, dtype=torch.uint8))
+        some = int(torch.randint(size + 1, (1,), generator=generator))
+        keep.append((some, int(pieces[-1].sum()), size, 0)[(index + seed) % 4])
+    masked = tuple((index + seed) % 4 == 1 for index in range(len(grid)))
+    return Pruning(tuple(keep), masked, torch.cat(pieces) if any(masked) else None)
+
+
 class RerunRecorder:
     """Stands in for CUDA graphs on the CPU: a replay runs the recorded work again."""
 
@@ -133,6 +235,16 @@ class RerunRecorder:
 @pytest.fixture
 def fake_encoder() -> type[FakeEncoder]:
     return FakeEncoder
+
+
+@pytest.fixture
+def pruning_encoder() -> type[PruningEncoder]:
+    return PruningEncoder
+
+
+@pytest.fixture
+def pruning_for() -> Callable[..., Pruning]:
+    return pruning_of
 
 
 @pytest.fixture

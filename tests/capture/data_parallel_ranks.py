@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from vitgraph.capture import EncoderCudaGraphManager
+from vitgraph.capture import EncoderCudaGraphManager, Pruning
 from vitgraph.capture.data_parallel import DataParallelEncoder, Shard
 from vitgraph.capture.protocol import BufferSpec
 
@@ -88,9 +88,58 @@ def execute_of(encoder, rank, uneven):
     return manager.execute
 
 
-def mix(rank, device, grids, *, uneven=False, shard=False, half=False, **options):
-    """Several batches in turn, each call's results kept until the end."""
+def own_part(pruning, grid, indices):
+    """What the items of `indices` keep."""
+    if pruning is None:
+        return None
+    masks = None
+    if pruning.mask is not None:
+        pieces = pruning.mask.split([t * h * w // fakes.MERGE for t, h, w in grid])
+        masks = torch.cat([pruning.mask[:0], *(pieces[index] for index in indices)])
+    return Pruning(
+        tuple(pruning.keep[index] for index in indices),
+        tuple(pruning.masked[index] for index in indices),
+        masks,
+    )
+
+
+def own_mask_alone(pruning, grid, indices):
+    """The same, but for the mask of what other ranks compute."""
+    if pruning.mask is None:
+        return pruning
+    mask, first = 1 - pruning.mask, 0
+    for index, (t, h, w) in enumerate(grid):
+        rows = slice(first, first + t * h * w // fakes.MERGE)
+        first = rows.stop
+        if index in indices:
+            mask[rows] = pruning.mask[rows]
+    return Pruning(pruning.keep, pruning.masked, mask)
+
+
+def out_for(encoder, pixels, grid, indices, pruning, names):
+    """Poisoned tensors for this rank's rows; without items those of no rows."""
+    own = [grid[index] for index in indices] or [(1, 2, 2)]
+    part = own_part(pruning, grid, indices) if indices else None
+    expected = encoder.eager_forward(
+        own_rows(pixels, grid, indices) if indices else torch.zeros(4, fakes.WIDTH), own, part
+    )
+    return {
+        name: torch.full_like(tensor, 77)[: None if indices else 0]
+        for name, tensor in expected.items()
+        if name in names
+    }
+
+
+def mix(
+    rank, device, grids, *, uneven=False, shard=False, half=False, pruned=None, out=None, **options
+):
+    """Several batches in turn, each call's results kept until the end.
+
+    `pruned`: with pruning, and whether the encoder announces it. `out`: names to write in place.
+    """
     encoder = (HalfEncoder if half else SizedEncoder)(device)
+    if pruned is not None:
+        encoder = fakes.PruningEncoder(device, announces=pruned)
     execute = encoder.eager_forward if half else execute_of(encoder, rank, uneven)
     parallel = DataParallelEncoder(execute, encoder)
     results = []
@@ -99,10 +148,18 @@ def mix(rank, device, grids, *, uneven=False, shard=False, half=False, **options
         pixels, own = pixels_of(grid, seed), parallel.assignment(grid)[rank]
         if shard:
             pixels = own_rows(pixels, grid, own)
+        if pruned is not None:
+            pruning = fakes.pruning_of(grid, seed)
+            options["pruning"] = own_mask_alone(pruning, grid, own)
+        if out is not None:
+            whole = pixels_of(grid, seed)
+            options["out"] = out_for(encoder, whole, grid, own, options.get("pruning"), out)
         result = parallel.execute(pixels.to(device), grid, shard=shard, **options)
         if isinstance(result, Shard):
             assert result.indices == own
             result = result.outputs
+        if out is not None:
+            assert all(tensor is options["out"][name] for name, tensor in result.items())
         results.append((own, {name: tensor.cpu() for name, tensor in result.items()}))
     return results
 
@@ -136,6 +193,8 @@ def one_row_each(pixels, grid):
 def differing(rank, device, what, **options):
     """The last rank is called differently from the others; then all are called alike."""
     encoder = SizedEncoder(device)
+    if what.endswith(("prunes", "pruning")):
+        encoder = fakes.PruningEncoder(device, announces=False)
     odd = rank == dist.get_world_size() - 1
     costs = None
     if odd and what == "costs":
@@ -152,9 +211,17 @@ def differing(rank, device, what, **options):
         "odd grid": [(1, 4, 4), (1, 2, 2), (2, 4, 8), (1, 7, 8)],
     }.get(what, grid)
     odd_pixels = pixels[1:] if what == "pixels" else pixels
-    odd_options = {"gather": ["pooler_output"]} if what == "gather" else {}
+    odd_options = {
+        "gather": {"gather": ["pooler_output"]},
+        "names": {"names": ["pooler_output"]},
+        "one prunes": {"pruning": Pruning((4, 1, 16, 16), (False,) * 4)},
+        "pruning": {"pruning": Pruning((4, 1, 7, 9), (False,) * 4)},
+        "bad pruning": {"pruning": Pruning((5, 1, 7, 9), (False,) * 4)},
+    }.get(what, {})
+    if what in ("pruning", "bad pruning"):
+        options["pruning"] = Pruning((4, 1, 9, 7), (False,) * 4)
     if odd:
-        first = attempt(parallel, odd_pixels, odd_grid, **odd_options, **options)
+        first = attempt(parallel, odd_pixels, odd_grid, **(options | odd_options))
     else:
         first = attempt(parallel, pixels, grid, **options)
     if what in ("costs", "outputs"):
@@ -162,10 +229,46 @@ def differing(rank, device, what, **options):
     return first, attempt(parallel, pixels, grid)
 
 
-def refused(rank, device, grid, pixels, gather=True, **options):
+def refused(rank, device, grid, pixels, keep=None, out=None, plain=False, **options):
     """Arguments that every rank refuses."""
-    parallel = DataParallelEncoder(SizedEncoder(device).eager_forward, SizedEncoder(device))
-    return attempt(parallel, torch.zeros(pixels), grid, gather=gather, **options)
+    execute = one_row_each if plain else SizedEncoder(device).eager_forward
+    parallel = DataParallelEncoder(execute, SizedEncoder(device))
+    if keep is not None:
+        options["pruning"] = Pruning(tuple(keep), (False,) * len(keep))
+    if out is not None:
+        options["out"] = {name: torch.empty(shape) for name, shape in out.items()}
+    return attempt(parallel, torch.zeros(pixels), grid, **options)
+
+
+def handed(rank, device, announces):
+    """The options that the function is called with, for each call, and what comes back."""
+    encoder = fakes.PruningEncoder(device, announces=announces)
+    manager = EncoderCudaGraphManager(encoder, CONFIG, recorder=fakes.RerunRecorder())
+    manager.capture()
+    seen = []
+
+    def execute(pixels, grid, *, pruning=None, out=None, names=None):
+        options = {"pruning": pruning, "out": out, "names": names}
+        given = {key: value for key, value in options.items() if value is not None}
+        seen.append({key: None if key == "pruning" else list(given[key]) for key in given})
+        return manager.execute(pixels, grid, **given)
+
+    parallel = DataParallelEncoder(execute, encoder)
+    grid = [(1, 4, 4)] * dist.get_world_size()
+    pixels = pixels_of(grid)
+    pruning = Pruning((3,) * len(grid), (False,) * len(grid))
+    pooled = {"pooler_output": torch.empty(3, fakes.WIDTH)}
+    for options in (
+        {},
+        {"names": ["pooler_output"]},
+        {"gather": ["pooler_output"]},
+        {"pruning": pruning},
+        {"pruning": pruning, "names": ["pooler_output"]},
+        {"pruning": pruning, "gather": False, "out": pooled},
+        {"gather": False, "out": {"pooler_output": torch.empty(4, fakes.WIDTH)}},
+    ):
+        parallel.execute(pixels, grid, **options)
+    return seen
 
 
 def subgroup(rank, device, grid):
@@ -212,6 +315,39 @@ def tower(rank, device, grid):
     whole = manager.execute(pixels, grid)["pooler_output"].float()
     error = (gathered["pooler_output"].float() - whole).norm() / whole.norm()
     return same, float(error)
+
+
+def pruned_tower(rank, device, grid):
+    """A real tower: gathered rows of a pruned call against those of each shard alone."""
+    towers = load(TESTS / "encoder" / "conftest.py")
+    from vitgraph.encoder import VisionEncoder
+    from vitgraph.encoder.pruning import plan_pruning
+
+    cls = towers.TOWERS["qwen3_vl"]
+    torch.manual_seed(0)
+    hf = cls._from_config(cls.config_class(**towers.VISION["qwen3_vl"]))
+    towers.boost(hf)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    encoder = VisionEncoder.from_hf(hf.to(device, dtype).eval())
+    execute = encoder.eager_forward
+    if device.type == "cuda":
+        execute = encoder.capture({"token_budgets": [64, 256]}, pruning=True).execute
+    grid = [tuple(row) for row in grid]
+    rows = sum(t * h * w for t, h, w in grid)
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(rows, encoder.spec.patch_values, generator=generator).to(device, dtype)
+    parallel = DataParallelEncoder(execute, encoder)
+    pruning = plan_pruning(encoder.spec, grid, 0.6, None)
+    gathered = parallel.execute(pixels, grid, pruning=pruning)
+    same = []
+    for indices in parallel.assignment(grid):
+        own = own_rows(pixels, grid, indices)
+        part = own_part(pruning, grid, indices)
+        alone = execute(own, [grid[index] for index in indices], pruning=part)
+        for name in gathered.keys() - {"last_hidden_state"}:
+            pieces = gathered[name].split(pruning.keep)
+            same.append(torch.equal(alone[name], torch.cat([pieces[i] for i in indices])))
+    return sorted(gathered), len(gathered["pooler_output"]), sum(pruning.keep), all(same)
 
 
 def attempt(parallel, *args, **options):

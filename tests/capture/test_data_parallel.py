@@ -5,6 +5,7 @@ Ranks that do not answer in time fail the test that waits for them, and are repl
 """
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -49,6 +50,8 @@ class Ranks:
 
     def start(self):
         self.count, self.folder = 0, self.new_folder()
+        # ranks compute as a user's do: on the CPU by the references
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         for rank in range(self.world):
             with open(self.folder / f"log.{rank}", "w") as log:
                 command = [sys.executable, SCRIPT, rank, self.world, self.device, self.folder]
@@ -58,6 +61,7 @@ class Ranks:
                     stderr=log,
                     stdout=log,
                     text=True,
+                    env=environment,
                 )
             self.processes.append(process)
 
@@ -113,27 +117,34 @@ def pieces(tensor, counts, indices):
     return torch.cat([tensor[:0], *(split[index] for index in indices)])
 
 
-def check_mix(ranks, fake_encoder, pixels_for, gather=True, **options):
+def check_mix(ranks, encoder, pixels_for, gather=True, pruning_for=None, **options):
     grids = batches()
     answers = ranks.run("mix", grids=grids, gather=gather, **options)
     assert all(isinstance(answer, list) for answer in answers), answers
-    encoder = fake_encoder()
+    every = [gather] if isinstance(gather, list) else []
+    every += [options[key] for key in ("names", "out") if key in options]
     for seed, grid in enumerate(grids):
         owned = [answer[seed][0] for answer in answers]
         assert sorted(sum(owned, ())) == list(range(len(grid)))
         patches = [t * h * w for t, h, w in grid]
-        kinds = {"last_hidden_state": patches, "pooler_output": [p // 4 for p in patches]}
-        whole = encoder.eager_forward(pixels_for(grid, seed), grid) if grid else {}
+        kept = [p // 4 for p in patches]
+        pruning = [] if pruning_for is None else [pruning_for(grid, seed)]
+        if pruning:
+            kept = pruning[0].keep
+        kinds = {"last_hidden_state": patches, "pooler_output": kept}
+        if options.get("pruned"):
+            kinds["kept_index"] = kept
+        whole = encoder.eager_forward(pixels_for(grid, seed), grid, *pruning) if grid else {}
         for rank, answer in enumerate(answers):
             outputs = answer[seed][1]
-            assert list(outputs) == (list(kinds) if isinstance(gather, bool) else gather)
+            assert list(outputs) == (every[0] if every else list(kinds))
             for name, actual in outputs.items():
                 if not grid:
-                    assert actual.shape == (0, 6)
+                    assert actual.shape == ((0,) if name == "kept_index" else (0, 6))
                     continue
                 expected = whole[name]
                 if gather is False:
-                    expected = pieces(expected, kinds[name], owned[rank])
+                    expected = pieces(expected, list(kinds[name]), owned[rank])
                 assert actual.dtype == expected.dtype
                 assert torch.equal(actual, expected), (rank, grid, name)
 
@@ -146,19 +157,80 @@ OPTIONS = {
     "one output": {"gather": ["pooler_output"]},
     "not gathered": {"gather": False},
     "neither gathered nor checked": {"gather": False, "check": False, "shard": True},
+    "one name": {"names": ["pooler_output"], "uneven": True},
+    "one name, not gathered": {"names": ["last_hidden_state"], "gather": False},
 }
 on_each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 
 
 @on_each_option
 def test_equals_one_process(ranks, fake_encoder, pixels_for, options):
-    check_mix(ranks, fake_encoder, pixels_for, **options)
+    check_mix(ranks, fake_encoder(), pixels_for, **options)
+
+
+PRUNED = {
+    "all replay": {"pruned": True},
+    "one replays": {"pruned": True, "uneven": True},
+    "own pixels": {"pruned": True, "shard": True, "check": False},
+    "one output": {"pruned": True, "gather": ["pooler_output"]},
+    "not gathered": {"pruned": True, "gather": False, "uneven": True},
+    "in place": {"pruned": True, "gather": False, "out": ["pooler_output", "kept_index"]},
+    "in no graph": {"pruned": False, "uneven": True},
+    "in no graph, one name": {"pruned": False, "names": ["pooler_output"]},
+    "in no graph, in place": {"pruned": False, "gather": False, "out": ["pooler_output"]},
+}
+
+
+@pytest.mark.parametrize("options", PRUNED.values(), ids=PRUNED.keys())
+def test_pruned_equals_one_process(ranks, pruning_encoder, pruning_for, pixels_for, options):
+    check_mix(ranks, pruning_encoder(), pixels_for, pruning_for=pruning_for, **options)
+
+
+@pytest.mark.parametrize("uneven", [False, True])  # rank 0 writes by the manager, others by a copy
+def test_written_in_place(ranks, fake_encoder, pixels_for, uneven):
+    for out in (["pooler_output"], ["last_hidden_state", "pooler_output"]):
+        check_mix(ranks, fake_encoder(), pixels_for, gather=False, out=out, uneven=uneven)
+
+
+@pytest.mark.parametrize("announces", [True, False])
+def test_what_the_function_is_told(ranks, announces):
+    pooled = {"names": ["pooler_output"]}
+    pruned = {"pruning": None}
+    in_place = {"out": ["pooler_output"]}
+    for seen in ranks.run("handed", announces=announces):
+        assert seen == [
+            {},
+            pooled,
+            pooled,
+            pruned,
+            # graphs without pruning serve pruned calls eagerly, with all outputs
+            pruned | (pooled if announces else {}),
+            pruned | (in_place if announces else {}),
+            in_place,
+        ]
+
+
+def test_pruned_tower(ranks):
+    grid = [(1, 8, 12), (4, 4, 6), (3, 4, 8), (1, 4, 4), (6, 4, 4)]
+    for names, rows, kept, same in ranks.run("pruned_tower", grid=grid):
+        assert names == ["deepstack_0", "deepstack_1", "last_hidden_state", "pooler_output"]
+        assert rows == kept < sum(t * h * w for t, h, w in grid) // 4
+        assert same
+
+
+@pytest.mark.gpu
+def test_pruned_tower_in_graphs(gpu_ranks):
+    grid = [(1, 8, 12), (4, 4, 6), (3, 4, 8), (1, 4, 4), (6, 4, 4)]
+    for names, rows, kept, same in gpu_ranks.run("pruned_tower", grid=grid):
+        assert "kept_index" in names
+        assert rows == kept < sum(t * h * w for t, h, w in grid) // 4
+        assert same
 
 
 @pytest.mark.gpu
 @on_each_option
 def test_equals_one_gpu(gpu_ranks, fake_encoder, pixels_for, options):
-    check_mix(gpu_ranks, fake_encoder, pixels_for, **options)
+    check_mix(gpu_ranks, fake_encoder(), pixels_for, **options)
 
 
 @pytest.mark.gpu
@@ -237,6 +309,13 @@ MISMATCHES = {
     "grid": (OTHER_GRID, OTHER_GRID),
     "order": (OTHER_GRID, OTHER_GRID),
     "gather": (OTHER_SETUP, OTHER_SETUP),
+    "names": (OTHER_SETUP, OTHER_SETUP),
+    "one prunes": (OTHER_GRID, OTHER_GRID),
+    "pruning": (OTHER_GRID, OTHER_GRID),
+    "bad pruning": (
+        ("RuntimeError", "rank {last} refused its input: ValueError: execute: pruning keeps 5"),
+        ("ValueError", "execute: pruning keeps 5 tokens of item 0, which has 4; pass 0 to 4"),
+    ),
     "costs": (OTHER_SETUP, OTHER_SETUP),
     "odd grid": (
         ("RuntimeError", "rank {last} refused its input: ValueError: item_specs: grid (1, 7, 8)"),
@@ -281,7 +360,58 @@ REFUSED = {
     "unknown output": (
         {"grid": [IMAGE], "pixels": [64, 6], "gather": ["pooled"]},
         "ValueError",
-        "gather names pooled; the outputs are last_hidden_state, pooler_output",
+        "unknown output pooled in gather; the outputs are last_hidden_state, pooler_output",
+    ),
+    "unknown name": (
+        {"grid": [IMAGE], "pixels": [64, 6], "names": ["pooled"]},
+        "ValueError",
+        "unknown output pooled in names; the outputs are last_hidden_state, pooler_output",
+    ),
+    "gather and names": (
+        {
+            "grid": [IMAGE],
+            "pixels": [64, 6],
+            "gather": ["last_hidden_state"],
+            "names": ["pooler_output"],
+        },
+        "ValueError",
+        "gather: last_hidden_state and names: pooler_output are different outputs; name the",
+    ),
+    "out and names": (
+        {
+            "grid": [],
+            "pixels": [0, 6],
+            "gather": False,
+            "out": {"pooler_output": [0, 6]},
+            "names": ["pooler_output", "last_hidden_state"],
+        },
+        "ValueError",
+        "out: pooler_output and names: last_hidden_state, pooler_output are different",
+    ),
+    "out of all ranks": (
+        {"grid": [IMAGE], "pixels": [64, 6], "out": {"pooler_output": [16, 6]}},
+        "ValueError",
+        "gather=True asks for those of all ranks; pass gather=False to have them written",
+    ),
+    "out of other rows": (
+        {
+            "grid": [],
+            "pixels": [0, 6],
+            "gather": False,
+            "out": {"pooler_output": [16, 6]},
+        },
+        "ValueError",
+        "execute: out['pooler_output'] is [16, 6] on cpu; pass [0, 6] on cpu",
+    ),
+    "pruning of other items": (
+        {"grid": [IMAGE], "pixels": [64, 6], "keep": [3, 4]},
+        "ValueError",
+        "pruning speaks of 2 items, grid_thw has 1",
+    ),
+    "pruning that is not taken": (
+        {"grid": [IMAGE], "pixels": [64, 6], "keep": [3], "plain": True},
+        "ValueError",
+        "the function that computes the items has no such parameter",
     ),
 }
 

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from vitgraph.capture import BufferSpec
+from vitgraph.capture import BufferSpec, Pruning
 from vitgraph.capture.multi_path import MultiPathManager
 
 WHOLE, WIDE = (1, 16, 16), (1, 8, 32)  # 64 tokens each
@@ -121,6 +121,108 @@ def test_results_belong_to_the_caller(manager, inputs_for):  # bug class 15
             assert not torch.equal(second[path][name], copy)
 
 
+def test_names_and_out_by_path(paths, manager, inputs_for):
+    inputs = inputs_for(image=[WHOLE, WIDE], crops=[TILE] * 3)
+    expected = {p: e.eager_forward(*_listed(inputs[p])) for p, e in paths.items()}
+    results = manager.execute(inputs, names={"crops": ["pooler_output"]})
+    assert list(results["image"]) == NAMES
+    assert list(results["crops"]) == ["pooler_output"]
+    assert torch.equal(results["crops"]["pooler_output"], expected["crops"]["pooler_output"])
+    out = {"image": {"pooler_output": torch.full((128, 6), 77.0)}}
+    results = manager.execute(inputs, out=out, names={"crops": ["last_hidden_state"]})
+    assert results["image"]["pooler_output"] is out["image"]["pooler_output"]
+    assert list(results["image"]) == ["pooler_output"]
+    assert list(results["crops"]) == ["last_hidden_state"]
+    assert torch.equal(out["image"]["pooler_output"], expected["image"]["pooler_output"])
+
+
+def _listed(given):
+    return given[0], given[1].tolist()
+
+
+@pytest.fixture
+def pruned(pruning_encoder, rerun_recorder):
+    """Image and crops that prune, and a path with pruning in no graph."""
+    paths = {path: pruning_encoder() for path in CONFIGS}
+    paths["tiny"] = pruning_encoder(announces=False)
+    manager = MultiPathManager(paths, CONFIGS, recorder=rerun_recorder)
+    manager.capture()
+    return paths, manager
+
+
+PRUNED = ["last_hidden_state", "pooler_output", "kept_index"]
+
+
+def test_pruning_by_path(pruned, pruning_for, inputs_for):
+    paths, manager = pruned
+    for seed in range(4):
+        grids = {"image": [WHOLE, WIDE], "crops": [TILE] * 4 + [HUGE], "tiny": [TILE, TILE]}
+        inputs = inputs_for(seed, **grids)
+        pruning = {p: pruning_for(grids[p], seed) for p in ("image", "tiny")}
+        results = manager.execute(inputs, pruning=pruning)
+        with manager.lease(inputs, pruning=pruning) as leases:
+            for path, encoder in paths.items():
+                expected = encoder.eager_forward(*_listed(inputs[path]), pruning.get(path))
+                for outputs in (results[path], leases[path].outputs):
+                    assert list(outputs) == PRUNED
+                    for name in PRUNED:
+                        assert torch.equal(outputs[name], expected[name]), (path, name)
+        # every item of crops keeps its tokens
+        assert len(results["crops"]["pooler_output"]) == 4 * 16 + 256
+
+
+def test_a_path_without_items_prunes_nothing(pruned, pruning_for, inputs_for):
+    _, manager = pruned
+    results = manager.execute(inputs_for(crops=[TILE]), pruning={"image": Pruning((), ())})
+    assert results["image"]["kept_index"].shape == (0,)
+    with pytest.raises(ValueError, match="pruning speaks of 1 items, grid_thw has 0") as caught:
+        manager.execute(inputs_for(crops=[TILE]), pruning={"image": Pruning((1,), (False,))})
+    assert caught.value.__notes__ == ["in the path image"]
+
+
+def test_leases_by_path(paths, rerun_recorder, inputs_for):
+    two = CONFIGS | {"crops": CONFIGS["crops"] | {"num_slots": 2}}
+    manager = MultiPathManager(paths, two, recorder=rerun_recorder)
+    manager.capture()
+    inputs = inputs_for(image=[WHOLE], crops=[TILE] * 2)
+    first = manager.lease(inputs)
+    assert all(lease.zero_copy and lease.valid for lease in first.values())
+    check(paths, {path: lease.outputs for path, lease in first.items()}, inputs)
+    # a path without items takes no slot
+    more = inputs_for(9, crops=[TILE] * 3)
+    second = manager.lease(more)
+    assert not second["image"].zero_copy
+    assert first["image"].valid
+    check(paths, {path: lease.outputs for path, lease in second.items()}, more)
+    check(paths, {path: lease.outputs for path, lease in first.items()}, inputs)
+    # nor does a call of one path's items overtake the other
+    manager.execute(inputs_for(image=[WIDE]))
+    assert first["crops"].valid
+    with pytest.raises(RuntimeError, match="its slot was taken by a later call"):
+        _ = first["image"].outputs
+    first.release()
+    assert not first["crops"].valid
+    with manager.lease(inputs) as third:
+        assert third["crops"].valid
+    assert not any(lease.valid for lease in third.values())
+    manager.clear()
+    assert not second["crops"].valid
+
+
+def test_a_refused_lease_leaves_none(paths, manager, inputs_for, monkeypatch):
+    leases = []
+    lease = manager.managers["image"].lease
+    monkeypatch.setattr(
+        manager.managers["image"],
+        "lease",
+        lambda *a, **k: leases.append(lease(*a, **k)) or leases[-1],
+    )
+    with pytest.raises(ValueError, match="crops are no videos") as caught:
+        manager.lease(inputs_for(image=[WHOLE], crops=[(2, 8, 8)]))
+    assert caught.value.__notes__ == ["in the path crops"]
+    assert [lease.valid for lease in leases] == [False]
+
+
 def test_stats_count_an_item_once(manager, inputs_for):  # bug class 30
     # Hits and misses on both paths; an untiled image is no miss of the crops.
     manager.execute(inputs_for(image=[WHOLE], crops=[TILE] * 3))
@@ -211,8 +313,9 @@ def test_failed_path_leaves_nothing(paths, rerun_recorder, inputs_for, broken):
     assert f"while capturing the path {broken}" in caught.value.__notes__
     assert manager.graph_pool is None
     assert all(own.graph_pool is None for own in manager.managers.values())
-    with pytest.raises(RuntimeError, match="nothing is captured"):
-        manager.execute(inputs_for(image=[WHOLE]))
+    for call in (manager.execute, manager.lease):
+        with pytest.raises(RuntimeError, match="nothing is captured"):
+            call(inputs_for(image=[WHOLE]))
     paths[broken].fail_at = None
     manager.capture()
     inputs = inputs_for(image=[WHOLE], crops=[TILE])
@@ -236,6 +339,18 @@ def test_before_capture_and_after_clear(paths, rerun_recorder, inputs_for):
 def test_refuses_unknown_paths(paths, manager, inputs_for, rerun_recorder):
     with pytest.raises(ValueError, match="unknown path global; the paths are image, crops"):
         manager.execute({"global": inputs_for(image=[WHOLE])["image"]})
+    for call, options, argument in (
+        (manager.lease, {}, "inputs"),
+        (manager.execute, {"pruning": {"global": Pruning((), ())}}, "pruning"),
+        (manager.lease, {"pruning": {"global": Pruning((), ())}}, "pruning"),
+        (manager.execute, {"out": {"global": {}}}, "out"),
+        (manager.execute, {"names": {"global": ["pooler_output"]}}, "names"),
+    ):
+        inputs = inputs_for(image=[WHOLE])
+        if argument == "inputs":
+            inputs["global"] = inputs["image"]
+        with pytest.raises(ValueError, match=f"{argument} names unknown path global; the paths"):
+            call(inputs, **options)
     assert manager.stats()["total"]["hits"] == 0
     with pytest.raises(ValueError, match="configs names unknown path tiles; the paths are image"):
         MultiPathManager(paths, {"tiles": None}, recorder=rerun_recorder)

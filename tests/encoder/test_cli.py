@@ -66,6 +66,44 @@ def test_options_reach_the_output(tmp_path):
     assert table.schema.metadata[b"layers"] == b"[0, 3]"
 
 
+def test_pruned_tokens_and_their_offsets(tmp_path):
+    whole, pruned = tmp_path / "whole.safetensors", tmp_path / "pruned.safetensors"
+    tokens = ["--pool", "tokens", "--layers", "1"]
+    assert embed(DATA, "-o", whole, *tokens).exit_code == 0
+    result = embed(DATA, "-o", pruned, *tokens, "--pruning-rate", 0.5, "--batch-size", 2)
+    assert result.exit_code == 0, result.output
+    parts = []
+    for path in (whole, pruned):
+        with safe_open(path, "np") as file:
+            rows, ends = file.get_tensor("tokens"), file.get_tensor("offsets")
+            assert ends[0] == 0
+            assert ends[-1] == len(rows)
+            parts.append(np.split(rows, ends[1:-1]))
+            header = file.metadata()
+            layer = file.get_tensor("layer_1.offsets")
+            # patches, which are before the merger, are not pruned
+            assert np.array_equal(np.diff(layer), [4 * len(part) for part in parts[0]])
+    assert json.loads(header["pruning_rate"]) == 0.5
+    for name, all_of_it, kept in zip(NAMES, *parts, strict=True):
+        if name != "pan.mp4":
+            np.testing.assert_allclose(kept, all_of_it, rtol=1e-3, atol=1e-4)
+            continue
+        assert len(kept) == int(len(all_of_it) * 0.5)
+        distance = np.abs(kept[:, None] - all_of_it[None]).max(-1)
+        assert (distance.min(1) < 1e-4).all()
+        assert (np.diff(distance.argmin(1)) > 0).all()
+
+
+def test_pruned_embeddings(tmp_path):
+    output = tmp_path / "out.npy"
+    assert embed(DATA / "pan.mp4", "-o", output, "--pruning-rate", 0.5).exit_code == 0
+    video = DATA / "pan.mp4"
+    embedder = Embedder.from_pretrained("demo", device="cpu")
+    tokens = embedder.encode(video, pool="tokens", pruning_rate=0.5)
+    np.testing.assert_allclose(np.load(output)[0], tokens.mean(0), rtol=1e-4, atol=1e-5)
+    assert np.abs(np.load(output)[0] - embedder.encode(video)).max() > 1e-3
+
+
 def test_folders_below_and_hidden_files(tmp_path):
     picture = (DATA / "rocket.jpg").read_bytes()
     for name in ("b/c.jpg", "a.JPG", ".hidden.jpg", ".git/d.jpg"):
@@ -114,6 +152,10 @@ def test_all_bad_writes_nothing(tmp_path):
         (["-o", "{tmp}/out.npy", "--no-graphs", BUDGETS, "512"], f"{BUDGETS}: there are no graphs"),
         (["-o", "{tmp}/out.safetensors", "--layers", "x"], "--layers x"),
         (["-o", "{tmp}/out.safetensors", "--layers", "9"], "outside this tower's blocks"),
+        (["-o", "{tmp}/out.npy", "--pruning-rate", "1"], "--pruning-rate=1.0 is not a fraction"),
+        (["-o", "{tmp}/out.npy", "--pruning-rate", "nan"], "--pruning-rate=nan is not a fraction"),
+        (["-o", "{tmp}/out.npy", "--pruning-rate", "-0.5"], "at least 0 and less than 1"),
+        (["-o", "{tmp}/out.npy", "--encoder-cudagraph-nvtx"], "-nvtx: CUDA graphs need"),
         (["-o", "{tmp}/out.npy", "{tmp}"], "no images or videos in this folder"),
     ],
 )
@@ -138,19 +180,21 @@ def graphs_of(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     asked = []
 
-    def from_pretrained(model, *, graphs, **others):
-        asked.append(graphs)
+    def from_pretrained(model, *, graphs, pruning, **others):
+        asked.append((graphs, pruning))
         raise StoppedError
 
     monkeypatch.setattr(Embedder, "from_pretrained", from_pretrained)
 
-    def ask(*arguments):
+    def ask(*arguments, pruning=False):
         result = run(
             "embed", "demo", DATA / "rocket.jpg", "-o", tmp_path / "out.safetensors",
             "--device", "cuda:0", *arguments,
         )  # fmt: skip
         assert isinstance(result.exception, StoppedError), result.output
-        return asked.pop()
+        graphs, pruned = asked.pop()
+        assert pruned is pruning
+        return graphs
 
     return ask
 
@@ -160,6 +204,8 @@ def test_graphs_on_a_gpu(graphs_of):
     for long, short in (("--enable-vit-cuda-graph", "--graphs"), *NO_GRAPHS):
         assert graphs_of(long) is graphs_of(short) is (not long.startswith("--no"))
     assert graphs_of("--layers", "0") is False
+    assert graphs_of("--pruning-rate", "0.5", pruning=True) is None
+    assert graphs_of("--pruning-rate", "0", BUDGETS, "64", pruning=True).token_budgets == (64,)
 
 
 def test_graph_options_reach_the_configuration(graphs_of):
@@ -167,11 +213,24 @@ def test_graph_options_reach_the_configuration(graphs_of):
     config = graphs_of(
         "--enable-vit-cuda-graph", BUDGETS, "512,1024", BUDGETS, "[64, 512]",
         f"{prefix}-max-vision-items-per-batch", 8, f"{prefix}-max-frames-per-batch", 32,
-        f"{prefix}-modality", "video",
+        f"{prefix}-modality", "video", f"{prefix}-num-slots", 2, f"{prefix}-calibrate",
+        f"{prefix}-max-bytes", "8GiB", f"{prefix}-nvtx",
     )  # fmt: skip
-    assert config == EncoderCudaGraphConfig((64, 512, 1024), 8, 32, "video")
+    assert config == EncoderCudaGraphConfig(
+        (64, 512, 1024), 8, 32, "video", num_slots=2, calibrate=True, max_bytes=2**33, nvtx=True
+    )
     assert graphs_of(BUDGETS, "512") == EncoderCudaGraphConfig((512,))
     assert graphs_of(f"{prefix}-modality", "image") == EncoderCudaGraphConfig(modality="image")
+
+
+def test_a_capture_that_fails_names_options(monkeypatch, tmp_path):
+    def from_pretrained(model, **options):
+        raise ValueError("capture: max_bytes=1 is less than the smallest rung takes")
+
+    monkeypatch.setattr(Embedder, "from_pretrained", from_pretrained)
+    result = embed(DATA, "-o", tmp_path / "out.npy")
+    assert result.exit_code == 2
+    assert "capture: --encoder-cudagraph-max-bytes=1 is less" in result.stderr
 
 
 def test_an_unknown_model_and_option(tmp_path):

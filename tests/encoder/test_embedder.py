@@ -120,6 +120,42 @@ def test_tokens_are_ragged(embedder, alone):
     np.testing.assert_allclose(largest, [item.max(0) for item in tokens], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 32])
+def test_pruning_drops_tokens_of_videos(embedder, batch_size):
+    rate = 0.7
+    options = {"pruning_rate": rate, "batch_size": batch_size}
+    tokens = embedder.encode(FILES, pool="tokens", **options)
+    for path, kept in zip(FILES, tokens, strict=True):
+        rows, grid = embedder.preprocessor(path)
+        output = embedder.encoder(torch.from_numpy(rows), [grid], pruning_rate=rate)
+        assert (len(output.pooler_output) < len(rows) // 4) == (path.suffix == ".mp4")
+        np.testing.assert_allclose(kept, output.pooler_output, rtol=1e-3, atol=1e-4)
+    for pool, reduce in (("mean", np.mean), ("max", np.max)):
+        pooled = embedder.encode(FILES, pool=pool, **options)
+        expected = [reduce(kept, 0) for kept in tokens]
+        np.testing.assert_allclose(pooled, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_pruning_leaves_layers_whole(embedder):
+    video = next(path for path in FILES if path.suffix == ".mp4")
+    whole = embedder.encode(video, layers=[1], pool="tokens")
+    pruned = embedder.encode(video, layers=[1], pool="tokens", pruning_rate=0.5)
+    np.testing.assert_array_equal(pruned.layers[1], whole.layers[1])
+    assert len(pruned.embeddings) == int(len(whole.embeddings) * 0.5)
+
+
+@pytest.mark.parametrize("pruning", [False, True])
+def test_pruning_is_captured_if_asked_for(monkeypatch, pruning):
+    asked = []
+    monkeypatch.setattr(embedder_module, "pick_device", lambda device: torch.device("cuda:0"))
+    encoder = demo_encoder("cpu")
+    monkeypatch.setattr(embedder_module, "demo_encoder", lambda *args, **options: encoder)
+    monkeypatch.setattr(encoder, "capture", lambda config, **options: asked.append(options))
+    Embedder.from_pretrained("demo", device="cuda", pruning=pruning)
+    Embedder.from_pretrained("demo", device="cuda", pruning=pruning, graphs=False)
+    assert [options["pruning"] for options in asked] == [pruning]
+
+
 def test_kinds_of_results(embedder):
     tensor = embedder.encode(FILES[:2], convert_to_tensor=True)
     assert isinstance(tensor, torch.Tensor)
@@ -207,6 +243,11 @@ def test_an_iterator_that_fails_stops(embedder):
         ({"truncate_dim": 0}, "truncate_dim = 0"),
         ({"on_error": "ignore"}, "'ignore' is unknown"),
         ({"num_workers": -1}, "num_workers = -1"),
+        ({"pruning_rate": 1.0}, r"encode: pruning_rate=1\.0 is not a fraction"),
+        ({"pruning_rate": -0.1}, "at least 0 and less than 1"),
+        ({"pruning_rate": float("nan")}, "pruning_rate=nan"),
+        ({"pruning_rate": [0.5] * 5}, "give one number"),
+        ({"pruning_rate": False}, "pruning_rate=False"),
     ],
 )
 def test_arguments_that_are_refused(embedder, arguments, message):
@@ -251,3 +292,16 @@ def test_graphs_and_eager_agree_on_a_gpu():
     assert captured.encoder.graphs is not None
     a, b = (e.encode(FILES, normalize_embeddings=True, batch_size=2) for e in (eager, captured))
     assert (a * b).sum(1).min() > 0.999
+
+
+@pytest.mark.gpu
+def test_pruning_in_graphs_and_eagerly_agree_on_a_gpu():
+    captured = Embedder.from_pretrained(
+        "demo", device="cuda", graphs={"token_budgets": [256, 1024]}, pruning=True
+    )
+    eager = Embedder.from_pretrained("demo", device="cuda", graphs=False)
+    a, b = (
+        e.encode(FILES, pool="tokens", pruning_rate=0.5, batch_size=2) for e in (eager, captured)
+    )
+    assert [len(rows) for rows in a] == [len(rows) for rows in b]
+    assert captured.encoder.graphs.stats()["misses"] == 0

@@ -2,7 +2,10 @@ import numpy as np
 import pytest
 import torch
 import vitgraph.bench.towers_config as towers
+from vitgraph.capture import EncoderCudaGraphConfig
+from vitgraph.capture.staging import allocate
 from vitgraph.encoder import VisionEncoder
+from vitgraph.kernels.launch import is_compiling
 
 GRIDS = [(1, 4, 6), (2, 2, 4)]
 PATCHES = 40
@@ -124,3 +127,21 @@ def test_results_are_the_callers(encoder, pixels):
     encoder(pixels * 2, GRIDS)
     assert torch.equal(first, kept)
     assert not first.is_inference()
+
+
+def test_kernels_are_compiled_for_rungs_by_halves(encoder, monkeypatch):
+    rungs = EncoderCudaGraphConfig(token_budgets=(8, 9, 15, 16, 31, 32, 40)).resolve(encoder)
+    inputs = allocate(encoder.input_specs(rungs[-1]), encoder.device)
+    outputs = allocate(encoder.output_specs(rungs[-1]), encoder.device)
+    taken = []
+
+    def graph_forward(given, written, limits):
+        assert is_compiling()
+        assert len(given["pixel_values"]) == limits.max_patches
+        assert len(written["pooler_output"]) == limits.token_budget
+        taken.append(limits.token_budget)
+
+    monkeypatch.setattr(encoder, "graph_forward", graph_forward)
+    encoder.compile_kernels(inputs, outputs, rungs)
+    assert taken == [40, 16, 8]
+    assert not is_compiling()

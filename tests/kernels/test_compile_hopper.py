@@ -2,7 +2,7 @@
 
 import pytest
 from vitgraph.kernels.compiled import inspect
-from vitgraph.kernels.gemm_tuning import HopperConfig, shipped_tiles
+from vitgraph.kernels.gemm_tuning import GATED, HopperConfig, shipped_tiles
 
 gemm_hopper = pytest.importorskip("vitgraph.kernels.gemm_hopper")
 gl = gemm_hopper.gl
@@ -13,11 +13,12 @@ EPILOGUES = {
     "erf": {"activation": "gelu_erf"},
     "quick": {"activation": "quick_gelu"},
     "silu": {"activation": "silu"},
+    "gated": {"activation": "silu", "gated": True},
     "residual": {"bias": False, "residual": True},
 }
 
 
-def inspect_hopper(config: HopperConfig, *, activation="", bias=True, residual=False):
+def inspect_hopper(config: HopperConfig, *, activation="", bias=True, residual=False, gated=False):
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     m, n, k = config.block_m, config.block_n, gemm_hopper.BLOCK_K
     head = 1 << (n.bit_length() - 1)
@@ -27,7 +28,7 @@ def inspect_hopper(config: HopperConfig, *, activation="", bias=True, residual=F
 
     signature = {
         "x": descriptor(m, k),
-        "weight": descriptor(head, k),
+        "weight": descriptor(head // 2 if gated else head, k),
         "out": descriptor(m, gemm_hopper.STORE_N),
         "live_ptr": "*i32",
         **dict.fromkeys(("M", "N", "K"), "i32"),
@@ -35,6 +36,7 @@ def inspect_hopper(config: HopperConfig, *, activation="", bias=True, residual=F
     constexprs = {
         "ACTIVATION": activation,
         "HAS_RESIDUAL": residual,
+        "IS_GATED": gated,
         "BLOCK_M": m,
         "BLOCK_N": n,
         "GROUP_M": gemm_hopper.GROUP_M,
@@ -65,7 +67,7 @@ def inspect_hopper(config: HopperConfig, *, activation="", bias=True, residual=F
     [
         pytest.param(config, epilogue, id=f"{config.block_m}x{config.block_n}-{name}")
         for name, epilogue in EPILOGUES.items()
-        for config in shipped_tiles(epilogue.get("activation"))
+        for config in shipped_tiles(GATED if name == "gated" else epilogue.get("activation"))
     ],
 )
 def test_tile(config, epilogue):

@@ -1,0 +1,261 @@
+"""Candidates for one launch: checked against the definition, and only then timed.
+
+The timer is an argument, so everything but the times works without a GPU. `time_graphs_us` is the
+real one: CUDA graphs of many calls that take turns, medians over rounds.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..kernels.attention import attention_ref
+from ..kernels.attention_fa4 import usable_tiles, varlen_attention_fa4
+from ..kernels.attention_triton import varlen_attention_triton
+from ..kernels.gated_linear import gated_linear, gated_linear_ref
+from ..kernels.gemm import gemm, gemm_ref
+from ..kernels.gemm_tuning import GATED, RESIDUAL, HopperConfig, shipped_tiles
+from ..kernels.linear import linear
+from ..kernels.testing import error_ratio
+from .timing import Effort, record_each, time_graphs
+from .tune_shapes import AttentionShape, LinearShape
+
+LIBRARY = "library"
+TRITON = "triton"
+MAX_ERR_RATIO = 2.0
+
+Work = Callable[[], object]
+# microseconds of a call by name, for the calls that each candidate makes in a row
+Timer = Callable[[Mapping[str, Sequence[Work]]], Mapping[str, float]]
+
+_EFFORT = Effort(warmup_s=0.005, rounds=9, min_rounds=9)
+# from here on a call is longer than what surrounds it, and its x and output leave L2 by themselves
+_MANY_ROWS = 16384
+_SETS = 3  # of x and the output, which the calls of a graph rotate over
+_ATTENTION_CALLS = 10
+_CHECKED_ROWS = 8192  # at a time: in fp64 all of them would take gigabytes
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compute a launch.
+
+    Attributes:
+        check: Runs it and returns its error over that of plain PyTorch in the same dtype.
+        works: The calls that are timed, one after the other.
+    """
+
+    check: Callable[[], float]
+    works: Sequence[Work]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Microseconds and error ratios by candidate, and why the others have no time."""
+
+    us: Mapping[str, float]
+    err_ratio: Mapping[str, float]
+    reasons: Mapping[str, str]
+
+
+def contest(candidates: Mapping[str, Candidate], time: Timer) -> Outcome:
+    """Check every candidate and time the accurate ones together."""
+    ratios: dict[str, float] = {}
+    reasons: dict[str, str] = {}
+    for name, candidate in candidates.items():
+        # a table of many goes on when one fails, and its row carries the failure
+        try:
+            ratios[name] = candidate.check()
+        except Exception as error:
+            reasons[name] = _line(error)
+            continue
+        if not ratios[name] <= MAX_ERR_RATIO:  # NaN as well
+            reasons[name] = f"error is {ratios[name]:.3g} times plain PyTorch's own"
+    sound = {name: c.works for name, c in candidates.items() if name not in reasons}
+    us: Mapping[str, float] = {}
+    try:
+        us = dict(time(sound)) if sound else {}
+    except Exception as error:
+        reasons.update(dict.fromkeys(sound, _line(error)))
+    return Outcome(us, ratios, reasons)
+
+
+def time_graphs_us(works: Mapping[str, Sequence[Work]]) -> dict[str, float]:
+    """The median of nine interleaved rounds, in a CUDA graph for each candidate."""
+    graphs = {name: record_each(calls) for name, calls in works.items()}
+    return {name: timing.ms * 1e3 for name, timing in time_graphs(graphs, _EFFORT).items()}
+
+
+def tile_name(tile: HopperConfig) -> str:
+    """A tile as rows and reports name it."""
+    return f"{tile.block_m}x{tile.block_n}s{tile.num_stages}"
+
+
+@torch.inference_mode()
+def contest_linear(
+    shape: LinearShape,
+    M: int,
+    *,
+    device: torch.device,
+    time: Timer = time_graphs_us,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Outcome:
+    """The library against each tile of gemm_hopper.py that is shipped for the epilogue."""
+    operands = _LinearOperands(shape, M, device, dtype)
+    is_gated = shape.epilogue == GATED
+    functions: dict[str, Callable[..., object]] = {
+        LIBRARY: partial(gated_linear if is_gated else linear, backend=LIBRARY)
+    }
+    for tile in shipped_tiles(shape.epilogue):
+        kernel = partial(gated_linear, backend="hopper") if is_gated else gemm
+        functions[tile_name(tile)] = partial(kernel, config=tile)
+    return contest(
+        {
+            name: Candidate(partial(operands.check, function), operands.works(function))
+            for name, function in functions.items()
+        },
+        time,
+    )
+
+
+class _LinearOperands:
+    """Several sets of operands of one product, as a tower has them: weights that L2 has dropped."""
+
+    def __init__(self, shape: LinearShape, M: int, device: torch.device, dtype: torch.dtype):
+        generator = torch.Generator(device).manual_seed(0)
+
+        def draw(*size: int, scale: float = 1.0) -> torch.Tensor:
+            return (torch.randn(*size, device=device, generator=generator) * scale).to(dtype)
+
+        N, K = shape.N, shape.K
+        self.num_calls, num_weights = num_calls_and_weights(M, N * K * dtype.itemsize, device)
+        self.has_residual = shape.epilogue == RESIDUAL
+        self.is_gated = shape.epilogue == GATED
+        plain = self.has_residual or self.is_gated
+        self.activation = None if plain else shape.epilogue or None
+        self.xs = [draw(M, K) for _ in range(_SETS)]
+        self.weights = [draw(N, K, scale=K**-0.5) for _ in range(num_weights)]
+        # the library adds no bias to a residual: towers add it where the stream is read
+        self.bias = None if self.has_residual else draw(N)
+        self.outs = [draw(M, N // 2 if self.is_gated else N) for _ in range(_SETS)]
+        self.live = torch.tensor([M], dtype=torch.int32, device=device)
+
+    def works(self, function: Callable[..., object]) -> list[Work]:
+        """Calls over all sets in turn, every row live."""
+        return [
+            partial(
+                self._call, function, self.xs[i % _SETS], self.weights[i % len(self.weights)],
+                self.outs[i % _SETS], self.live,
+            )
+            for i in range(self.num_calls)
+        ]  # fmt: skip
+
+    def _call(self, function: Callable[..., object], x, weight, target, live) -> None:
+        options: dict[str, Any] = {"residual" if self.has_residual else "out": target}
+        if not self.is_gated:
+            options["activation"] = self.activation
+        function(x, weight, self.bias, live_rows=live, **options)
+
+    def check(self, function: Callable[..., object]) -> float:
+        """The worst error ratio, with all rows live and with three in five."""
+        M = self.xs[0].shape[0]
+        return worst([self._error(function, live) for live in (M, -(-3 * M // 5))])
+
+    def _error(self, function: Callable[..., object], live: int) -> float:
+        x, weight, before = self.xs[0], self.weights[0], self.outs[0]
+        out = before.clone() if self.has_residual else torch.full_like(before, float("nan"))
+        self._call(function, x, weight, out, torch.full_like(self.live, live))
+        ratios = []
+        for start in range(0, live, _CHECKED_ROWS):
+            rows = slice(start, min(start + _CHECKED_ROWS, live))
+            eager, oracle = (
+                self._definition(x[rows], weight, before[rows], dtype)
+                for dtype in (x.dtype, torch.float64)
+            )
+            ratios.append(error_ratio(out[rows], eager, oracle))
+        return worst(ratios)
+
+    def _definition(self, x, weight, before, dtype: torch.dtype) -> torch.Tensor:
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        if self.is_gated:
+            return gated_linear_ref(x, weight, bias)
+        return gemm_ref(
+            x,
+            weight,
+            bias,
+            activation=self.activation,
+            residual=before.to(dtype) if self.has_residual else None,
+        )
+
+
+def num_calls_and_weights(M: int, weight_bytes: int, device: torch.device) -> tuple[int, int]:
+    """Calls in a graph, and the weights that they rotate over: twice of what L2 holds, if short."""
+    if M >= _MANY_ROWS:
+        return 10, _SETS + 1
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    return 48, min(48, max(1, -(-2 * l2 // weight_bytes)))
+
+
+@torch.inference_mode()
+def contest_attention(
+    shape: AttentionShape,
+    *,
+    device: torch.device,
+    time: Timer = time_graphs_us,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Outcome:
+    """Our Triton kernel against each tile of FlashAttention-4 that is usable here."""
+    T, H, D = sum(shape.lengths), shape.heads, shape.head_dim
+    generator = torch.Generator(device).manual_seed(0)
+    # one buffer for all calls: in a tower too the product before has just written it
+    qkv = torch.randn(T, 3, H, D, device=device, generator=generator).to(dtype)
+    ends = torch.tensor([0, *shape.lengths], device=device).cumsum(0, dtype=torch.int32)
+    q, k, v = qkv.unbind(1)
+    out = torch.empty(T, H, D, device=device, dtype=dtype)
+
+    def definition(kind: torch.dtype) -> torch.Tensor:
+        # a head at a time: in fp64 the scores of 16 heads and 16,384 rows would take 34 GB
+        heads = []
+        for h in range(H):
+            one = [x[:, h : h + 1].to(kind) for x in (q, k, v)]
+            heads.append(attention_ref(one[0], one[1], one[2], ends, scale=D**-0.5))
+        return torch.cat(heads, 1)
+
+    eager, oracle = definition(dtype), definition(torch.float64)
+
+    def check(call: Work) -> float:
+        out.fill_(float("nan"))
+        call()
+        return error_ratio(out, eager, oracle)
+
+    given: dict[str, Any] = {"scale": D**-0.5, "out": out}
+    calls: dict[str, Work] = {TRITON: partial(varlen_attention_triton, q, k, v, ends, **given)}
+    for tile in usable_tiles(device, D, dtype):
+        calls[f"fa4 {tile}"] = partial(
+            varlen_attention_fa4, q, k, v, ends, max_seqlen=max(shape.lengths), tile=tile, **given
+        )
+    return contest(
+        {
+            name: Candidate(partial(check, call), [call] * _ATTENTION_CALLS)
+            for name, call in calls.items()
+        },
+        time,
+    )
+
+
+def worst(ratios: Sequence[float]) -> float:
+    """The largest, or NaN if one is."""
+    found = 0.0
+    for ratio in ratios:
+        if not ratio <= found:
+            found = ratio
+            if ratio != ratio:
+                break
+    return found
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,0 +1,110 @@
+"""What `tune` measures: linear layers of every published tower, and attention by length class.
+
+Layers of one shape and epilogue are one measurement, whichever towers they come from. Mergers work
+on tokens, so a batch of so many patches gives them a quarter of its rows.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ..encoder.families import FAMILIES
+from ..encoder.spec import EncoderSpec
+from ..kernels.gemm_tuning import GATED, RESIDUAL
+from .towers_config import TOWERS
+
+PATCHES = (256, 784, 1568, 3136, 6272, 8192, 16384, 32768, 65536)
+# frames and rows of each: one small image, one and eight of 448 x 448, 1024 x 1024, 2048 x 2048,
+# a long video
+_SEGMENTS = ((1, 196), (1, 784), (8, 784), (1, 4096), (1, 16384), (64, 256))
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """weight [N, K] and its epilogue, a name of gemm_tuning.py; `patches_per_row` of a merger."""
+
+    label: str
+    N: int
+    K: int
+    epilogue: str
+    patches_per_row: int = 1
+
+    @property
+    def key(self) -> tuple[int, int, str]:
+        """As the launch table names it."""
+        return self.N, self.K, self.epilogue
+
+    def rows(self, patches: Iterable[int]) -> tuple[int, ...]:
+        """M of this layer for batches of so many patches, ascending."""
+        return tuple(sorted({max(1, count // self.patches_per_row) for count in patches}))
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Attention over segments of `lengths` rows."""
+
+    label: str
+    lengths: tuple[int, ...]
+    heads: int
+    head_dim: int
+
+
+def layers(spec: EncoderSpec) -> dict[str, LinearShape]:
+    """Linear layers of a tower by name, as its prepared weights have them."""
+    D, F, group = spec.hidden_size, spec.padded_mlp_size, spec.patches_per_token
+    is_gated = spec.mlp == "gated"
+    found = {
+        "qkv": (3 * D, D, "", 1),
+        "proj": (D, D, RESIDUAL, 1),
+        "up": (2 * F, D, GATED, 1) if is_gated else (F, D, spec.activation, 1),
+        "down": (D, F, RESIDUAL, 1),
+        "merger fc1": (group * D, group * D, "gelu_erf", group),
+        "merger fc2": (spec.out_size, group * D, "", group),
+    }
+    return {name: LinearShape(name, *shape) for name, shape in found.items()}
+
+
+def tower_specs() -> dict[str, EncoderSpec]:
+    """Specs of the published towers; without those that are made for trying out."""
+    return {
+        name: FAMILIES[config.family].spec(config.vision_config())
+        for name, config in TOWERS.items()
+        if not name.startswith("tiny-")
+    }
+
+
+def linear_shapes(specs: Mapping[str, EncoderSpec] | None = None) -> list[LinearShape]:
+    """Every shape of the linear layers of `specs`, of all published towers by default, once.
+
+    Labels name the layer and the towers that have it.
+    """
+    found: dict[tuple[int, int, str], tuple[int, dict[str, list[str]]]] = {}
+    for tower, spec in (tower_specs() if specs is None else specs).items():
+        for name, shape in layers(spec).items():
+            group, users = found.get(shape.key, (shape.patches_per_row, {}))
+            users.setdefault(name, []).append(tower)
+            # rows of the layer that sees more of them
+            found[shape.key] = min(group, shape.patches_per_row), users
+    return [
+        LinearShape("; ".join(f"{name} {' '.join(t)}" for name, t in users.items()), *key, group)
+        for key, (group, users) in found.items()
+    ]
+
+
+def attention_shapes(specs: Mapping[str, EncoderSpec] | None = None) -> list[AttentionShape]:
+    """Every class of lengths with every number of heads and head dim of `specs`."""
+    specs = tower_specs() if specs is None else specs
+    heads = sorted({(spec.num_heads, spec.head_dim) for spec in specs.values()})
+    return [
+        AttentionShape(f"attention {H}x{D} {count}x{rows}", (rows,) * count, H, D)
+        for H, D in heads
+        for count, rows in _SEGMENTS
+    ]
+
+
+_Shape = TypeVar("_Shape", LinearShape, AttentionShape)
+
+
+def select(shapes: Sequence[_Shape], texts: Sequence[str]) -> list[_Shape]:
+    """Those whose label holds one of `texts`; all of them without texts."""
+    return [s for s in shapes if not texts or any(text in s.label for text in texts)]

@@ -1,0 +1,52 @@
+"""Work beside the main line of a forward, in captured graphs.
+
+With few rows a layer leaves most of the GPU idle, so a deepstack merger, whose result no later
+block reads, can run under the blocks that follow. In a graph that is an edge less; eager calls,
+which the host's launches bound, run it in line. Either way the kernels and their results are the
+same.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+# With more rows the kernels fill the GPU by themselves, and branches only fight over its caches.
+MOST_ROWS = 512
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    # one for all graphs: the memory of a pool is only reused on the stream it was allocated on
+    return torch.cuda.Stream(device)
+
+
+class Branch:
+    """A second line of one forward over `rows` rows; in line unless that is being captured."""
+
+    def __init__(self, device: torch.device, rows: int):
+        is_captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        self._stream = _side_stream(device) if is_captured and rows <= MOST_ROWS else None
+        self._used: list[torch.Tensor] = []
+
+    @contextmanager
+    def after_main(self, *tensors: torch.Tensor) -> Iterator[None]:
+        """Launch on the branch, after what the main line has been given so far.
+
+        `tensors` were allocated on the main line and are used inside; they are kept until `join`.
+        What the main line overwrites later must not be read inside.
+        """
+        if self._stream is None:
+            yield
+            return
+        self._used += tensors
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """Let the main line wait for the branch."""
+        if self._used and self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        self._used.clear()

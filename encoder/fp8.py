@@ -1,0 +1,264 @@
+"""Linear layers in fp8: which of a tower's, their quantised weights, and a forward's use of them.
+
+Weights are quantised once, each output channel with a scale; activations in every forward, each row
+with a scale, by the kernels that compute them anyway (norm, activation), on the device, so that a
+captured graph scales each batch anew. An fp8 product cannot add to the stream. So its result waits
+in a buffer, and the kernel of the next norm adds it on the way: a block has ten kernels instead of
+eight, the two more being the quantisation of attention's output and that of the MLP's activation.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+
+from ..kernels.linear_fp8 import MULTIPLE, fp8_reason, linear_fp8
+from ..kernels.norm_fp8 import norm_fp8
+from ..kernels.quantize import FP8, quantize_rows
+from .spec import EncoderSpec
+
+LAYERS = ("qkv", "proj", "up", "down")
+PRECISIONS = ("native", "fp8")
+
+# Blocks at either end that stay in the tower's dtype. An error made in the first ones is carried
+# through all others: in towers whose outlier channels meet plain norms, single tokens lose most
+# there. What the last one gets wrong is not averaged with anything behind it.
+SKIPPED_FIRST = 3  # at most, and a quarter of a shallow tower
+SKIPPED_LAST = 1
+
+
+@dataclass(frozen=True)
+class Fp8Plan:
+    """Which linear layers compute in fp8; all others, and the patch embedding, never do.
+
+    Attributes:
+        skip_first, skip_last: Blocks at either end that keep the tower's dtype; `skip_first` None
+            is a quarter of them, but one to `SKIPPED_FIRST`.
+        layers: Layers of the other blocks, of `LAYERS`.
+        mergers: Whether the two layers of each merger do as well.
+    """
+
+    skip_first: int | None = None
+    skip_last: int = SKIPPED_LAST
+    layers: tuple[str, ...] = LAYERS
+    mergers: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.layers if name not in LAYERS]
+        if unknown:
+            raise ValueError(f"Fp8Plan: layers holds {unknown}, choose from {', '.join(LAYERS)}")
+        if min(self.skip_first or 0, self.skip_last) < 0:
+            raise ValueError(
+                f"Fp8Plan: skip_first = {self.skip_first} and skip_last = {self.skip_last} must "
+                "be 0 or more"
+            )
+
+    def of_block(self, block: int, depth: int) -> tuple[str, ...]:
+        """The fp8 layers of a block."""
+        first = self.skip_first
+        if first is None:
+            first = min(SKIPPED_FIRST, max(1, depth // 4))
+        inside = first <= block < depth - self.skip_last
+        return self.layers if inside else ()
+
+    def names(self, spec: EncoderSpec) -> list[str]:
+        """Our names of all fp8 layers of a tower, without ".weight"."""
+        names = [
+            f"blocks.{i}.{layer}"
+            for i in range(spec.depth)
+            for layer in self.of_block(i, spec.depth)
+        ]
+        if self.mergers:
+            mergers = ["merger", *(f"deepstack.{j}" for j in range(len(spec.deepstack_layers)))]
+            names += [f"{merger}.{layer}" for merger in mergers for layer in ("fc1", "fc2")]
+        return names
+
+
+def pick_plan(precision: str | Fp8Plan) -> Fp8Plan | None:
+    """The plan asked for; None for a tower wholly in its dtype.
+
+    Raises:
+        ValueError: no such precision.
+    """
+    if isinstance(precision, Fp8Plan):
+        return precision
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"precision = {precision!r} is not known: use {', '.join(map(repr, PRECISIONS))}, or "
+            "an Fp8Plan"
+        )
+    return Fp8Plan() if precision == "fp8" else None
+
+
+def check_place(device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse a device or dtype that fp8 layers cannot be computed for.
+
+    Raises:
+        ValueError: as said.
+    """
+    if reason := fp8_reason(device):
+        raise ValueError(f"precision = 'fp8': {reason}; use precision='native'")
+    if device.type == "cuda" and dtype != torch.bfloat16:
+        raise ValueError(
+            f"precision = 'fp8': the tower is {dtype}, and fp8 products with row scales give "
+            "bfloat16 only; use dtype='bfloat16' or precision='native'"
+        )
+
+
+@dataclass(frozen=True)
+class Fp8Layer:
+    """One quantised weight: [N, K] float8_e4m3fn, and [N] fp32."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Fp8Block:
+    """The fp8 layers of one block or merger; None for a layer that stays in the tower's dtype."""
+
+    qkv: Fp8Layer | None = None
+    proj: Fp8Layer | None = None
+    up: Fp8Layer | None = None
+    down: Fp8Layer | None = None
+    fc1: Fp8Layer | None = None
+    fc2: Fp8Layer | None = None
+
+
+class Fp8Weights:
+    """Quantised copies beside the tower's weights, which they do not replace; maybe none.
+
+    The originals stay where they are: `state_dict` returns them bit for bit, reloading reads them
+    again, and those of a live tower are its own memory anyway. So fp8 takes more memory, not less.
+
+    Attributes:
+        plan: Which layers; None for none of them.
+        blocks, merger, deepstack: Their weights, grouped as the forward reads them.
+    """
+
+    def __init__(
+        self, plan: Fp8Plan | None, spec: EncoderSpec, tensors: Mapping[str, torch.Tensor]
+    ):
+        """Quantise the weights in `tensors` (our names) that `plan` names.
+
+        Raises:
+            ValueError: a device, dtype or width that fp8 products do not take, or nothing to do.
+        """
+        self.plan = plan
+        self._layers: dict[str, Fp8Layer] = {}
+        for name in [] if plan is None else _names(plan, spec, tensors["patch.weight"]):
+            weight = tensors[f"{name}.weight"]
+            if any(size % MULTIPLE for size in weight.shape):
+                raise ValueError(
+                    f"precision = 'fp8': {name} is {list(weight.shape)}, and fp8 products need "
+                    f"multiples of {MULTIPLE}; leave {name.rpartition('.')[2]!r} out of "
+                    "Fp8Plan(layers=...), or use precision='native'"
+                )
+            self._layers[name] = Fp8Layer(
+                torch.empty(weight.shape, dtype=FP8, device=weight.device),
+                torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device),
+            )
+        self.refresh(tensors)
+        self.blocks = [self._block(f"blocks.{i}") for i in range(spec.depth)]
+        self.merger = self._block("merger")
+        self.deepstack = [self._block(f"deepstack.{j}") for j in range(len(spec.deepstack_layers))]
+
+    def refresh(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Quantise again into the same memory, so that captured graphs see new weights."""
+        # Triton launches on the current device
+        with torch.cuda.device_of(tensors["patch.weight"]):
+            for name, layer in self._layers.items():
+                quantize_rows(tensors[f"{name}.weight"], out=(layer.weight, layer.scale))
+
+    def _block(self, name: str) -> Fp8Block:
+        return Fp8Block(**{
+            field.name: self._layers.get(f"{name}.{field.name}") for field in fields(Fp8Block)
+        })  # fmt: skip
+
+
+def _names(plan: Fp8Plan, spec: EncoderSpec, parameter: torch.Tensor) -> list[str]:
+    """`plan.names`, once they are known to be some, and computable where `parameter` is."""
+    check_place(parameter.device, parameter.dtype)
+    names = plan.names(spec)
+    if not names:
+        raise ValueError(
+            f"precision = {plan}: no layer of a tower with {spec.depth} blocks is left; skip "
+            "fewer blocks, or use precision='native'"
+        )
+    return names
+
+
+class Stream:
+    """The residual stream of one forward, and the fp8 product that it may still lack.
+
+    Everything here runs over all rows; those past the live ones are zero before each product, so
+    that they are finite after it.
+
+    Attributes:
+        x: [T, D] for products that add to the stream in place; to be read, use `settled()`.
+    """
+
+    def __init__(self, x: torch.Tensor, live_rows: torch.Tensor):
+        """`x` is updated in place."""
+        self.x = x
+        self._live = live_rows
+        self._product: torch.Tensor | None = None
+        self._is_pending = False
+        self._quantized: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def settled(self) -> torch.Tensor:
+        """The stream, with nothing lacking."""
+        if self._is_pending and self._product is not None:
+            self.x.add_(self._product)
+            self._is_pending = False
+        return self.x
+
+    def norm_linear(
+        self,
+        norm: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor],
+        layer: Fp8Layer,
+        bias: torch.Tensor,
+        spec: EncoderSpec,
+        out: torch.Tensor,
+    ) -> None:
+        """`out` = layer(norm(stream)); `norm` is weight, bias and offset."""
+        weight, norm_bias, offset = norm
+        q, scale = norm_fp8(
+            self.x, self._product if self._is_pending else None, weight, norm_bias, spec.eps,
+            kind=spec.norm, offset=offset, live_rows=self._live, out=self._buffer(self.x.shape[1]),
+        )  # fmt: skip
+        self._is_pending = False
+        linear_fp8(q, scale, layer.weight, layer.scale, bias, out=out)
+
+    def add_linear(self, rows: torch.Tensor, layer: Fp8Layer, transform: str | None = None) -> None:
+        """Stream += layer(f(rows)), without a bias; see `quantize_rows` for f."""
+        self.settled()
+        if self._product is None:
+            self._product = torch.empty_like(self.x)
+        buffer = self._buffer(layer.weight.shape[1])
+        q, scale = quantize_rows(rows, transform, self._live, out=buffer)
+        linear_fp8(q, scale, layer.weight, layer.scale, out=self._product)
+        self._is_pending = True
+
+    def _buffer(self, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Quantised rows of one width; each is read by the product that follows, then free."""
+        if width not in self._quantized:
+            rows = self.x.shape[0]
+            self._quantized[width] = (
+                self.x.new_empty((rows, width), dtype=FP8),
+                self.x.new_empty(rows, dtype=torch.float32),
+            )
+        return self._quantized[width]
+
+
+def linear_of_rows(
+    rows: torch.Tensor,
+    layer: Fp8Layer,
+    bias: torch.Tensor,
+    live_rows: torch.Tensor,
+    out: torch.Tensor,
+    transform: str | None = None,
+) -> None:
+    """`out` = layer(f(rows)) + bias, for rows in the tower's dtype."""
+    q, scale = quantize_rows(rows, transform, live_rows)
+    linear_fp8(q, scale, layer.weight, layer.scale, bias, out=out)

@@ -1,0 +1,244 @@
+"""What tuning measures, and that only accurate candidates are timed; with made-up times."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vitgraph.bench import tune_contest, tune_shapes
+from vitgraph.bench.tune_contest import (
+    Candidate,
+    contest,
+    contest_attention,
+    contest_linear,
+    tile_name,
+    worst,
+)
+from vitgraph.bench.tune_shapes import (
+    AttentionShape,
+    LinearShape,
+    attention_shapes,
+    layers,
+    linear_shapes,
+    select,
+    tower_specs,
+)
+from vitgraph.kernels.attention_fa4 import Tile
+from vitgraph.kernels.gemm import hopper_reason
+from vitgraph.kernels.gemm_tuning import RESIDUAL, SQUARE, TABLE, WIDE
+
+CPU = torch.device("cpu")
+SQUARE_NAME, WIDE_NAME = tile_name(SQUARE), tile_name(WIDE)
+NAN = float("nan")
+
+# shapes
+
+
+def test_shapes_are_those_of_the_prepared_weights():
+    from vitgraph.bench.towers_config import TOWERS, empty_tower, tower_config
+    from vitgraph.encoder import VisionEncoder
+    from vitgraph.encoder.families import FAMILIES
+
+    for name in (n for n in TOWERS if n.startswith("tiny-")):
+        config = tower_config(name)
+        found = layers(FAMILIES[config.family].spec(config.vision_config()))
+        weights = VisionEncoder.from_hf(
+            empty_tower(config, device="cpu", dtype=torch.float32)
+        ).weights
+        block, merger = weights.blocks[0], weights.merger
+        matrices = {
+            "qkv": block.qkv_weight, "proj": block.proj_weight, "up": block.up_weight,
+            "down": block.down_weight, "merger fc1": merger.fc1_weight,
+            "merger fc2": merger.fc2_weight,
+        }  # fmt: skip
+        assert {n: (s.N, s.K) for n, s in found.items()} == {
+            n: tuple(w.shape) for n, w in matrices.items()
+        }
+
+
+def test_every_layer_of_every_tower_is_measured_once():
+    shapes = linear_shapes()
+    keys = [shape.key for shape in shapes]
+    assert len(keys) == len(set(keys))
+    assert set(TABLE) <= set(keys)
+    for tower, spec in tower_specs().items():
+        for name, layer in layers(spec).items():
+            (shape,) = (s for s in shapes if s.key == layer.key)
+            assert name in shape.label
+            assert tower in shape.label
+            assert shape.patches_per_row == (4 if name.startswith("merger") else 1)
+    # an MLP of 3,420 is padded
+    assert layers(tower_specs()["qwen2.5-vl-7b"])["down"].key == (1280, 3456, RESIDUAL)
+    (fc1,) = (s for s in shapes if s.key == (4608, 4608, "gelu_erf"))
+    assert fc1.rows([16384, 784, 784, 2]) == (1, 196, 4096)
+
+
+def test_a_shape_of_two_layers_is_measured_at_the_rows_of_both(monkeypatch):
+    spec = tower_specs()["qwen2-vl-7b"]
+    same = {
+        "a": LinearShape("a", 8, 8, "", 4),
+        "b": LinearShape("b", 8, 8, "", 1),
+    }
+    monkeypatch.setattr(tune_shapes, "layers", lambda spec: same)
+    assert linear_shapes({"x": spec, "y": spec}) == [LinearShape("a x y; b x y", 8, 8, "", 1)]
+
+
+def test_attention_has_every_head_dim_once():
+    shapes = attention_shapes()
+    assert {shape.head_dim for shape in shapes} == {64, 72, 80}
+    assert len({shape.label for shape in shapes}) == len(shapes) == 18
+    assert [s.lengths for s in select(shapes, ["72 8x784"])] == [(784,) * 8]
+    assert select(shapes, []) == shapes
+    assert select(shapes, ["nothing"]) == []
+
+
+# the contest
+
+
+def made_up(times):
+    """A timer that knows the times, and remembers whom it was asked for."""
+    asked = []
+
+    def time(works):
+        asked.append(list(works))
+        for calls in works.values():
+            for call in calls:
+                call()
+        return {name: times.get(name, 1.0) for name in works}
+
+    return time, asked
+
+
+def test_only_accurate_candidates_are_timed():
+    def fail():
+        raise RuntimeError("not here\nat all")
+
+    ran = []
+    checks = {"good": lambda: 1.9, "bad": lambda: 2.1, "nan": lambda: NAN, "failing": fail}
+    candidates = {n: Candidate(c, [lambda n=n: ran.append(n)]) for n, c in checks.items()}
+    time, asked = made_up({"good": 7.0})
+    outcome = contest(candidates, time)
+    assert asked == [["good"]]
+    assert ran == ["good"]
+    assert outcome.us == {"good": 7.0}
+    assert outcome.err_ratio["bad"] == 2.1
+    assert outcome.reasons == {
+        "bad": "error is 2.1 times plain PyTorch's own",
+        "nan": "error is nan times plain PyTorch's own",
+        "failing": "RuntimeError: not here",
+    }
+    assert contest({"bad": candidates["bad"]}, time).us == {}
+    assert len(asked) == 1
+
+
+def test_a_timer_that_fails_leaves_no_times():
+    def broken(works):
+        raise RuntimeError("no graph")
+
+    outcome = contest({"a": Candidate(lambda: 1.0, [])}, broken)
+    assert outcome.us == {}
+    assert outcome.reasons == {"a": "RuntimeError: no graph"}
+
+
+def test_the_worst_ratio_is_nan_if_one_is():
+    assert worst([1.0, 3.0, 2.0]) == 3.0
+    assert worst([]) == 0.0
+    for ratios in ([NAN, 1.0], [1.0, NAN, 5.0]):
+        assert worst(ratios) != worst(ratios)
+
+
+SMALL = LinearShape("up tiny", 16, 24, "silu")
+
+
+@pytest.mark.parametrize("epilogue", ["", "silu", "gelu_erf", RESIDUAL])
+def test_a_layer_is_checked_and_timed_by_its_own_operands(epilogue):
+    time, asked = made_up({"library": 3.0, SQUARE_NAME: 2.0})
+    shape = LinearShape("tiny", 16, 24, epilogue)
+    outcome = contest_linear(shape, 20, device=CPU, time=time, dtype=torch.float32)
+    tiles = [SQUARE_NAME] if epilogue == "gelu_erf" else [SQUARE_NAME, WIDE_NAME]
+    assert asked == [["library", *tiles]]
+    assert outcome.us["library"] == 3.0
+    assert outcome.reasons == {}
+    assert all(ratio <= 2 for ratio in outcome.err_ratio.values())
+
+
+@pytest.mark.parametrize("live_only", [False, True])
+def test_a_wrong_tile_gets_no_time(live_only, monkeypatch):
+    """Wrong in the last row of all rows, or of fewer live ones."""
+    right = tune_contest.gemm
+
+    def wrong(x, weight, bias, *, live_rows, config, out, **options):
+        right(x, weight, bias, live_rows=live_rows, config=config, out=out, **options)
+        live = int(live_rows)
+        if config == WIDE and (live < len(x)) == live_only:
+            out[live - 1, 0] += 1
+
+    monkeypatch.setattr(tune_contest, "gemm", wrong)
+    monkeypatch.setattr(tune_contest, "_CHECKED_ROWS", 6)
+    time, asked = made_up({})
+    outcome = contest_linear(SMALL, 20, device=CPU, time=time, dtype=torch.float32)
+    assert asked == [["library", SQUARE_NAME]]
+    assert "error is" in outcome.reasons[WIDE_NAME]
+
+
+def test_rows_that_a_tile_does_not_write_show(monkeypatch):
+    monkeypatch.setattr(tune_contest, "gemm", lambda *args, **options: None)
+    time, asked = made_up({})
+    outcome = contest_linear(SMALL, 20, device=CPU, time=time, dtype=torch.float32)
+    assert asked == [["library"]]
+    assert "error is nan" in outcome.reasons[SQUARE_NAME]
+
+
+def test_weights_rotate_beyond_l2(monkeypatch):
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda d: SimpleNamespace(L2_cache_size=50)
+    )
+    cuda = torch.device("cuda", 0)
+    count = tune_contest.num_calls_and_weights
+    assert count(100, 30, cuda) == (48, 4)
+    assert count(100, 1, cuda) == (48, 48)
+    assert count(100, 1000, cuda) == (48, 1)
+    assert count(16384, 30, cuda) == (10, 4)
+
+
+def test_attention_against_its_definition(monkeypatch):
+    shape = AttentionShape("attention tiny", (5, 3), 2, 16)
+    time, asked = made_up({})
+    outcome = contest_attention(shape, device=CPU, time=time, dtype=torch.float32)
+    assert asked == [["triton"]]
+    assert outcome.err_ratio["triton"] <= 2
+    good, bad = Tile(64, 112, True), Tile(128, 128, True)
+    monkeypatch.setattr(tune_contest, "usable_tiles", lambda *args: (good, bad))
+
+    def fa4(q, k, v, ends, *, max_seqlen, tile, scale, out):
+        assert max_seqlen == 5
+        tune_contest.attention_ref(q, k, v, ends, scale=scale, out=out)
+        if tile == bad:
+            out[-1, -1] += 1
+
+    monkeypatch.setattr(tune_contest, "varlen_attention_fa4", fa4)
+    outcome = contest_attention(shape, device=CPU, time=time, dtype=torch.float32)
+    assert asked[1] == ["triton", "fa4 64x112_rs"]
+    assert list(outcome.reasons) == ["fa4 128x128_rs"]
+
+
+# on a GPU
+
+
+@pytest.mark.gpu
+def test_a_layer_on_a_gpu():
+    device = torch.device("cuda", torch.cuda.current_device())
+    outcome = contest_linear(LinearShape("proj", 1152, 1152, RESIDUAL), 3136, device=device)
+    assert outcome.us["library"] > 0
+    if hopper_reason(device, torch.bfloat16) is None:
+        assert outcome.reasons == {}
+        assert set(outcome.us) == {"library", SQUARE_NAME, WIDE_NAME}
+    else:
+        assert set(outcome.reasons) == {SQUARE_NAME, WIDE_NAME}
+
+
+@pytest.mark.gpu
+def test_attention_on_a_gpu():
+    device = torch.device("cuda", torch.cuda.current_device())
+    outcome = contest_attention(AttentionShape("attention", (784,) * 2, 16, 72), device=device)
+    assert outcome.us["triton"] > 0
+    assert all(us > 0 for us in outcome.us.values())

@@ -1,0 +1,340 @@
+"""The attention kernel for compute capability 9.0; what computes runs on the GPU alone."""
+
+import pytest
+import torch
+from vitgraph.kernels import attention, attention_hopper, attention_triton
+from vitgraph.kernels.attention import attention_ref, varlen_attention
+from vitgraph.kernels.attention_hopper import (
+    ROWS,
+    LaunchConfig,
+    launch,
+    launch_config,
+    split_head_dim,
+    varlen_attention_hopper,
+)
+from vitgraph.kernels.testing import assert_as_accurate
+
+NAN = float("nan")
+BF16 = torch.bfloat16
+SMALL = LaunchConfig(groups=1, block_n=128, num_stages=4)
+PAIR = LaunchConfig(groups=2, block_n=128, num_stages=3)
+# every number of groups, both widths of a step, the least ring, two programs a multiprocessor
+CONFIGS = [
+    SMALL,
+    PAIR,
+    LaunchConfig(groups=1, block_n=128, num_stages=2, programs_per_sm=2),
+    LaunchConfig(groups=1, block_n=128, num_stages=3, programs_per_sm=2),
+    LaunchConfig(groups=2, block_n=64, num_stages=3),
+    LaunchConfig(groups=3, block_n=64, num_stages=4),
+]
+
+
+def config_name(config: LaunchConfig) -> str:
+    return f"{config.groups}x{ROWS}-{config.block_n}x{config.num_stages}"
+
+
+@pytest.mark.parametrize(
+    ("D", "expected"),
+    [(8, (16, 0)), (16, (16, 0)), (24, (32, 0)), (40, (32, 16)), (56, (64, 0)), (64, (64, 0)),
+     (72, (64, 16)), (80, (64, 16)), (88, (64, 32)), (96, (64, 32)), (104, (128, 0)),
+     (128, (128, 0))],
+)  # fmt: skip
+def test_split_head_dim(D, expected):
+    assert split_head_dim(D) == expected
+
+
+def shared_bytes(D, config):
+    """Of q, k and v, and of the tiles that are stored, one a group."""
+    first, second = split_head_dim(D)
+    loaded = config.groups * ROWS + 2 * config.num_stages * config.block_n
+    return 2 * (loaded * (first + second) + config.groups * ROWS * first)
+
+
+@pytest.mark.parametrize("D", range(8, 129, 8))
+@pytest.mark.parametrize("num_rows", [1, 196, 528, 529, 784, 65536])
+@pytest.mark.parametrize("num_heads", [1, 16])
+def test_a_config_fits(D, num_rows, num_heads):
+    config = launch_config(D, num_rows, num_heads, num_sms=132)
+    assert shared_bytes(D, config) * config.programs_per_sm <= 226 << 10
+    assert config.num_stages >= 2
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "num_rows", "num_heads", "config"),
+    [
+        (64, 196, 16, LaunchConfig(1, 128, 3, 2)),
+        (64, 65536, 16, LaunchConfig(1, 128, 3, 2)),
+        (72, 512, 16, LaunchConfig(1, 128, 2, 2)),
+        (72, 513, 16, LaunchConfig(2, 128, 3)),
+        (72, 512, 17, LaunchConfig(2, 128, 3)),
+        (80, 65536, 16, LaunchConfig(2, 128, 3)),
+        (128, 512, 16, LaunchConfig(1, 64, 4)),
+        (96, 65536, 16, LaunchConfig(2, 128, 3)),
+        (128, 65536, 16, LaunchConfig(2, 64, 4)),
+    ],
+)
+def test_config_by_width_and_number_of_tiles(head_dim, num_rows, num_heads, config):
+    assert launch_config(head_dim, num_rows, num_heads, num_sms=132) == config
+
+
+def test_reasons(monkeypatch):
+    reason = attention_hopper.unusable_reason
+    cuda = torch.device("cuda", 0)
+    assert reason(torch.device("cpu")) == "needs a CUDA device, this is cpu"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (10, 0))
+    assert reason(cuda) == "needs compute capability 9.0, this is 10.0"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    assert "needs torch.float16 or torch.bfloat16" in str(reason(cuda, 72, torch.float32))
+    assert "multiple of 8 up to 128, not 136" in str(reason(cuda, 136, BF16))
+    assert "multiple of 8 up to 128, not 12" in str(reason(cuda, 12, BF16))
+    monkeypatch.setattr(attention_hopper, "_gluon_reason", lambda: None)
+    assert reason(cuda, 128, BF16) is None
+    monkeypatch.setattr(attention_hopper, "_gluon_reason", lambda: "Triton lacks it")
+    assert reason(cuda, 128, BF16) == "Triton lacks it"
+
+
+def test_the_interpreter_cannot_run_it(monkeypatch):
+    attention_hopper._gluon_reason.cache_clear()
+    monkeypatch.setattr(attention_hopper, "is_interpreting", lambda: True)
+    try:
+        assert "unset TRITON_INTERPRET" in str(attention_hopper._gluon_reason())
+    finally:
+        attention_hopper._gluon_reason.cache_clear()
+
+
+@pytest.fixture
+def without_packages(monkeypatch):
+    """Let the chooser find an H200 without FlashAttention-4."""
+    attention._reason.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(attention_hopper, "_gluon_reason", lambda: None)
+    monkeypatch.setattr(
+        "vitgraph.kernels.attention_fa4.unusable_reason", lambda *a: "flash-attn-4 is not installed"
+    )
+    yield torch.device("cuda", 0)
+    attention._reason.cache_clear()
+
+
+def test_chosen_by_length_and_by_what_is_there(without_packages, monkeypatch):
+    device = without_packages
+    assert attention.choose_backend(device, BF16, 72) == "hopper"
+    assert attention.choose_backend(device, torch.float16, 128) == "hopper"
+    assert attention.choose_backend(device, torch.float32, 72) == "triton"
+    attention._reason.cache_clear()
+    monkeypatch.setattr("vitgraph.kernels.attention_fa4.unusable_reason", lambda *a: None)
+    assert attention.choose_backend(device, BF16, 72) == "hopper"
+    limit = attention.LONG_SEGMENT
+    assert attention.choose_backend(device, BF16, 72, limit - 1) == "hopper"
+    assert attention.choose_backend(device, BF16, 72, limit) == "fa4"
+    assert attention.choose_backend(device, torch.float32, 72, limit) == "triton"
+    attention._reason.cache_clear()
+    monkeypatch.setattr(attention_hopper, "unusable_reason", lambda *a: "needs another Triton")
+    assert attention.choose_backend(device, BF16, 72) == "fa4"
+
+
+def test_other_gpus_take_triton(without_packages, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert attention.choose_backend(without_packages, BF16, 72) == "triton"
+
+
+def test_cpu_tensors_are_refused():
+    x = torch.zeros(4, 1, 64, dtype=BF16)
+    cu = torch.tensor([0, 4], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r'needs a CUDA device, this is cpu; use backend="triton"'):
+        varlen_attention_hopper(x, x, x, cu, scale=1.0, out=x.clone())
+
+
+# the rest runs on the GPU alone: Gluon has no interpreter
+
+
+@pytest.fixture(scope="module")
+def needs_hopper():
+    if reason := attention_hopper.unusable_reason(torch.device("cuda"), 72, BF16):
+        pytest.skip(reason)
+
+
+def make(lengths, H=2, D=72, dtype=BF16, pad=0, tail=0, before=0, seed=0):
+    """q, k, v (views of one buffer, NaN outside the segments), out (NaN), cu_seqlens."""
+    g = torch.Generator("cuda").manual_seed(seed)
+    T = before + sum(lengths)
+    qkv = torch.randn(T + pad, 3, H, D, device="cuda", generator=g)
+    qkv[:, 2] += 1.0  # a mean in v: the softmax has to sum to one
+    qkv = qkv.to(dtype)
+    qkv[:before] = NAN
+    qkv[T:] = NAN
+    offsets = torch.tensor([before, *lengths, *[0] * tail], device="cuda").cumsum(0)
+    out = torch.full((T + pad, H, D), NAN, dtype=dtype, device="cuda")
+    return *qkv.unbind(1), offsets.int(), out
+
+
+def check(q, k, v, cu, out, scale):
+    begin, end = int(cu[0]), int(cu[-1])
+    assert out[:begin].isnan().all(), "a row before the first segment was written"
+    assert out[end:].isnan().all(), "a row past the last segment was written"
+    if begin == end:
+        return
+    oracle = attention_ref(q.double(), k.double(), v.double(), cu, scale=scale)
+    eager = attention_ref(q, k, v, cu, scale=scale)
+    assert_as_accurate(out[begin:end], eager[begin:end], oracle[begin:end])
+
+
+LAYOUTS = [
+    pytest.param([784], 0, 0, id="one-image"),
+    pytest.param([256, 0, 1, 63, 64, 65, 784, 127, 128, 129, 191, 193, 1000], 100, 7, id="ragged"),
+    pytest.param([0, 16, 0, 0, 320, 0], 3, 0, id="empty"),
+    pytest.param([1, 1, 30, 1], 0, 3, id="one-row"),
+    pytest.param([3, 2, 1], 1, 0, id="few-rows"),
+    pytest.param([2], 0, 0, id="two-rows"),
+    pytest.param([0, 0], 7, 2, id="no-rows"),
+    pytest.param([64] * 300, 0, 0, id="windows"),
+    pytest.param([4096], 5, 250, id="long-tail"),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS, ids=config_name)
+@pytest.mark.parametrize("D", [64, 72, 80])
+@pytest.mark.parametrize(("lengths", "pad", "tail"), LAYOUTS)
+def test_layouts(lengths, pad, tail, D, config, needs_hopper):
+    q, k, v, cu, out = make(lengths, 3, D, pad=pad, tail=tail)
+    launch(q, k, v, cu, 0.2, out, config)
+    check(q, k, v, cu, out, 0.2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, BF16], ids=str)
+@pytest.mark.parametrize("D", range(8, 129, 8))
+def test_head_dims(D, dtype, needs_hopper):
+    for rows in (1, 90):  # both sides of the rule for small calls
+        lengths = [70 * rows, 0, 131, 5]
+        q, k, v, cu, out = make(lengths, 2, D, dtype, pad=6, tail=2)
+        scale = D**-0.5
+        varlen_attention(q, k, v, cu, max_seqlen=6300, scale=scale, out=out, backend="hopper")
+        check(q, k, v, cu, out, scale)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS, ids=config_name)
+@pytest.mark.parametrize("H", [1, 2, 5, 16])
+def test_heads(H, config, needs_hopper):
+    q, k, v, cu, out = make([300, 17, 777], H, 80, torch.float16)
+    launch(q, k, v, cu, 0.1, out, config)
+    check(q, k, v, cu, out, 0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS, ids=config_name)
+def test_heads_are_independent(config, needs_hopper):
+    """The second column block reaches past the head: what lies there must not count."""
+    q, k, v, cu, out = make([137, 400], 3, 72)
+    for x in (q, k, v):
+        x[:, 1] = NAN
+    launch(q, k, v, cu, 0.2, out, config)
+    check(q[:, ::2], k[:, ::2], v[:, ::2], cu, out[:, ::2], 0.2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS, ids=config_name)
+@pytest.mark.parametrize("length", [1, 40, 64, 127, 128, 130, 300])
+def test_segments_are_independent(length, config, needs_hopper):
+    """NaN in a segment stays there, however short the next one is."""
+    q, k, v, cu, out = make([200, length, 200], 2, 72)
+    for x in (q, k, v):
+        x[:200] = NAN
+        x[200 + length :] = NAN
+    launch(q, k, v, cu, 0.2, out, config)
+    q, k, v, out = (x[200 : 200 + length] for x in (q, k, v, out))
+    one = torch.tensor([0, length], dtype=torch.int32, device="cuda")
+    check(q, k, v, one, out, 0.2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS, ids=config_name)
+def test_rows_before_the_first_segment(config, needs_hopper):
+    q, k, v, cu, out = make([20, 500], 2, 72, before=37, pad=9)
+    launch(q, k, v, cu, 0.3, out, config)
+    check(q, k, v, cu, out, 0.3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS, ids=config_name)
+def test_packing_leaves_a_segment_bitwise_unchanged(config, needs_hopper):
+    q, k, v, cu, out = make([19, 700, 23, 250], 2, 72)
+    launch(q, k, v, cu, 0.2, out, config)
+    alone = torch.full_like(out[19:719], NAN)
+    one = torch.tensor([0, 700], dtype=torch.int32, device="cuda")
+    launch(q[19:719], k[19:719], v[19:719], one, 0.2, alone, config)
+    assert torch.equal(alone, out[19:719])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS, ids=config_name)
+def test_repeats_bitwise(config, needs_hopper):
+    q, k, v, cu, out = make([784] * 8 + [3, 1000], 16, 72)
+    launch(q, k, v, cu, 0.1, out, config)
+    for _ in range(20):
+        again = torch.full_like(out, NAN)
+        launch(q, k, v, cu, 0.1, again, config)
+        assert torch.equal(again, out)
+
+
+@pytest.mark.gpu
+def test_large_scores_do_not_overflow(needs_hopper):
+    q, k, v, cu, out = make([400], 1, 64)
+    q *= 50  # exp(100) is past fp32
+    launch(q, k, v, cu, 1.0, out, PAIR)
+    check(q, k, v, cu, out, 1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("S", [1, 31, 257, 3000])
+def test_segment_counts(S, needs_hopper):
+    lengths = [(7 * s) % 4 for s in range(S - 1)] + [3]
+    q, k, v, cu, out = make(lengths, 1, 64, pad=2, tail=5)
+    launch(q, k, v, cu, 0.3, out, PAIR)
+    check(q, k, v, cu, out, 0.3)
+
+
+@pytest.mark.gpu
+def test_agrees_with_triton_on_a_long_segment(needs_hopper):
+    q, k, v, cu, out = make([16384], 4, 72)
+    varlen_attention_hopper(q, k, v, cu, scale=0.1, out=out)
+    other = torch.empty_like(out)
+    attention_triton.varlen_attention_triton(q, k, v, cu, scale=0.1, out=other)
+    assert (out.float() - other.float()).abs().max() < 0.02
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS, ids=config_name)
+def test_replay_with_another_layout(config, needs_hopper):
+    """A graph captured for one layout serves smaller and larger ones, through cu_seqlens alone."""
+    T, S = 3000, 12
+    q, k, v, cu, out = make([250] * S, 16, 72)
+
+    def run():
+        launch(q, k, v, cu, 0.1, out, config)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for lengths in ([T], [1, 0, 2000, 7], [100] * S, [0], [T - 1, 1]):
+        offsets = torch.tensor([0, *lengths, *[0] * (S - len(lengths))]).cumsum(0)
+        cu.copy_(offsets.int())
+        out.fill_(NAN)
+        graph.replay()
+        torch.cuda.synchronize()
+        check(q, k, v, cu, out, 0.1)
+
+
+@pytest.mark.gpu
+def test_rows_that_are_not_aligned_are_refused(needs_hopper):
+    flat = torch.zeros(4 * 64 + 1, dtype=BF16, device="cuda")
+    x = flat[1:].view(4, 1, 64)
+    cu = torch.tensor([0, 4], dtype=torch.int32, device="cuda")
+    with pytest.raises(ValueError, match="rows and heads of q must start at multiples of 16 bytes"):
+        varlen_attention_hopper(x, x, x, cu, scale=1.0, out=torch.zeros_like(x))

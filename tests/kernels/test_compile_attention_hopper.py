@@ -1,0 +1,107 @@
+"""What the compiler makes of the Gluon attention for the H200, without one."""
+
+import re
+
+import pytest
+from vitgraph.kernels.attention_hopper import (
+    MAX_REGISTERS,
+    ROWS,
+    LaunchConfig,
+    box,
+    launch_config,
+    split_head_dim,
+)
+from vitgraph.kernels.compiled import inspect
+
+kernel = pytest.importorskip("vitgraph.kernels.attention_hopper_kernel")
+
+
+def inspect_attention(D, config: LaunchConfig, dtype="bf16"):
+    first, second = split_head_dim(D)
+
+    def descriptor(rows, columns):
+        shape, layout = box(rows, columns)
+        return f"tensordesc<{dtype}{shape},{layout!r}>"
+
+    signature = {
+        "out_ptr": f"*{dtype}",
+        "cu_ptr": "*i32",
+        "num_segments": "i32",
+        "scale_log2": "fp32",
+    }
+    constexprs = {
+        "D": D,
+        "HEADS": 16,
+        "GROUPS": config.groups,
+        "STAGES": config.num_stages,
+        "num_warps": 4,
+    }
+    for name, rows in (("q", ROWS), ("k", config.block_n), ("v", config.block_n)):
+        signature[f"{name}0"] = descriptor(rows, first)
+        if second:
+            signature[f"{name}1"] = descriptor(rows, second)
+        else:
+            constexprs[f"{name}1"] = None
+    return inspect(
+        kernel.attention_hopper_kernel,
+        signature,
+        constexprs,
+        num_warps=4,
+        maxnreg=MAX_REGISTERS[config.groups],
+    )
+
+
+def main_loops(sass: str) -> list[list[str]]:
+    """Instructions of the innermost loops that hold matrix instructions."""
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass, re.MULTILINE)
+    index = {int(address, 16): i for i, (address, _) in enumerate(lines)}
+    spans = []
+    for end, (_, text) in enumerate(lines):
+        if branch := re.search(r"\bBRA .*?0x([0-9a-f]+)", text):
+            start = index[int(branch[1], 16)]
+            body = [text for _, text in lines[start : end + 1]]
+            # a wait that has to be repeated lies after the exit and jumps back
+            if any("HGMMA" in text for text in body) and not any("EXIT" in text for text in body):
+                spans.append((start, end + 1))
+    inner = [a for a in spans if not any(a[0] <= b[0] and b[1] <= a[1] for b in spans if b != a)]
+    return [[text for _, text in lines[start:end]] for start, end in inner]
+
+
+CASES = [
+    pytest.param(D, launch_config(D, rows, 16, 132), dtype, id=f"{D}-{rows}-{dtype}")
+    for D in (64, 72, 80, 128)
+    for rows, dtype in ((196, "bf16"), (4096, "bf16"), (4096, "fp16"))
+]
+
+
+@pytest.mark.parametrize(("D", "config", "dtype"), CASES)
+def test_attention(D, config, dtype):
+    info = inspect_attention(D, config, dtype)
+    first, second = split_head_dim(D)
+    assert info.spill_bytes == 0
+    assert info.count("LDL") == info.count("STL") == 0
+    assert info.shared_bytes * config.programs_per_sm <= 227 << 10
+    assert info.count("UTMALDG.3D") > 0
+    assert re.search("USETMAXREG.*0x18 ", info.sass), "the loads keep the registers of a group"
+    if config.groups == 2:
+        assert re.search("USETMAXREG.*0xf0 ", info.sass), "a group does not get 240 registers"
+    assert info.count(f"HGMMA.64x{config.block_n}x16") > 0
+    assert info.count(f"HGMMA.64x{first}x16") > 0
+    assert second == 0 or info.count(f"HGMMA.64x{second}x16") > 0
+
+
+@pytest.mark.parametrize(("D", "config", "dtype"), CASES)
+def test_softmax_runs_under_the_products_with_v(D, config, dtype):
+    """Between the wait for the scores and the wait for the products that were started after."""
+    loops = main_loops(inspect_attention(D, config, dtype).sass)
+    assert len(loops) == config.groups
+    for loop in loops:
+        waits = [i for i, text in enumerate(loop) if "WARPGROUP.DEPBAR" in text]
+        assert len(waits) == 2
+        started = 2 if split_head_dim(D)[1] else 1
+        assert f"gsb0, {started:#x}" in loop[waits[0]]
+        assert "gsb0, 0x0" in loop[waits[1]]
+        assert not any("HGMMA" in text for text in loop[waits[0] :])
+        exponentials = [i for i, text in enumerate(loop) if "MUFU.EX2" in text]
+        assert len(exponentials) == config.block_n // 2 + 2  # 64 rows over 128 threads, and alpha
+        assert all(waits[0] < i < waits[1] for i in exponentials)

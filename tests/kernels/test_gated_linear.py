@@ -1,0 +1,108 @@
+import pytest
+import torch
+from vitgraph.kernels import gated_linear as module
+from vitgraph.kernels.gated_linear import (
+    choose_gated_backend,
+    gated_linear,
+    gated_linear_op,
+    gated_linear_ref,
+)
+from vitgraph.kernels.gemm_tuning import GATED, SQUARE, TABLE
+from vitgraph.kernels.testing import assert_as_accurate
+
+
+def operands(device, dtype, T=19, F=24, K=40):
+    g = torch.Generator(device).manual_seed(0)
+    draw = lambda *s: torch.randn(*s, device=device, generator=g).to(dtype)  # noqa: E731
+    return draw(T, K), draw(2 * F, K) / K**0.5, draw(2 * F)
+
+
+def check(actual, x, weight, bias):
+    wide = [None if t is None else t.double() for t in (x, weight, bias)]
+    assert_as_accurate(actual, gated_linear_ref(x, weight, bias), gated_linear_ref(*wide))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no-bias"])
+def test_matches_oracle(has_bias, dtype, device):
+    x, weight, bias = operands(device, dtype)
+    bias = bias if has_bias else None
+    check(gated_linear(x, weight, bias), x, weight, bias)
+    out = torch.empty(19, 24, dtype=dtype, device=device)
+    scratch = torch.empty(19, 48, dtype=dtype, device=device)
+    assert gated_linear(x, weight, bias, out=out, scratch=scratch) is out
+    check(out, x, weight, bias)
+
+
+def test_gate_and_up_are_not_exchanged(device):
+    x = torch.ones(1, 8, device=device)
+    weight = torch.cat([torch.full((8, 8), 2.0), torch.full((8, 8), -1.0)]).to(device)
+    expected = torch.nn.functional.silu(torch.tensor(16.0)) * -8
+    assert torch.allclose(gated_linear(x, weight).cpu(), expected)
+
+
+def test_rows_past_the_live_ones_are_left_alone(device):
+    x, weight, bias = operands(device, torch.float32)
+    live = torch.tensor([5], dtype=torch.int32, device=device)
+    out = torch.full((19, 24), 7.0, device=device)
+    gated_linear(x, weight, bias, out=out, live_rows=live, backend="library")
+    assert (out[5:] == 7).all()
+    check(out[:5], x[:5], weight, bias)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"backend": "fast"}, "not one of"),
+        ({"backend": "hopper"}, "cannot run here"),
+        ({"config": SQUARE}, "needs backend='hopper'"),
+        ({"weight": torch.zeros(7, 8)}, r"must be \[2F, K\]"),
+        ({"weight": torch.zeros(8, 9)}, "must share K"),
+        ({"out": torch.zeros(2, 8)}, r"out must be \[2, 4\]"),
+        ({"scratch": torch.zeros(2, 4)}, r"out must be \[2, 8\]"),
+    ],
+)
+def test_bad_arguments(change, message):
+    arguments = {"x": torch.zeros(2, 8), "weight": torch.zeros(8, 8)} | change
+    with pytest.raises(ValueError, match=message):
+        gated_linear(arguments.pop("x"), arguments.pop("weight"), **arguments)
+
+
+def test_backend_by_measurement(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(module, "num_sms", lambda device: 132)
+    monkeypatch.setattr(module, "hopper_reason", lambda device, dtype: None)
+    choose = lambda M, N=6912: choose_gated_backend(M, N, 1280, torch.bfloat16, cuda)  # noqa: E731
+    assert (6912, 1280, GATED) in TABLE
+    assert choose(256) == ("hopper", SQUARE)
+    assert choose(256, N=6840) == ("library", None)
+    monkeypatch.setattr(module, "hopper_reason", lambda device, dtype: "no")
+    assert choose(256) == ("library", None)
+
+
+@pytest.mark.parametrize("check", ["test_schema", "test_faketensor"])
+def test_opcheck(check, device):
+    x, weight, bias = operands(device, torch.float32)
+    torch.library.opcheck(gated_linear_op, (x, weight, bias, None), test_utils=check)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize(
+    ("T", "F", "K"), [(1, 3456, 1280), (300, 3456, 1280), (1000, 200, 128), (129, 72, 72)]
+)
+def test_one_kernel(T, F, K, has_bias, dtype):
+    device = torch.device("cuda")
+    if reason := module.hopper_reason(device, dtype):
+        pytest.skip(reason)
+    x, weight, bias = operands(device, dtype, T, F, K)
+    bias = bias if has_bias else None
+    for live in (T, -(-T // 2), 0):
+        out = torch.full((T, F), float("nan"), device=device, dtype=dtype)
+        rows = torch.tensor([live], dtype=torch.int32, device=device)
+        gated_linear(x, weight, bias, out=out, live_rows=rows, backend="hopper")
+        written = min(T, -(-live // SQUARE.block_m) * SQUARE.block_m)
+        assert out[written:].isnan().all()
+        if live:
+            check(out[:live], x[:live], weight, bias)

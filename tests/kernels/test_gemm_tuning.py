@@ -1,0 +1,335 @@
+"""The launch table in force on a GPU: shipped, or measured there and kept in the user's cache."""
+
+import json
+import threading
+from dataclasses import asdict
+
+import pytest
+import torch
+from vitgraph.kernels import gemm as gemm_module
+from vitgraph.kernels import gemm_tuning, tuning_cache
+from vitgraph.kernels import linear as linear_module
+from vitgraph.kernels.gemm_tuning import (
+    RESIDUAL,
+    SHIPPED,
+    SQUARE,
+    TABLE,
+    WIDE,
+    table_from_json,
+    table_to_json,
+    tuning,
+    tuning_report,
+)
+from vitgraph.kernels.linear import choose_backend
+from vitgraph.kernels.tuning_cache import cache_folder, read_tuning, tuning_path, write_tuning
+
+GPU, OTHER = "NVIDIA Imaginary 80GB", "NVIDIA Other"
+DEVICE = torch.device("cuda", 0)
+QKV = (3456, 1152, "")
+MEASURED = {QKV: ((100, WIDE),), (1536, 5120, RESIDUAL): (), (64, 64, "gelu_erf"): ((1, SQUARE),)}
+
+
+@pytest.fixture(autouse=True)
+def gpus(tmp_path, monkeypatch):
+    """Two Hopper GPUs of one name and one of another, and an empty cache of the user."""
+    monkeypatch.setenv("VITGRAPH_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    names = [GPU, GPU, OTHER]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[device.index])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(linear_module, "num_sms", lambda device: 132)
+    monkeypatch.setattr(gemm_module, "_gluon_reason", lambda: None)
+    forget()
+    yield
+    forget()
+
+
+def forget():
+    """What a new process starts with."""
+    gemm_tuning._tuning_of_device.cache_clear()
+    gemm_tuning._tuning_of_gpu.cache_clear()
+
+
+def keep(table, gpu=GPU):
+    return write_tuning(gpu, {"gemm": table_to_json(table)})
+
+
+def chosen(M=16384, N=3456, K=1152, device=DEVICE):
+    return choose_backend(M, N, K, torch.bfloat16, device, None, False)
+
+
+def test_without_a_file_the_shipped_table_stands():
+    assert tuning(DEVICE).table is TABLE
+    assert tuning(DEVICE).path is None
+    assert tuning_report(DEVICE) == "shipped"
+    assert chosen() == ("hopper", SQUARE)
+    assert chosen(M=100) == ("library", None)
+
+
+def test_measured_entries_stand_before_shipped_ones():
+    path = keep(MEASURED)
+    assert tuning(DEVICE).table == {**TABLE, **MEASURED}
+    assert tuning_report(DEVICE) == f"measured on this GPU: {path}"
+    assert chosen(M=100) == chosen() == ("hopper", WIDE)
+    assert chosen(M=99) == ("library", None)
+    assert chosen(N=3840, K=1280) == ("hopper", SQUARE)  # shipped
+    # an empty entry is the library, also where the rule between measurements would have a tile
+    library = choose_backend(65536, 1536, 5120, torch.bfloat16, DEVICE, None, True)
+    assert library == ("library", None)
+    assert choose_backend(65536, 1536, 5120, torch.bfloat16, DEVICE, None, False)[0] == "hopper"
+
+
+def test_the_named_backend_goes_by_the_same_table(monkeypatch):
+    keep({(64, 64, ""): ((1, WIDE),)})
+    taken = []
+    monkeypatch.setattr(linear_module, "hopper_reason", lambda device, dtype: None)
+    monkeypatch.setattr(linear_module, "tuning", lambda device: tuning(DEVICE))
+    monkeypatch.setattr(linear_module, "gemm", lambda *a, config, **k: taken.append(config))
+    x = torch.zeros(16, 64)
+    linear_module.linear(x, torch.zeros(64, 64), backend="hopper")
+    linear_module.linear(x, torch.zeros(128, 64), backend="hopper")
+    assert taken == [WIDE, SQUARE]
+
+
+def test_each_gpu_has_its_own_table():
+    keep(MEASURED)
+    assert tuning(torch.device("cuda", 2)).table is TABLE
+    assert tuning(torch.device("cpu")).table is TABLE
+    assert tuning(torch.device("cuda")) is tuning(torch.device("cuda", 1))
+    assert tuning(torch.device("cuda", 1)) is tuning(DEVICE)
+
+
+def test_the_file_is_read_once_in_a_process(monkeypatch):
+    path = keep(MEASURED)
+    reads = []
+    read = gemm_tuning.read_tuning
+    monkeypatch.setattr(gemm_tuning, "read_tuning", lambda gpu: (reads.append(gpu), read(gpu))[1])
+    first = chosen(M=100)
+    path.unlink()
+    assert chosen(M=100) == first == ("hopper", WIDE)
+    # the second GPU of that name was not asked for before the file went
+    assert chosen(M=100, device=torch.device("cuda", 1)) == first
+    assert reads == [GPU]
+    keep({QKV: ()})
+    assert chosen(M=100) == first
+    forget()
+    assert chosen() == ("library", None)
+
+
+def test_a_file_that_comes_later_changes_nothing():
+    before = chosen(M=100)
+    keep(MEASURED)
+    assert chosen(M=100) == before == ("library", None)
+    assert tuning_report(DEVICE) == "shipped"
+
+
+def test_threads_that_ask_at_once_get_one_table(monkeypatch):
+    keep(MEASURED)
+    reads, entered, leave = [], threading.Event(), threading.Event()
+    read = gemm_tuning.read_tuning
+
+    def slow(gpu):
+        reads.append(gpu)
+        entered.set()
+        assert leave.wait(30)
+        return read(gpu)
+
+    monkeypatch.setattr(gemm_tuning, "read_tuning", slow)
+    found = []
+    ask = lambda index: found.append(tuning(torch.device("cuda", index)))  # noqa: E731
+    threads = [threading.Thread(target=ask, args=(index,)) for index in (0, 1)]
+    threads[0].start()
+    assert entered.wait(30)
+    threads[1].start()
+    threads[1].join(0.2)  # it waits for the first
+    leave.set()
+    for thread in threads:
+        thread.join(30)
+    assert reads == [GPU]
+    assert found[0] is found[1]
+
+
+# the digest, which fingerprints of calibrations hold
+
+
+def test_the_digest_changes_with_the_table():
+    shipped = tuning(DEVICE).digest
+    assert tuning(torch.device("cuda", 2)).digest == shipped
+    digests = {shipped}
+    for table in (MEASURED, {QKV: ((101, WIDE),)}, {QKV: ((100, SQUARE),)}, {QKV: ()}):
+        forget()
+        keep(table)
+        digests.add(tuning(DEVICE).digest)
+        # entries in another order are the same table
+        forget()
+        keep(dict(reversed(table.items())))
+        assert tuning(DEVICE).digest in digests
+    assert len(digests) == 5
+    forget()
+    keep({QKV: TABLE[QKV]})
+    assert tuning(DEVICE).digest == shipped
+
+
+def test_the_fingerprint_of_an_encoder_changes_with_the_table(monkeypatch):
+    from vitgraph.encoder import vision_encoder
+    from vitgraph.encoder.demo import demo_encoder
+
+    encoder = demo_encoder("cpu")
+    monkeypatch.setattr(vision_encoder, "tuning", lambda device: tuning(DEVICE))
+    shipped = encoder.fingerprint()
+    assert encoder.fingerprint() == shipped
+    keep(MEASURED)
+    assert encoder.fingerprint() == shipped
+    forget()
+    assert encoder.fingerprint() != shipped
+
+
+# the file
+
+
+def test_a_table_survives_the_file():
+    for table in (TABLE, MEASURED, {}):
+        assert table_from_json(json.loads(json.dumps(table_to_json(table)))) == table
+
+
+def test_one_file_for_each_gpu_and_versions(tmp_path, monkeypatch):
+    assert cache_folder() == tmp_path
+    paths = {tuning_path(GPU), tuning_path(OTHER)}
+    assert {path.parent for path in paths} == {tmp_path / "tuning"}
+    assert tuning_path(GPU).name.startswith("NVIDIA-Imaginary-80GB-")
+    for owner, name, value in (
+        (torch, "__version__", "9.9"),
+        (tuning_cache.triton, "__version__", "9.9"),
+        (torch.version, "cuda", "99.9"),
+        (tuning_cache, "FORMAT", 99),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            paths.add(tuning_path(GPU))
+            assert tuning_cache.made_on(GPU) != {}
+    assert len(paths) == 6
+    monkeypatch.delenv("VITGRAPH_CACHE")
+    monkeypatch.setattr(tuning_cache.Path, "home", lambda: tmp_path / "home")
+    assert cache_folder() == tmp_path / "home" / ".cache" / "vitgraph"
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(monkeypatch):
+    path = keep(MEASURED)
+    written = path.read_text()
+    with pytest.raises(ValueError, match="Out of range float"):
+        write_tuning(GPU, {"gemm": float("nan")})
+    assert path.read_text() == written
+
+    def full(self, text, **options):
+        open(self, "w").close()
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning_cache.Path, "write_text", full)
+        with pytest.raises(OSError, match="no space"):
+            keep({})
+    assert path.read_text() == written
+    keep({})
+    content = read_tuning(GPU)
+    assert content is not None
+    assert content["gemm"] == []
+    assert content["made_on"]["gpu"] == GPU
+
+
+def entry(**changes):
+    return {"N": 64, "K": 64, "epilogue": "", "tiles": [[1, asdict(SQUARE)]], **changes}
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (None, "entries are a NoneType instead of a list"),
+        ({}, "entries are a dict"),
+        ([entry(), 7], "entry 1 does not have N, K, epilogue and tiles"),
+        ([{"N": 64, "K": 64}], "entry 0 does not have"),
+        ([entry(M=1)], "entry 0 does not have"),
+        ([entry(N=63)], "N = 63 and K = 64 must be multiples of 8"),
+        ([entry(K=-8)], "multiples of 8"),
+        ([entry(K=64.0)], "multiples of 8"),
+        ([entry(N=True)], "multiples of 8"),
+        ([entry(epilogue="relu")], "epilogue 'relu' is not one of"),
+        ([entry(epilogue=["silu"])], r"epilogue \['silu'\] is not one of"),
+        ([entry(), entry(tiles=[])], r"entry 1 repeats \(64, 64, ''\)"),
+        ([entry(tiles={})], "tiles is a dict instead of a list"),
+        ([entry(tiles=[[1]])], r"\[1\] is not \[first M, tile\]"),
+        ([entry(tiles=[1])], r"1 is not \[first M, tile\]"),
+        ([entry(tiles=[[0, None]])], "is not .first M, tile"),
+        ([entry(tiles=[["1", None]])], "is not .first M, tile"),
+        ([entry(tiles=[[True, None]])], "is not .first M, tile"),
+        ([entry(tiles=[[8, None], [8, asdict(WIDE)]])], "first M 8 does not ascend from 8"),
+        ([entry(tiles=[[1, {"block_m": 128}]])], "tile .* is none that 'bias' runs with"),
+        ([entry(tiles=[[1, {**asdict(SQUARE), "block_n": 512}]])], "none that 'bias' runs with"),
+        ([entry(tiles=[[1, {**asdict(SQUARE), "num_stages": 50}]])], "none that 'bias' runs"),
+        ([entry(tiles=[[1, {**asdict(SQUARE), "block_m": 128.0}]])], "none that 'bias' runs"),
+        ([entry(tiles=[[1, False]])], "tile false is none"),
+        # its registers do not hold this epilogue
+        ([entry(epilogue="gelu_erf", tiles=[[1, asdict(WIDE)]])], "none that 'gelu_erf' runs with"),
+    ],
+)
+def test_a_damaged_entry_is_refused_with_the_file_and_the_way_out(entries, message):
+    with pytest.raises(ValueError, match=message):
+        table_from_json(entries)
+    path = write_tuning(GPU, {"gemm": entries})
+    for use in (chosen, lambda: tuning(DEVICE).digest, chosen):  # each time, not only the first
+        with pytest.raises(ValueError, match="vitgraph tune") as caught:
+            use()
+        assert str(path) in str(caught.value)
+        assert "delete it" in str(caught.value)
+    assert str(path) in tuning_report(DEVICE)
+    # the way out, within the same process: nothing has been computed by another table
+    path.unlink()
+    assert chosen() == ("hopper", SQUARE)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"\xff\xfe", b'{"gemm": []}', b"[" * 100_000]
+)
+def test_a_damaged_file_is_refused(content):
+    path = keep(MEASURED)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be used") as caught:
+        chosen()
+    assert str(path) in str(caught.value)
+
+
+def test_a_file_of_another_gpu_is_refused():
+    copied = keep(MEASURED, OTHER)
+    copied.rename(tuning_path(GPU))
+    with pytest.raises(ValueError, match=f"'gpu': '{OTHER}'"):
+        chosen()
+
+
+def test_a_folder_in_its_place_is_refused():
+    tuning_path(GPU).mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"cannot be used .*vitgraph tune"):
+        chosen()
+
+
+def test_a_damaged_file_does_not_keep_info_from_telling(monkeypatch):
+    from typer.testing import CliRunner
+    from vitgraph.encoder import cli
+
+    monkeypatch.setattr(cli, "_attention_backends", dict)
+    monkeypatch.setattr(cli, "_device_name", lambda: GPU)
+    result = CliRunner().invoke(cli.app, ["info"])
+    assert "launch table of matrix products  shipped\n" in result.stdout
+    path = keep(MEASURED)
+    forget()
+    result = CliRunner().invoke(cli.app, ["info", "--json"])
+    assert json.loads(result.stdout)["matrix_products"] == f"measured on this GPU: {path}"
+    path.write_text("{")
+    forget()
+    result = CliRunner().invoke(cli.app, ["info"])
+    assert result.exit_code == 0, result.output
+    assert f"{path}, the launch table measured on this GPU, cannot be used" in result.stdout
+
+
+def test_every_shipped_tile_can_be_stored():
+    table = {(64, 64, ""): tuple((i + 1, tile) for i, tile in enumerate(SHIPPED))}
+    assert table_from_json(table_to_json(table)) == table
