@@ -1,7 +1,8 @@
 """vLLM's own vision tower as contenders: eager, and under its encoder CUDA graphs.
 
 Only where vLLM is importable; its internals move between releases (written against 0.26). Weights
-are those of the Hugging Face tower, so its output is held against the same oracle.
+are those of the Hugging Face tower, so its output is held against the same oracle. No replay comes
+before the one that is checked: a graph whose first replay is wrong gets no time.
 """
 
 import importlib
@@ -20,8 +21,9 @@ _CLASSES = {  # family: module, tower, model that owns the tower
     "qwen3_vl": ("qwen3_vl", "Qwen3_VisionTransformer", "Qwen3VLForConditionalGeneration"),
     "qwen2_5_vl": ("qwen2_5_vl", "Qwen2_5_VisionTransformer", "Qwen2_5_VLForConditionalGeneration"),
 }
-_MAX_TOKENS = 16384
-_MAX_FRAMES = 8
+_MAX_TOKENS = 16384  # its default budgets then are 64, 128, ... 16384
+_MAX_ITEMS = 16  # what a user of these workloads would set; 64 by default, and slower
+_MAX_FRAMES = 8  # of one video
 
 
 class VllmTower:
@@ -41,6 +43,8 @@ class VllmTower:
 
     def release(self) -> None:
         """Free the tower and its graphs, and leave vLLM's configuration."""
+        for manager in self._managers.values():
+            manager.clear()
         self._vision = self._model = None
         self._managers = {}
         self._context.close()
@@ -58,21 +62,23 @@ class VllmTower:
 
     def _build(self, parameter: torch.Tensor) -> None:
         module_name, tower_name, model_name = _CLASSES[self._family]
-        vllm_config = importlib.import_module("vllm.config")
-        module = importlib.import_module(f"vllm.model_executor.models.{module_name}")
-        # its layers look the configuration up when built and, some of them, when called
-        self._context.enter_context(vllm_config.set_current_vllm_config(vllm_config.VllmConfig()))
-        _join_group_of_one()
-        with _default_dtype(parameter.dtype), torch.device(parameter.device):
-            vision = getattr(module, tower_name)(self._hf.config, norm_eps=1e-6)
-        vision.load_weights(self._hf.state_dict().items())
-        # what the capture machinery asks of a whole model, around this tower alone
-        model = object.__new__(getattr(module, model_name))
-        torch.nn.Module.__init__(model)
-        model.visual = vision.eval()
-        model.is_multimodal_pruning_enabled = False
-        model.get_max_frames_per_video = lambda: _MAX_FRAMES
-        self._vision, self._model = vision, model
+        with ExitStack() as context, _cudnn_sdpa_as_it_is():
+            vllm_config = importlib.import_module("vllm.config")
+            module = importlib.import_module(f"vllm.model_executor.models.{module_name}")
+            # its layers look the configuration up when built and, some of them, when called
+            context.enter_context(vllm_config.set_current_vllm_config(vllm_config.VllmConfig()))
+            _join_group_of_one(parameter.device.index or 0)
+            with _default_dtype(parameter.dtype), torch.device(parameter.device):
+                vision = getattr(module, tower_name)(self._hf.config, norm_eps=1e-6)
+            _load(vision, self._hf)
+            # what the capture machinery asks of a whole model, around this tower alone
+            model = object.__new__(getattr(module, model_name))
+            torch.nn.Module.__init__(model)
+            model.visual = vision.eval().requires_grad_(False)
+            model.is_multimodal_pruning_enabled = False
+            model.get_max_frames_per_video = lambda: _MAX_FRAMES
+            self._vision, self._model = vision, model
+            self._context = context.pop_all()
 
     def _manager(self, is_video: bool) -> Any:
         if is_video in self._managers:
@@ -90,7 +96,7 @@ class VllmTower:
         settings = types.SimpleNamespace(
             compilation_config=types.SimpleNamespace(
                 encoder_cudagraph_token_budgets=[],
-                encoder_cudagraph_max_vision_items_per_batch=16,
+                encoder_cudagraph_max_vision_items_per_batch=_MAX_ITEMS,
                 encoder_cudagraph_max_frames_per_batch=None,
             ),
             model_config=model_config,
@@ -101,14 +107,15 @@ class VllmTower:
         manager = worker.EncoderCudaGraphManager(
             settings, parameter.device, parameter.dtype, self._model
         )
-        manager.capture(torch.cuda.graph_pool_handle())
+        with torch.inference_mode():
+            manager.capture(torch.cuda.graph_pool_handle())
         self._managers[is_video] = manager
         return manager
 
     def _eager(self, job: Job) -> Provider:
         vision = self._prepare()
         grids = [list(grid) for grid in job.grids]
-        return self._provider(job, lambda: vision(job.pixel_values, grids))
+        return self._provider(job, lambda: vision(job.pixel_values, grids), len(job.pixel_values))
 
     def _graph(self, job: Job) -> Provider:
         self._prepare()
@@ -120,9 +127,10 @@ class VllmTower:
             else ("pixel_values", "image_grid_thw")
         )
         batch = {pixels: job.pixel_values, grid: [list(g) for g in job.grids]}
-        return self._provider(job, lambda: manager.execute(dict(batch)))
+        padded = _padded_patches(manager, batch, pixels)
+        return self._provider(job, lambda: manager.execute(dict(batch)), padded)
 
-    def _provider(self, job: Job, forward: Callable[[], Any]) -> Provider:
+    def _provider(self, job: Job, forward: Callable[[], Any], padded_patches: int) -> Provider:
         deepstack = getattr(self._hf.config, "deepstack_visual_indexes", ())
 
         @torch.inference_mode()
@@ -135,7 +143,52 @@ class VllmTower:
             # vLLM lays the deepstack features beside the tokens
             return list(joined.chunk(1 + len(deepstack), dim=1))
 
-        return Provider(call, features, len(job.pixel_values))
+        return Provider(call, features, padded_patches)
+
+
+def _load(vision: torch.nn.Module, tower: torch.nn.Module) -> None:
+    """Give `vision` the weights of a Hugging Face `tower`.
+
+    Raises:
+        RuntimeError: a parameter of `vision` got none; it would hold whatever was in memory.
+    """
+    load_weights: Any = vision.load_weights
+    loaded = load_weights(tower.state_dict().items())
+    missing = sorted(dict(vision.named_parameters()).keys() - loaded)
+    if missing:
+        raise RuntimeError(f"vLLM's tower got no weights for {', '.join(missing)}")
+
+
+@torch.inference_mode()
+def _padded_patches(manager: Any, batch: dict[str, Any], pixels: str) -> int:
+    """Rows that `manager` computes on for `batch`: all buffers of the graphs that it would replay.
+
+    Replays none of them; items beyond the largest budget run eagerly here, as they do later.
+    """
+    rows = len(batch[pixels])
+
+    def count(part: dict[str, Any], budget: int, path: str = "default") -> torch.Tensor:
+        nonlocal rows
+        graph = manager.budget_graphs[path][budget]
+        rows += len(graph.input_buffers["pixel_values"]) - len(part[pixels])
+        return graph.output_buffer
+
+    manager._run_budget_graph = count
+    try:
+        manager.execute(dict(batch))
+    finally:
+        del manager._run_budget_graph  # the method of its class again
+    return rows
+
+
+@contextmanager
+def _cudnn_sdpa_as_it_is():
+    """vLLM switches cuDNN's attention off in the whole process, that of other contenders too."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 @contextmanager
@@ -148,7 +201,7 @@ def _default_dtype(dtype: torch.dtype):
         torch.set_default_dtype(before)
 
 
-def _join_group_of_one() -> None:
+def _join_group_of_one(device_index: int) -> None:
     """vLLM's layers ask for tensor-parallel groups even when they are alone."""
     distributed = importlib.import_module("vllm.distributed")
     if distributed.parallel_state.model_parallel_is_initialized():
@@ -156,5 +209,5 @@ def _join_group_of_one() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-    distributed.init_distributed_environment(1, 0, address, 0, "nccl")
+    distributed.init_distributed_environment(1, 0, address, device_index, "nccl")
     distributed.initialize_model_parallel(1)

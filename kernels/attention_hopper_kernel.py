@@ -345,15 +345,21 @@ def attention_hopper_kernel(
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turn = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
+    # one group has no turns: a barrier that nobody uses would share its memory with other data, and
+    # the hardware may write the state of a barrier late
+    if GROUPS > 1:
+        turn = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
+    else:
+        turn = q_empty
     mbarrier.init(q_empty.index(0), count=GROUPS)
     mbarrier.init(q_full.index(0), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(empty.index(i), count=GROUPS)
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
-    for i in gl.static_range(GROUPS):
-        mbarrier.init(turn.index(i), count=1)
+    if GROUPS > 1:
+        for i in gl.static_range(GROUPS):
+            mbarrier.init(turn.index(i), count=1)
     fence_async_shared()
     # written out: a tuple kept in a variable turns its constexprs into tensors
     if GROUPS == 1:

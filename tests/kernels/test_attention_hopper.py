@@ -279,6 +279,20 @@ def test_repeats_bitwise(config, needs_hopper):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS, ids=config_name)
+@pytest.mark.parametrize("D", [64, 72, 80])
+def test_short_segments_after_long_ones(D, config, needs_hopper):
+    """Programs that go from a tile of two steps to one of a part of a step, many times."""
+    q, k, v, cu, out = make([256, *[168] * 6, 32, *[64] * 3, *[16] * 9], 16, D)
+    launch(q, k, v, cu, 0.2, out, config)
+    check(q, k, v, cu, out, 0.2)
+    for _ in range(20):
+        again = torch.full_like(out, NAN)
+        launch(q, k, v, cu, 0.2, again, config)
+        assert torch.equal(again, out)
+
+
+@pytest.mark.gpu
 def test_large_scores_do_not_overflow(needs_hopper):
     q, k, v, cu, out = make([400], 1, 64)
     q *= 50  # exp(100) is past fp32
