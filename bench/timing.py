@@ -162,8 +162,12 @@ def record(work: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
+    # cuBLAS keeps a workspace for each stream. The graph has to own the one that it addresses: one
+    # that an earlier graph left is freed with that graph, or when another capture clears them.
+    torch._C._cuda_clearCublasWorkspaces()
     with torch.cuda.graph(graph):
         result = work()
+    torch._C._cuda_clearCublasWorkspaces()
     return graph, result
 
 

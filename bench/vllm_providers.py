@@ -22,7 +22,7 @@ _CLASSES = {  # family: module, tower, model that owns the tower
     "qwen2_5_vl": ("qwen2_5_vl", "Qwen2_5_VisionTransformer", "Qwen2_5_VLForConditionalGeneration"),
 }
 _MAX_TOKENS = 16384  # its default budgets then are 64, 128, ... 16384
-_MAX_ITEMS = 16  # what a user of these workloads would set; 64 by default, and slower
+_MAX_ITEMS = 16  # enough for these workloads in one batch; 64 by default
 _MAX_FRAMES = 8  # of one video
 
 
