@@ -135,6 +135,10 @@ class OursTower:
         batches = self._batches(job)
         if any(batch.rung is None for batch in batches):
             raise UnavailableError("an item is not replayed; `ours` runs it eagerly")
+        if len(batches) > 1:
+            raise UnavailableError(
+                f"the call is {len(batches)} replays with inputs of their own; only `ours` has both"
+            )
         return [batch.rung for batch in batches if batch.rung is not None]
 
     def _eager(self, job: Job) -> Provider:

@@ -27,6 +27,9 @@ from .staging import PIXELS, Grid
 # Runs items on a rung, or eagerly for None.
 RunOn = Callable[[RungLimits | None, torch.Tensor, Sequence[Grid]], object]
 
+# Small rungs, which take little time, are all measured: libraries pick their kernels by size, so that
+# one may be slower than the next. Of the others some are, and those between are interpolated.
+_ALL_UP_TO_TOKENS = 1024
 _MEASURED_RUNGS = 16
 # A longer frame adds nothing to the fit but time: attention is quadratic.
 _LONGEST_FRAME_TOKENS = 4096
@@ -40,16 +43,19 @@ def calibrate(
     *,
     show_progress: bool = False,
 ) -> list[CostSample]:
-    """Wall times of whole calls, medians: up to 16 rungs at 30, 60 and 100 % live, and eagerly.
+    """Wall times of whole calls, medians: of rungs at 30, 60 and 100 % live, and eagerly.
 
-    Eager calls are measured on the same layouts, and on up to four times the largest rung.
+    Every small rung is measured and up to 16 of the others. Eager calls are measured on the same layouts, and on up to four times the largest rung.
     """
-    measured = [rungs[i] for i in _spread(len(rungs), _MEASURED_RUNGS)]
+    small = [rung for rung in rungs if rung.token_budget <= _ALL_UP_TO_TOKENS]
+    large = rungs[len(small) :]
+    some_large = [large[i] for i in _spread(len(large), _MEASURED_RUNGS)]
+    some_small = [small[i] for i in _spread(len(small), _MEASURED_RUNGS)]
     largest = rungs[-1]
     jobs: list[tuple[RungLimits | None, list[Grid]]] = []
-    jobs += [(rung, grid) for rung in measured for grid in _layouts(encoder, rung)]
+    jobs += [(rung, grid) for rung in (*small, *some_large) for grid in _layouts(encoder, rung)]
     # Full rungs only: what eager calls cost at 60 % of one they cost at 100 % of another.
-    jobs += [(None, grid) for rung in measured for grid in _full(encoder, rung)]
+    jobs += [(None, g) for rung in (*some_small, *some_large) for g in _full(encoder, rung)]
     many = equal_images(encoder, largest, largest.token_budget, 8)
     jobs += [(None, many * times) for times in (2, 4) if many]
     longest = max(_patches(encoder.item_specs(grid)) for _, grid in jobs)

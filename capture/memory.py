@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 
@@ -37,12 +38,14 @@ def profile_capture(
 
     What rungs share is taken to grow in proportion to the largest one, from two ladders: one that
     ends at the largest rung and one that is a single rung of half its place. What a further rung
-    adds is the mean over samples of the others.
+    adds is the median over samples of the others; what one of them took above that is shared too,
+    by the smaller rungs (workspaces of a stream that large ones do not use).
     """
     sampled = sorted({0, len(rungs) // 2, max(0, len(rungs) - 2), len(rungs) - 1})
     whole = _weigh(encoder, [rungs[i] for i in sampled], recorder, num_slots)
     largest, others = whole[-1], whole[:-1]
-    graph = sum(others) / len(others) if others else 0.0
+    graph = median(others) if others else 0.0
+    shared_by_small = sum(max(0.0, weight - graph) for weight in others)
     budget = rungs[-1].token_budget
     middle = rungs[len(rungs) // 2]
     if middle is rungs[-1]:
@@ -51,7 +54,8 @@ def profile_capture(
         (alone,) = _weigh(encoder, [middle], recorder, num_slots)
         per_token = (largest - alone) / (budget - middle.token_budget)
     per_token = max(0.0, per_token)
-    model = MemoryModel(per_token, graph, max(0.0, largest - graph - per_token * budget))
+    fixed = max(0.0, largest - graph - per_token * budget) + shared_by_small
+    model = MemoryModel(per_token, graph, fixed)
     budgets = model.of([rung.token_budget for rung in rungs])
     return MemoryProfile(sum(budgets.values()), budgets, model)
 

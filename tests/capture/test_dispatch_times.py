@@ -80,20 +80,32 @@ class TrueTimes:
 
 
 def calibrated(truth, rungs, count=16):
-    """Samples as calibration takes them: some rungs, each with few large and many small images."""
-    last = len(rungs) - 1
+    """Samples as calibration takes them: each rung with few large and many small images.
+
+    Replays of all small rungs and of some of the others; eager calls of some of both.
+    """
+    small = [rung for rung in rungs if rung.token_budget <= 1024]
+    some = [*some_of(small, count), *some_of(rungs[len(small) :], count)]
     samples = []
-    for rung in [rungs[i] for i in sorted({round(k * last / (count - 1)) for k in range(count)})]:
+    for rung in dict.fromkeys([*small, *some]):
         for share, images in ((1.0, 1), (1.0, rung.max_items), (0.6, 4), (0.3, 2)):
             tokens = max(1, int(rung.token_budget * share) // images)
             load = load_of([image(tokens)] * images)
             samples.append(CostSample(rung.token_budget, load, truth.replay(rung, load)))
-            samples.append(CostSample(None, load, truth.eager(load)))
+            if rung in some:
+                samples.append(CostSample(None, load, truth.eager(load)))
     # Eager calls also serve what no rung holds.
     for share, images in ((2, 8), (2, 32), (4, 16), (4, 64)):
         load = load_of([image(rungs[-1].token_budget * share // images)] * images)
         samples.append(CostSample(None, load, truth.eager(load)))
     return samples
+
+
+def some_of(rungs, count):
+    last = len(rungs) - 1
+    if last < count:
+        return list(rungs)
+    return [rungs[i] for i in sorted({round(k * last / (count - 1)) for k in range(count)})]
 
 
 def random_layout(rng, largest):
