@@ -43,15 +43,18 @@ def readme_tables(path: str | Path, plain_path: str | Path) -> str:
             f"readme: {path} is from `bench towers --plain`; pass it as --plain-file, and a result "
             "without that option first"
         )
-    used = {str(r["attention"]) for r in rows if r.get("provider") == "ours" and r.get("attention")}
-    if len(used) != 1:
+    ours = [str(r["attention"]) for r in rows if r.get("provider") == "ours" and r.get("attention")]
+    # one backend, or several joined by "+", for each rung that a call replays
+    used = sorted({backend for names in ours for backend in names.split("+")})
+    if not used:
         raise ValueError(
-            f"readme: {path} names {len(used)} attention backends of `ours` "
-            f"({', '.join(sorted(used)) or 'none'}) and the heading needs one; measure it again"
+            f"readme: {path} names no attention backend of `ours`, which the heading needs; "
+            "measure it again"
         )
-    backend = used.pop()
+    names = " and ".join(_BACKENDS.get(backend, f"our `{backend}`") for backend in used)
     return "\n".join([
-        f"With {_BACKENDS.get(backend, f'attention={backend}')}:", "", readme_table(path), "",
+        f"Attention by {names}, by the length of the frames:" if len(used) > 1 else f"With {names}:",
+        "", readme_table(path), "",
         "Plain install, without any package of FlashAttention:", "", readme_table(plain_path),
     ])  # fmt: skip
 
@@ -93,7 +96,7 @@ def _table(meta: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     lines += [
         "",
         f"{meta['gpu']}, torch {meta['torch']}, triton {meta['triton']}, transformers "
-        f"{meta['transformers']}, {meta['dtype']}, commit {meta['commit']}{changes}, "
+        f"{meta['transformers']}, {meta['dtype']}, commit {meta['commit'][:12]}{changes}, "
         f"{meta['date'][:10]}: `{meta['command']}`.",
     ]
     if meta.get("not_run"):
