@@ -43,6 +43,10 @@ def parser() -> argparse.ArgumentParser:
     capture.add_argument("--layouts", type=int, metavar="N", help="random layouts for dispatch")
     capture.add_argument("--attention", metavar="BACKEND", help="default: the tower's own choice")
     capture.add_argument("--samples", metavar="FILE", help="write what calibration measured")
+    breakdown = add("breakdown", "where the time of a call goes: kernels, gaps, and around them")
+    breakdown.add_argument("--towers", nargs="+", metavar="NAME")
+    breakdown.add_argument("--workloads", nargs="+", metavar="NAME", help="default: img224")
+    breakdown.add_argument("--attention", metavar="BACKEND", help="default: the tower's own choice")
     packing = add("packing", "padding that packing leaves; runs nothing")
     tune = add("tune", "launch tables: the library against our tiles, and tiles of attention")
     tune.add_argument("--shapes", nargs="+", metavar="TEXT", help="only labels that hold a TEXT")
@@ -71,10 +75,10 @@ def parser() -> argparse.ArgumentParser:
     for command in (towers, peers, scaling, kernels):
         command.add_argument("--dtype", choices=DTYPES, default="bfloat16")
         command.add_argument("--device", help="default: the GPU if there is one")
-    for command in (towers, peers, scaling, kernels, capture):
+    for command in (towers, peers, scaling, kernels, capture, breakdown):
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--quick", action="store_true", help="fewer repetitions and points")
-    for command in (towers, peers, scaling, kernels, capture, packing, tune):
+    for command in (towers, peers, scaling, kernels, capture, breakdown, packing, tune):
         command.add_argument("--json", metavar="FILE", help="write conditions and rows")
 
     plot = add("plot", "SVG plots of results of `scaling` and `kernels`")

@@ -113,6 +113,22 @@ def run_capture(arguments: argparse.Namespace) -> Outcome:
     return rows, settings, capture.summary(rows)
 
 
+def run_breakdown(arguments: argparse.Namespace) -> Outcome:
+    """`breakdown`."""
+    from . import breakdown
+    from .towers_config import DEFAULT_TOWERS
+    from .workloads import resolve
+
+    rows = breakdown.run(
+        arguments.towers or DEFAULT_TOWERS,
+        resolve(arguments.workloads or ["img224"], arguments.seed),
+        rounds=10 if arguments.quick else 40,
+        attention=arguments.attention,
+        seed=arguments.seed,
+    )
+    return rows, {"seed": arguments.seed, "dtype": "bfloat16"}, breakdown.summary(rows)
+
+
 def run_packing(_: argparse.Namespace) -> Outcome:
     """`packing`."""
     from . import packing
@@ -138,6 +154,7 @@ MEASURING: Mapping[str, Callable[[argparse.Namespace], Outcome]] = {
     "scaling": run_scaling,
     "kernels": run_kernels,
     "capture": run_capture,
+    "breakdown": run_breakdown,
     "packing": run_packing,
     "tune": run_tune,
 }

@@ -52,9 +52,9 @@ def readme_tables(path: str | Path, plain_path: str | Path) -> str:
             "measure it again"
         )
     names = " and ".join(_BACKENDS.get(backend, f"our `{backend}`") for backend in used)
+    heading = f"Attention by {names}, by the length of the frames:"
     return "\n".join([
-        f"Attention by {names}, by the length of the frames:" if len(used) > 1 else f"With {names}:",
-        "", readme_table(path), "",
+        heading if len(used) > 1 else f"With {names}:", "", readme_table(path), "",
         "Plain install, without any package of FlashAttention:", "", readme_table(plain_path),
     ])  # fmt: skip
 

@@ -27,6 +27,15 @@ from .graph_options import (
     in_options,
 )
 
+# One H200, bf16: bench/results/h200/towers.json against towers-plain.json.
+EXTRAS = {
+    "fa4": (
+        "on Hopper, frames of 8,192 patches and more: 2048 x 2048 pixels took 99 ms instead of 108 "
+        "(Qwen3-VL-8B), 48 instead of 50 (Qwen2.5-VL-7B) and 130 instead of 129 (Qwen2-VL-7B)"
+    ),
+    "flash": "no speed by itself: used only with --attention fa2, and not measured here",
+}
+
 app = typer.Typer(
     help="Vision encoders of Hugging Face VLMs, fused and replayed as CUDA graphs.",
     no_args_is_help=True,
@@ -198,6 +207,7 @@ def info(
             "device": _device_name(),
             "versions": package_versions(),
             "attention": _attention_backends(),
+            "extras": EXTRAS,
             "matrix_products": _launch_table(),
         }
         if model is not None:
@@ -212,6 +222,9 @@ def info(
     typer.echo("attention backends")
     for name, reason in report["attention"].items():
         typer.echo(f"  {name}  {'available' if reason is None else reason}")
+    typer.echo("what an extra gains")
+    for name, gain in EXTRAS.items():
+        typer.echo(f"  vitgraph[{name}]  {gain}")
     typer.echo(f"launch table of matrix products  {report['matrix_products']}")
     if model is not None:
         typer.echo(f"{model}")

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 from vitgraph.capture import EncoderCudaGraphConfig
 from vitgraph.encoder import Embedder
-from vitgraph.encoder.cli import app
+from vitgraph.encoder.cli import EXTRAS, app
 
 DATA = Path(__file__).parents[1] / "data"
 BUDGETS = "--encoder-cudagraph-token-budgets"
@@ -252,7 +253,25 @@ def test_info():
     text = run("info")
     assert text.exit_code == 0
     assert "attention backends" in text.stdout
+    assert "vitgraph[fa4]  on Hopper" in text.stdout
     assert run("info", "no such model").exit_code == 2
+
+
+def test_what_an_extra_gains_is_what_was_measured():
+    root = Path(__file__).parents[2]
+    declared = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    assert EXTRAS.keys() <= declared["optional-dependencies"].keys()
+    with_fa4, without = (
+        {
+            row["tower"]: row["ms"]
+            for row in json.loads((root / "bench/results/h200" / name).read_text())["rows"]
+            if row["provider"] == "ours" and row["workload"] == "img2048"
+        }
+        for name in ("towers.json", "towers-plain.json")
+    )
+    for tower, ms in with_fa4.items():
+        unit = " ms" if tower == "qwen3-vl-8b" else ""
+        assert f"{ms:.0f}{unit} instead of {without[tower]:.0f}" in EXTRAS["fa4"]
 
 
 def test_help_does_not_import_torch():

@@ -1,0 +1,203 @@
+"""Where the time of a call goes: kernels of the replay, gaps between them, and what surrounds it.
+
+A profiler records a few replays: the kernels of one, their times, and the time in which none ran.
+Kernels on a side stream overlap others, so the busy time is the union of all, not their sum. The
+call, the replay and the host's part of the call are measured without a profiler, which slows them.
+"""
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import torch
+
+from .ours_providers import OursTower
+from .provider import make_job
+from .report import number, table
+from .towers_config import build_tower
+from .workloads import Grid
+
+_PROFILED = 5
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Span:
+    """One kernel, copy or fill on the device: its name and when it ran, in microseconds."""
+
+    name: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Share:
+    """Kernels of one name in one replay: how many, and the microseconds of all of them."""
+
+    name: str
+    count: float
+    us: float
+
+
+def short_name(name: str) -> str:
+    """A kernel's name without its template arguments, its parameters, and namespaces."""
+    plain = re.split(r"[<(]", name.removeprefix("void "))[0].strip()
+    return plain.rsplit("::", 1)[-1] or name
+
+
+def shares(spans: Sequence[Span], replays: int) -> list[Share]:
+    """Kernels of one replay by name, the longest first, from the spans of so many."""
+    found: dict[str, list[float]] = {}
+    for span in spans:
+        found.setdefault(short_name(span.name), []).append(span.end - span.start)
+    rows = [Share(name, len(us) / replays, sum(us) / replays) for name, us in found.items()]
+    return sorted(rows, key=lambda row: -row.us)
+
+
+def busy_us(spans: Sequence[Span]) -> float:
+    """Microseconds in which at least one of `spans` ran."""
+    total, end = 0.0, float("-inf")
+    for span in sorted(spans, key=lambda span: span.start):
+        total += max(0.0, span.end - max(end, span.start))
+        end = max(end, span.end)
+    return total
+
+
+def replays_of(spans: Sequence[Span], replays: int) -> list[list[Span]]:
+    """`spans` of several replays of one graph in a row, divided where the longest pauses are.
+
+    Raises:
+        ValueError: fewer spans than replays.
+    """
+    ordered = sorted(spans, key=lambda span: span.start)
+    if len(ordered) < replays:
+        raise ValueError(f"breakdown: {len(ordered)} kernels were seen in {replays} replays")
+    pauses = [(b.start - a.end, i) for i, (a, b) in enumerate(pairwise(ordered), 1)]
+    cuts = sorted(i for _, i in sorted(pauses, reverse=True)[: replays - 1])
+    return [ordered[a:b] for a, b in pairwise([0, *cuts, len(ordered)])]
+
+
+def run(
+    towers: Sequence[str],
+    workloads: Mapping[str, Sequence[Grid]],
+    *,
+    rounds: int = 40,
+    attention: str | None = None,
+    seed: int = 0,
+) -> list[Row]:
+    """A row for each tower and workload; see the module docstring.
+
+    Raises:
+        ValueError: no CUDA device, or an unknown tower.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("bench: breakdown needs a CUDA device; there is none here")
+    device, dtype = torch.device("cuda", torch.cuda.current_device()), torch.bfloat16
+    rows = []
+    for name in towers:
+        tower = build_tower(name, device=device, dtype=dtype, seed=seed)
+        ours = OursTower(tower, list(workloads.values()), "auto", attention)
+        builders = ours.builders()
+        for workload, grids in workloads.items():
+            spec = ours.encoder().spec
+            job = make_job(grids, spec.patch_values, device=device, dtype=dtype, seed=seed)
+            call, replay = builders["ours"](job).call, builders["ours-graph"](job).call
+            call()  # stages what the replays then read
+            spans = _profile(replay)
+            row = summarise(spans, *_walls(call, replay, rounds))
+            rows.append({"tower": name, "workload": workload, "patches": len(job.pixel_values)})
+            rows[-1].update(row)
+        ours.release()
+        del tower
+    return rows
+
+
+def summarise(
+    spans: Sequence[Span],
+    call_ms: float,
+    host_ms: float,
+    replay_ms: float,
+    replays: int = _PROFILED,
+) -> Row:
+    """The row of one workload: its parts in microseconds, and its kernels by name."""
+    each = replays_of(spans, replays)
+    span = median(max(s.end for s in one) - one[0].start for one in each)
+    busy = median(busy_us(one) for one in each)
+    kernels = shares(spans, replays)
+    return {
+        "call_ms": call_ms,
+        "host_ms": host_ms,
+        "replay_ms": replay_ms,
+        "kernels": len(spans) / replays,
+        "kernel_us": sum(share.us for share in kernels),
+        "busy_us": busy,
+        "gap_us": span - busy,
+        "outside_graph_us": (call_ms - replay_ms) * 1e3,
+        "by_kernel": [vars(share) for share in kernels],
+    }
+
+
+def summary(rows: Sequence[Row], most: int = 12) -> str:
+    """Parts of every workload, and the kernels that take longest of each."""
+    parts = table(
+        ("us", "call", "replay", "kernels", "busy", "gaps", "outside", "host"),
+        [
+            (
+                f"{row['tower']} {row['workload']}", number(row["call_ms"] * 1e3, 4),
+                number(row["replay_ms"] * 1e3, 4), f"{row['kernels']:.0f}",
+                number(row["busy_us"], 4), number(row["gap_us"]),
+                number(row["outside_graph_us"]), number(row["host_ms"] * 1e3),
+            )
+            for row in rows
+        ],
+    )  # fmt: skip
+    lists = [
+        table(
+            (f"{row['tower']} {row['workload']}", "count", "us", "us each"),
+            [
+                (k["name"], f"{k['count']:g}", number(k["us"], 4), number(k["us"] / k["count"]))
+                for k in row["by_kernel"][:most]
+            ],
+        )
+        for row in rows
+    ]
+    return "\n\n".join([parts, *lists])
+
+
+def _profile(replay: Callable[[], object]) -> list[Span]:
+    """What ran on the device in `_PROFILED` replays, each after the one before was done."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(_PROFILED):
+            replay()
+            torch.cuda.synchronize()
+            time.sleep(1e-3)  # a pause that no gap within a replay comes near
+    return [
+        Span(event.name, event.time_range.start, event.time_range.end)
+        for event in profiler.events() or ()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+
+
+def _walls(
+    call: Callable[[], object], replay: Callable[[], object], rounds: int
+) -> tuple[float, float, float]:
+    """Median ms of the call, of its part on the host, and of the replay; they take turns."""
+    walls: list[float] = []
+    hosts: list[float] = []
+    replays: list[float] = []
+    for _ in range(rounds + 3):
+        for work, wall, host in ((call, walls, hosts), (replay, replays, None)):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            work()
+            returned = time.perf_counter()
+            torch.cuda.synchronize()
+            wall.append((time.perf_counter() - start) * 1e3)
+            if host is not None:
+                host.append((returned - start) * 1e3)
+    return median(walls[3:]), median(hosts[3:]), median(replays[3:])

@@ -1,0 +1,90 @@
+import pytest
+import torch
+from vitgraph.bench.__main__ import main
+from vitgraph.bench.breakdown import (
+    Share,
+    Span,
+    busy_us,
+    replays_of,
+    run,
+    shares,
+    short_name,
+    summarise,
+    summary,
+)
+from vitgraph.bench.workloads import WORKLOADS
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("_norm_kernel", "_norm_kernel"),
+        ("void at::native::copy_kernel<4, at::F>(int, F)", "copy_kernel"),
+        ("nvjet_sm90_tst_64x40_64x16_4x2_h_badd_TNT", "nvjet_sm90_tst_64x40_64x16_4x2_h_badd_TNT"),
+        ("Memcpy DtoD (Device -> Device)", "Memcpy DtoD"),
+        ("<lambda>", "<lambda>"),
+    ],
+)  # fmt: skip
+def test_short_names(name, short):
+    assert short_name(name) == short
+
+
+def replay(start, gemm=4.0):
+    """A norm, a gap of 1, a product, and beside it a merger that ends 2 after it."""
+    product = start + 3
+    return [
+        Span("norm<8>", start, start + 2),
+        Span("gemm", product, product + gemm),
+        Span("merger", product + 1, product + gemm + 2),
+    ]
+
+
+def test_time_in_which_something_ran():
+    assert busy_us(replay(10.0)) == 2 + 6
+    assert busy_us([]) == 0
+    # one within another
+    assert busy_us([Span("a", 0, 10), Span("b", 2, 3), Span("c", 10, 11)]) == 11
+
+
+def test_replays_are_told_apart_by_their_pauses():
+    first, second, third = replay(0), replay(1000), replay(5000)
+    mixed = [*third, *first, *second]
+    assert replays_of(mixed, 3) == [first, second, third]
+    assert replays_of(first, 1) == [first]
+    with pytest.raises(ValueError, match="2 kernels were seen in 3 replays"):
+        replays_of(first[:2], 3)
+
+
+def test_shares_of_one_replay():
+    found = shares([*replay(0), *replay(1000, gemm=6)], replays=2)
+    assert found == [Share("merger", 1, 6.0), Share("gemm", 1, 5.0), Share("norm", 1, 2.0)]
+
+
+def test_parts_of_a_call():
+    spans = [span for start in (0, 1000, 2000) for span in replay(start)]
+    row = summarise(spans, call_ms=0.05, host_ms=0.02, replay_ms=0.03, replays=3)
+    assert row["kernels"] == 3
+    assert row["kernel_us"] == 2 + 4 + 5
+    assert row["busy_us"] == 8
+    assert row["gap_us"] == 1
+    assert row["outside_graph_us"] == pytest.approx(20)
+    assert [kernel["name"] for kernel in row["by_kernel"]] == ["merger", "gemm", "norm"]
+    text = summary([{"tower": "t", "workload": "w", **row}], most=2)
+    assert "t w" in text
+    assert "gemm" in text
+    assert "norm" not in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_needs_a_gpu(capsys):
+    assert main(["breakdown"]) == 2
+    assert "breakdown needs a CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_parts_add_up_on_a_gpu():
+    (row,) = run(["tiny-qwen3-vl"], {"img224": WORKLOADS["img224"]}, rounds=5)
+    assert row["kernels"] > 20
+    assert 0 < row["busy_us"] <= row["kernel_us"] + 1e-6
+    assert row["busy_us"] + row["gap_us"] < row["replay_ms"] * 1e3
+    assert any("norm" in kernel["name"] for kernel in row["by_kernel"])
