@@ -27,8 +27,8 @@ from .staging import PIXELS, Grid
 # Runs items on a rung, or eagerly for None.
 RunOn = Callable[[RungLimits | None, torch.Tensor, Sequence[Grid]], object]
 
-# Small rungs, which take little time, are all measured: libraries pick their kernels by size, so that
-# one may be slower than the next. Of the others some are, and those between are interpolated.
+# Small rungs, which take little time, are all measured: libraries pick their kernels by size, so
+# one may be slower than the next. Of the others some are; those between are interpolated.
 _ALL_UP_TO_TOKENS = 1024
 _MEASURED_RUNGS = 16
 # A longer frame adds nothing to the fit but time: attention is quadratic.
@@ -45,7 +45,8 @@ def calibrate(
 ) -> list[CostSample]:
     """Wall times of whole calls, medians: of rungs at 30, 60 and 100 % live, and eagerly.
 
-    Every small rung is measured and up to 16 of the others. Eager calls are measured on the same layouts, and on up to four times the largest rung.
+    Every small rung is measured and up to 16 of the others. Eager calls are measured on layouts of
+    some of both, and on up to four times the largest rung.
     """
     small = [rung for rung in rungs if rung.token_budget <= _ALL_UP_TO_TOKENS]
     large = rungs[len(small) :]
