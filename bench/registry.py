@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..kernels import activation, attention, linear, norm, patch_embed, rope, swiglu
+from ..kernels import activation, attention, gated_linear, linear, norm, patch_embed, rope, swiglu
 from ..kernels import window_attention as windows
 from ..kernels.roofline import Cost
 
@@ -111,6 +111,11 @@ def _linear_inputs(dims: Dims, draw: Draw) -> tuple[Any, ...]:
 def _residual_inputs(dims: Dims, draw: Draw) -> tuple[Any, ...]:
     T, N, K = dims["T"], dims["N"], dims["K"]
     return draw(T, N), draw(T, K), draw(N, K, scale=K**-0.5)
+
+
+def _gated_inputs(dims: Dims, draw: Draw) -> tuple[Any, ...]:
+    T, rows, K = dims["T"], 2 * dims["F"], dims["K"]
+    return draw(T, K), draw(rows, K, scale=K**-0.5), draw(rows, scale=0.1)
 
 
 def _linear_ref(x, weight, bias, kind):
@@ -311,20 +316,34 @@ _CASES = [
         },
     ),
     Case(
+        "gated_linear",
+        {
+            f"qwen2.5-vl-7b T={T}": {"T": T, "F": 3456, "K": 1280} for T in (208, 784, 4096, 16384)
+        },
+        _gated_inputs, gated_linear.gated_linear_ref,
+        lambda dims, dtype: gated_linear.cost(dims["T"], dims["F"], dims["K"], dtype),
+        {
+            "eager": gated_linear.gated_linear_ref,
+            **{
+                name: partial(gated_linear.gated_linear, backend=name)
+                for name in ("library", "hopper", "auto")
+            },
+        },
+    ),
+    Case(
         "attention",
         {
-            "qwen3-vl-8b img224": {"lengths": (196,), **_HEADS},
-            "qwen3-vl-8b img448": {"lengths": (784,), **_HEADS},
-            "qwen3-vl-8b img1024": {"lengths": (4096,), **_HEADS},
-            "qwen3-vl-8b img2048": {"lengths": (16384,), **_HEADS},
-            "qwen3-vl-8b 8ximg448": {"lengths": (784,) * 8, **_HEADS},
-            "qwen3-vl-8b 16mixed": {"lengths": _MIXED, **_HEADS},
-            "qwen2.5-vl-7b img1024": {"lengths": (4096,), "H": 16, "D": 80},
+            f"{tower} {name}": {"lengths": lengths, "H": 16, "D": D}
+            for tower, D in (("qwen3-vl-2b", 64), ("qwen3-vl-8b", 72), ("qwen2-vl-7b", 80))
+            for name, lengths in (
+                ("img224", (196,)), ("img448", (784,)), ("img1024", (4096,)),
+                ("img2048", (16384,)), ("8ximg448", (784,) * 8), ("16mixed", _MIXED),
+            )
         },
         _attention_inputs, _attention_ref, _attention_cost,
         {
             name: partial(_attention, backend=name)
-            for name in ("torch", "fa2", "fa3", "fa4", "triton")
+            for name in ("torch", "fa2", "fa3", "fa4", "triton", "hopper")
         },
     ),
     Case(
