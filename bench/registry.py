@@ -223,6 +223,7 @@ def _patch_cost(dims: Dims, dtype: torch.dtype) -> Cost:
 
 
 _HEADS = {"H": 16, "D": 72}
+_LINEAR_BACKENDS = ("library", "triton", "hopper", "auto")
 _ROWS = (("img448", 784), ("img1024", 4096))
 # 28 x 28 patches in windows of 8 x 8, the last row and column cut to 4
 _CUT_WINDOWS = ((64,) * 3 + (32,)) * 3 + (32,) * 3 + (16,)
@@ -289,10 +290,7 @@ _CASES = [
         _linear_inputs, _linear_ref, _linear_cost,
         {
             "torch": _linear_torch,
-            "library": partial(_linear, backend="library"),
-            "triton": partial(_linear, backend="triton"),
-            "hopper": partial(_linear, backend="hopper"),
-            "auto": partial(_linear, backend="auto"),
+            **{name: partial(_linear, backend=name) for name in _LINEAR_BACKENDS},
         },
     ),
     Case(
@@ -309,10 +307,7 @@ _CASES = [
         _residual_inputs, _add_linear_ref, partial(_linear_cost, has_residual=True),
         {
             "torch": lambda stream, x, w: stream + F.linear(x, w),
-            "library": partial(_add_linear, backend="library"),
-            "triton": partial(_add_linear, backend="triton"),
-            "hopper": partial(_add_linear, backend="hopper"),
-            "auto": partial(_add_linear, backend="auto"),
+            **{name: partial(_add_linear, backend=name) for name in _LINEAR_BACKENDS},
         },
     ),
     Case(

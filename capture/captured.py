@@ -92,7 +92,9 @@ def capture_ladder(
     bar = tqdm(total=2 * len(rungs), desc="capture", file=sys.stderr, disable=not show_progress)
     try:
         bar.set_postfix_str("compile")
-        encoder.compile_kernels(dict(slots[0].inputs), dict(slots[0].outputs), rungs)
+        inputs, outputs = dict(slots[0].inputs), dict(slots[0].outputs)
+        # where the warm-ups run: memory that is used on one stream cannot serve another
+        recorder.warm_up(lambda: encoder.compile_kernels(inputs, outputs, rungs))
         for limits in descending:
             bar.set_postfix_str(f"warm up {limits.token_budget} tokens")
             full_item(encoder, limits)

@@ -227,7 +227,7 @@ def live_views(
 def copy_views(
     views: Mapping[str, torch.Tensor], out: Mapping[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
-    """Copies of `views` in `out`, or in new tensors; one launch for all of one dtype."""
+    """Copies of `views` in `out`, or in new tensors; one launch if all have one dtype."""
     copies = {
         name: torch.empty_like(view) if out is None else out[name] for name, view in views.items()
     }

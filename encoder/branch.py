@@ -17,9 +17,11 @@ MOST_ROWS = 512
 
 
 @functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    # one for all graphs: the memory of a pool is only reused on the stream it was allocated on
-    return torch.cuda.Stream(device)
+def _side_stream(main: torch.cuda.Stream) -> torch.cuda.Stream:
+    # one for all graphs recorded on `main`: memory of a pool is only reused on the stream it was
+    # allocated on. Not one for all streams: a stream cannot be in two captures at once, and two
+    # towers may be captured by two threads.
+    return torch.cuda.Stream(main.device)
 
 
 class Branch:
@@ -27,7 +29,9 @@ class Branch:
 
     def __init__(self, device: torch.device, rows: int):
         is_captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        self._stream = _side_stream(device) if is_captured and rows <= MOST_ROWS else None
+        self._stream: torch.cuda.Stream | None = None
+        if is_captured and rows <= MOST_ROWS:
+            self._stream = _side_stream(torch.cuda.current_stream(device))
         self._used: list[torch.Tensor] = []
 
     @contextmanager

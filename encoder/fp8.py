@@ -44,6 +44,10 @@ class Fp8Plan:
     mergers: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.layers, str):
+            raise ValueError(
+                f"Fp8Plan: layers = {self.layers!r} must be a tuple of names, such as ('qkv', 'up')"
+            )
         unknown = [name for name in self.layers if name not in LAYERS]
         if unknown:
             raise ValueError(f"Fp8Plan: layers holds {unknown}, choose from {', '.join(LAYERS)}")

@@ -5,7 +5,7 @@ from the token at the same place in the frame before are dropped, so that the la
 fewer of them. It runs after the mergers, on the device, inside the graph if it was captured so.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 
 import torch
@@ -58,7 +58,7 @@ def plan_pruning(
     """
     if rates is None and masks is None:
         return None
-    each = [rates] * len(grids) if rates is None or isinstance(rates, int | float) else list(rates)
+    each = list(rates) if isinstance(rates, Iterable) else [rates] * len(grids)
     chosen = [None] * len(grids) if masks is None else list(masks)
     for name, given in (("pruning_rate", each), ("keep_mask", chosen)):
         if len(given) != len(grids):

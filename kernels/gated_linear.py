@@ -74,13 +74,18 @@ def gated_linear(
 
     Raises:
         ValueError: shapes disagree, an odd number of rows in `weight`, an unknown backend, a
-            `config` for another backend, or "hopper" where it cannot run.
+            `config` for another backend or without two halves, or "hopper" where it cannot run.
         TypeError: dtypes or devices disagree.
     """
     if backend not in BACKENDS:
         raise ValueError(f"gated_linear: backend={backend!r} is not one of {BACKENDS}")
     if config is not None and backend != "hopper":
         raise ValueError(f"gated_linear: config={config} needs backend='hopper', not {backend!r}")
+    if config is not None and config.block_n not in (128, 256):
+        raise ValueError(
+            f"gated_linear: config={config} has no two halves of 64 or 128 columns, one for the "
+            "gate; use block_n=128 or 256"
+        )
     if weight.ndim != 2 or weight.shape[0] % 2:
         raise ValueError(
             f"gated_linear: weight must be [2F, K], gate over up, got {tuple(weight.shape)}"

@@ -37,16 +37,16 @@ def compiling(threads: int | None = None) -> Iterator[None]:
     Outputs of the kernels are not written: whatever is launched in another way must not take sizes
     or addresses from them.
 
+    A kernel whose compilation fails raises where it is launched, not here.
+
     Args:
         threads: how many compile at once; None for one a processor, at most 16.
-
-    Raises:
-        Exception: the error of a compilation that failed.
     """
     with ThreadPoolExecutor(threads or min(16, os.cpu_count() or 1)) as pool:
         token = _only_compiling.set(True)
         try:
-            with triton.AsyncCompileMode(pool):
+            # Triton 3.6 would stay in this mode, with a pool that has ended, if it raised the error
+            with triton.AsyncCompileMode(pool, ignore_errors=True):
                 yield
         finally:
             _only_compiling.reset(token)

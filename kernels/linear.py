@@ -11,7 +11,8 @@ only. Through PyTorch it cannot add a bias and a residual in one call: leave the
 the sum of the biases left out to what reads the residual, or use another backend.
 `backend="triton"` is `gemm.gemm`: every epilogue, and only live rows are computed.
 `backend="hopper"` is the kernel of gemm_hopper.py, for fp16 and bf16 on compute capability 9.0:
-every epilogue, only live rows, and faster than the others from some 16,000 rows.
+every epilogue, only live rows, and faster than the others from some 1,600 to 16,000 rows on, by
+layer (gemm_tuning.py).
 `backend="auto"` is "hopper" where `choose_backend` finds it the faster, else "library". It takes
 the epilogues of the library only, so that no call fails for its number of rows.
 

@@ -15,7 +15,6 @@ quantising is lost there too, bit for bit; only the order of the sums differs.
 import torch
 
 from .quantize import FP8, dequantize
-from .roofline import Cost
 
 MIN_CAPABILITY = (8, 9)
 MULTIPLE = 16  # of K and N
@@ -32,11 +31,6 @@ def linear_fp8_ref(
     """Plain PyTorch definition, rounded once to `dtype`; on CPU and GPU alike."""
     y = dequantize(x.float() @ weight.float().t(), x_scale) * w_scale
     return (y if bias is None else y + bias.float()).to(dtype)
-
-
-def cost(M: int, N: int, K: int, dtype: torch.dtype = torch.bfloat16) -> Cost:
-    """Operands of one byte an element, the result in `dtype`."""
-    return Cost(flops=2 * M * N * K, bytes=M * K + N * K + 4 * (M + N) + M * N * dtype.itemsize)
 
 
 def fp8_reason(device: torch.device) -> str | None:

@@ -20,7 +20,6 @@ from .dispatch import use_reference
 from .launch import launch_kernel
 from .norm import MAX_D, NormConfig, norm_ref
 from .quantize import FP8, check_quantized, quantize_ref, row_scales
-from .roofline import Cost
 from .rows import ceil_div, check_live_rows
 
 
@@ -51,12 +50,6 @@ def norm_fp8_ref(
     )  # fmt: skip
     padded = torch.cat([v, v.new_zeros(x.shape[0] - n, x.shape[1])])
     return x, *quantize_ref(padded)
-
-
-def cost(T: int, D: int, dtype: torch.dtype, has_y: bool = True) -> Cost:
-    """Stream and `y` read, stream and `q` written; about 15 FLOP an element."""
-    moved = (3 if has_y else 1) * dtype.itemsize + 1
-    return Cost(flops=15 * T * D, bytes=moved * T * D + 4 * T + 3 * D * dtype.itemsize)
 
 
 @triton.jit(do_not_specialize=["T"])  # one compilation for all row counts

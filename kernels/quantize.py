@@ -24,7 +24,6 @@ import triton.language as tl
 from .activation import activation_ref, apply_activation
 from .dispatch import use_reference
 from .launch import launch_kernel
-from .roofline import Cost
 from .rows import ceil_div, check_live_rows
 from .swiglu import swiglu_ref
 
@@ -69,13 +68,6 @@ def quantize_rows_ref(
 def dequantize(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """The fp32 values that `q` [T, F] with `scale` [T] stands for."""
     return q.float() * scale[:, None]
-
-
-def cost(T: int, F: int, dtype: torch.dtype, transform: str | None = None) -> Cost:
-    """One read of `x`, one write of `q` and `scale`; about 6 FLOP an element for the cast."""
-    read = (2 if transform == "swiglu" else 1) * dtype.itemsize
-    flops = 6 if transform is None else 14
-    return Cost(flops=flops * T * F, bytes=T * F * (read + 1) + 4 * T)
 
 
 def column_blocks(width: int) -> tuple[int, int]:

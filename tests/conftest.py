@@ -6,7 +6,7 @@ tests/kernels launch them; elsewhere a CPU tensor goes the way it goes for a use
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -67,11 +67,9 @@ def device() -> str:
     return "cpu" if INTERPRETS else "cuda"
 
 
-@pytest.fixture(autouse=True)
-def poison_empty(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In tests of kernels, fill fresh float buffers with NaN: an element never written shows."""
-    if not is_kernel_test(request.node):
-        return
+@pytest.fixture
+def poison_empty(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """`poison_empty()`: fresh float buffers are NaN from then on, so that a hole in one shows."""
 
     def poisoned(allocate):
         def allocate_poisoned(*args, **kwargs):
@@ -80,5 +78,36 @@ def poison_empty(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
         return allocate_poisoned
 
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+    def poison() -> None:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+            monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+    return poison
+
+
+@pytest.fixture(autouse=True)
+def kernels_are_poisoned(request: pytest.FixtureRequest, poison_empty: Callable[[], None]) -> None:
+    if is_kernel_test(request.node):
+        poison_empty()
+
+
+class RerunRecorder:
+    """Stands in for CUDA graphs on the CPU: a replay runs the recorded work again."""
+
+    class Rerun:
+        def __init__(self, work: Callable[[], None]):
+            self.replay = work
+
+    def new_pool(self) -> str:
+        return "pool"
+
+    def warm_up(self, work: Callable[[], None]) -> None:
+        work()
+
+    def record(self, work: Callable[[], None], pool: object) -> Rerun:
+        return self.Rerun(work)
+
+
+@pytest.fixture
+def rerun_recorder() -> RerunRecorder:
+    return RerunRecorder()

@@ -17,19 +17,6 @@ FAST = Effort(warmup_s=0.0, rounds=2, min_rounds=2)
 BUDGETS = [16, 24, 32, 48, 64, 80, 96, 128, 160, 192]
 
 
-class RerunRecorder:
-    """A replay runs the recorded work again."""
-
-    def new_pool(self):
-        return "pool"
-
-    def warm_up(self, work):
-        work()
-
-    def record(self, work, pool):
-        return SimpleNamespace(replay=work)
-
-
 class Event:
     def __init__(self, **_):
         pass
@@ -45,7 +32,7 @@ class Event:
 
 
 @pytest.fixture
-def session(monkeypatch, tmp_path):
+def session(monkeypatch, tmp_path, rerun_recorder):
     """A tiny tower on the CPU; what the sections ask of torch.cuda does nothing."""
     monkeypatch.setenv("VITGRAPH_CACHE", str(tmp_path))
     free = iter(range(1 << 30, 0, -(1 << 20)))
@@ -65,9 +52,9 @@ def session(monkeypatch, tmp_path):
     monkeypatch.setattr(capture_calls, "_OVERLAPPED_CALLS", 2)
     monkeypatch.setattr(capture_ladder, "_REPLAYED_TOKENS", 1)
     tower = build_tower("tiny-qwen3-vl", device="cpu", dtype=torch.float32)
-    encoder, recorder = VisionEncoder.from_hf(tower), RerunRecorder()
-    manager = EncoderCudaGraphManager(encoder, {"token_budgets": BUDGETS}, recorder=recorder)
-    return Session(encoder, manager, FAST, 4, 0, [], recorder=recorder)
+    encoder = VisionEncoder.from_hf(tower)
+    manager = EncoderCudaGraphManager(encoder, {"token_budgets": BUDGETS}, recorder=rerun_recorder)
+    return Session(encoder, manager, FAST, 4, 0, [], recorder=rerun_recorder)
 
 
 @pytest.mark.parametrize("name", capture.SECTIONS)

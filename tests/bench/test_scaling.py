@@ -16,25 +16,12 @@ FAST = Effort(warmup_s=0.0, rounds=2, min_rounds=2)
 SMALL = Limits(tokens=256, images=2, rung=128, factor=4, occupancies=(30, 100))
 
 
-class RerunRecorder:
-    """A replay runs the recorded work again."""
-
-    def new_pool(self):
-        return "pool"
-
-    def warm_up(self, work):
-        work()
-
-    def record(self, work, pool):
-        return SimpleNamespace(replay=work)
-
-
 @pytest.fixture
-def replays(monkeypatch):
+def replays(monkeypatch, rerun_recorder):
     """Graphs of ours on the CPU; the automatic ladder ends at 128 tokens."""
 
     def capture(encoder, config):
-        manager = EncoderCudaGraphManager(encoder, config, recorder=RerunRecorder())
+        manager = EncoderCudaGraphManager(encoder, config, recorder=rerun_recorder)
         manager.capture()
         encoder.graphs = manager
 
@@ -48,7 +35,7 @@ def replays(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     monkeypatch.setattr(VisionEncoder, "capture", capture)
-    monkeypatch.setattr("vitgraph.encoder.vision_encoder.MAX_BUDGET", 128)
+    monkeypatch.setattr("vitgraph.encoder.recordable.MAX_BUDGET", 128)
     monkeypatch.setattr("vitgraph.bench.ours_providers.require_cuda", lambda *_: None)
 
 

@@ -215,26 +215,15 @@ def pruning_of(grid: Sequence[tuple[int, int, int]], seed: int = 0) -> Pruning:
     return Pruning(tuple(keep), masked, torch.cat(pieces) if any(masked) else None)
 
 
-class RerunRecorder:
-    """Stands in for CUDA graphs on the CPU: a replay runs the recorded work again."""
-
-    class Rerun:
-        def __init__(self, work: Callable[[], None]):
-            self.replay = work
-
-    def new_pool(self) -> str:
-        return "pool"
-
-    def warm_up(self, work: Callable[[], None]) -> None:
-        work()
-
-    def record(self, work: Callable[[], None], pool: object) -> Rerun:
-        return self.Rerun(work)
-
-
 @pytest.fixture
 def fake_encoder() -> type[FakeEncoder]:
     return FakeEncoder
+
+
+@pytest.fixture
+def encoder(fake_encoder: type[FakeEncoder]) -> FakeEncoder:
+    """On the CPU."""
+    return fake_encoder()
 
 
 @pytest.fixture
@@ -245,11 +234,6 @@ def pruning_encoder() -> type[PruningEncoder]:
 @pytest.fixture
 def pruning_for() -> Callable[..., Pruning]:
     return pruning_of
-
-
-@pytest.fixture
-def rerun_recorder() -> RerunRecorder:
-    return RerunRecorder()
 
 
 @pytest.fixture

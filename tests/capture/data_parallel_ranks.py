@@ -11,6 +11,7 @@ import json
 import sys
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -78,11 +79,20 @@ def own_rows(pixels, grid, indices):
     return torch.cat([pixels[:0], *(pieces[index] for index in indices)])
 
 
+def rerun_recorder():
+    """A replay runs the recorded work again, as with the fixture of this name."""
+    return SimpleNamespace(
+        new_pool=lambda: "pool",
+        warm_up=lambda work: work(),
+        record=lambda work, pool: SimpleNamespace(replay=work),
+    )
+
+
 def execute_of(encoder, rank, uneven):
     """Rank 0 replays, the others compute eagerly (`uneven`), or all replay."""
     if uneven and rank > 0:
         return encoder.eager_forward
-    recorder = fakes.RerunRecorder() if encoder.device.type == "cpu" else None
+    recorder = rerun_recorder() if encoder.device.type == "cpu" else None
     manager = EncoderCudaGraphManager(encoder, CONFIG, recorder=recorder)
     manager.capture()
     return manager.execute
@@ -243,7 +253,7 @@ def refused(rank, device, grid, pixels, keep=None, out=None, plain=False, **opti
 def handed(rank, device, announces):
     """The options that the function is called with, for each call, and what comes back."""
     encoder = fakes.PruningEncoder(device, announces=announces)
-    manager = EncoderCudaGraphManager(encoder, CONFIG, recorder=fakes.RerunRecorder())
+    manager = EncoderCudaGraphManager(encoder, CONFIG, recorder=rerun_recorder())
     manager.capture()
     seen = []
 
@@ -284,8 +294,8 @@ def subgroup(rank, device, grid):
     return parallel.execute(pixels_of(grid).to(device), grid)
 
 
-def tower(rank, device, grid):
-    """A real tower: gathered rows against what one device computes for the same shards."""
+def real_tower(device, grid):
+    """A tower, and pixels for `grid`: fp32 on the CPU, bf16 on a GPU."""
     towers = load(TESTS / "encoder" / "conftest.py")
     from vitgraph.encoder import VisionEncoder
 
@@ -293,15 +303,20 @@ def tower(rank, device, grid):
     torch.manual_seed(0)
     hf = cls._from_config(cls.config_class(**towers.VISION["qwen3_vl"]))
     towers.boost(hf)
-    encoder = VisionEncoder.from_hf(hf.to(device, torch.bfloat16).eval())
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    encoder = VisionEncoder.from_hf(hf.to(device, dtype).eval())
+    rows = sum(t * h * w for t, h, w in grid)
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(rows, encoder.spec.patch_values, generator=generator).to(device, dtype)
+    return encoder, pixels
+
+
+def tower(rank, device, grid):
+    """A real tower: gathered rows against what one device computes for the same shards."""
+    grid = [tuple(row) for row in grid]
+    encoder, pixels = real_tower(device, grid)
     manager = EncoderCudaGraphManager(encoder, {"token_budgets": [64, 256]})
     manager.capture()
-    grid = [tuple(row) for row in grid]
-    rows = sum(t * h * w for t, h, w in grid)
-    pixels = torch.randn(
-        rows, encoder.spec.patch_values, generator=torch.Generator().manual_seed(1)
-    )
-    pixels = pixels.to(device, torch.bfloat16)
     parallel = DataParallelEncoder(manager.execute, encoder)
     gathered = parallel.execute(pixels, grid)
     shards = parallel.assignment(grid)
@@ -319,23 +334,13 @@ def tower(rank, device, grid):
 
 def pruned_tower(rank, device, grid):
     """A real tower: gathered rows of a pruned call against those of each shard alone."""
-    towers = load(TESTS / "encoder" / "conftest.py")
-    from vitgraph.encoder import VisionEncoder
     from vitgraph.encoder.pruning import plan_pruning
 
-    cls = towers.TOWERS["qwen3_vl"]
-    torch.manual_seed(0)
-    hf = cls._from_config(cls.config_class(**towers.VISION["qwen3_vl"]))
-    towers.boost(hf)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    encoder = VisionEncoder.from_hf(hf.to(device, dtype).eval())
+    grid = [tuple(row) for row in grid]
+    encoder, pixels = real_tower(device, grid)
     execute = encoder.eager_forward
     if device.type == "cuda":
         execute = encoder.capture({"token_budgets": [64, 256]}, pruning=True).execute
-    grid = [tuple(row) for row in grid]
-    rows = sum(t * h * w for t, h, w in grid)
-    generator = torch.Generator().manual_seed(1)
-    pixels = torch.randn(rows, encoder.spec.patch_values, generator=generator).to(device, dtype)
     parallel = DataParallelEncoder(execute, encoder)
     pruning = plan_pruning(encoder.spec, grid, 0.6, None)
     gathered = parallel.execute(pixels, grid, pruning=pruning)

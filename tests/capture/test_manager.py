@@ -1,6 +1,7 @@
 """The whole execute path on the CPU; `rerun_recorder` runs recorded work again on every replay."""
 
 import gc
+from functools import partial
 
 import pytest
 import torch
@@ -25,11 +26,7 @@ LAYOUTS = {
     "eager only": [HUGE],
     "eager between": [SMALL, HUGE, IMAGE, LONG_VIDEO, SMALL],
 }
-
-
-@pytest.fixture
-def encoder(fake_encoder):
-    return fake_encoder()
+assert_same = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 @pytest.fixture
@@ -37,12 +34,6 @@ def manager(encoder, rerun_recorder):
     manager = EncoderCudaGraphManager(encoder, CONFIG, recorder=rerun_recorder)
     manager.capture()
     return manager
-
-
-def assert_same(actual, expected):
-    assert actual.keys() == expected.keys()
-    for name in expected:
-        assert torch.equal(actual[name], expected[name]), name
 
 
 @pytest.mark.parametrize("grid", LAYOUTS.values(), ids=LAYOUTS.keys())
@@ -165,6 +156,26 @@ def test_capture_goes_from_large_to_small_with_empty_tables(fake_encoder, rerun_
     assert manager.get_num_graphs_to_capture() == 3
     # All are warmed up before the first is recorded; a recording is then launched once.
     assert warmed == [128, 64, 16, 128, 64, 16]
+
+
+def test_kernels_are_compiled_where_they_are_warmed_up(fake_encoder, rerun_recorder):
+    noted = []
+
+    class Noting(fake_encoder):
+        def graph_forward(self, inputs, outputs, limits):
+            noted.append(limits.token_budget)
+            super().graph_forward(inputs, outputs, limits)
+
+        def compile_kernels(self, inputs, outputs, rungs):
+            noted.append("compile")
+
+    class Recorder(type(rerun_recorder)):
+        def warm_up(self, work):
+            noted.append("on the stream")
+            work()
+
+    EncoderCudaGraphManager(Noting(), CONFIG, recorder=Recorder()).capture()
+    assert noted[:4] == ["on the stream", "compile", "on the stream", 128]
 
 
 def test_budget_too_small_for_any_image(fake_encoder, rerun_recorder):

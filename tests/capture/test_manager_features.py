@@ -1,6 +1,7 @@
 """What a manager does besides plain calls, on the CPU: `rerun_recorder` repeats recorded work."""
 
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ from hypothesis import strategies as st
 from vitgraph.capture import EncoderCudaGraphManager, MeasuredCosts, captured
 from vitgraph.capture.calibration import cache_path
 from vitgraph.capture.cost import EagerCurve, Terms
+from vitgraph.capture.ladder import MemoryModel
+from vitgraph.capture.memory import MemoryProfile, cap_rungs
+from vitgraph.capture.protocol import RungLimits
 
 CONFIG = {
     "token_budgets": [16, 64, 128],
@@ -27,11 +31,7 @@ LAYOUTS = {
 }
 POOLED = "pooler_output"
 each_layout = pytest.mark.parametrize("grid", LAYOUTS.values(), ids=LAYOUTS.keys())
-
-
-@pytest.fixture
-def encoder(fake_encoder):
-    return fake_encoder()
+assert_same = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 @pytest.fixture
@@ -49,12 +49,6 @@ def make(encoder, rerun_recorder, tmp_path, monkeypatch):
 @pytest.fixture
 def manager(make):
     return make()
-
-
-def assert_same(actual, expected):
-    assert actual.keys() == expected.keys()
-    for name in expected:
-        assert torch.equal(actual[name], expected[name]), name
 
 
 def budgets(manager):
@@ -183,7 +177,9 @@ def test_a_lease_of_several_batches_owns_its_results(encoder, manager, pixels_fo
 def test_clear_revokes_leases(make, pixels_for):
     manager = make(num_slots=2)
     lease = manager.lease(pixels_for([IMAGE]), [IMAGE])
+    assert manager.stats()["items"] == 1
     manager.clear()
+    assert manager.stats()["items"] == 0
     with pytest.raises(RuntimeError, match="the graphs were cleared"):
         _ = lease.outputs
     lease.release()
@@ -235,12 +231,17 @@ def test_counters_add_up(fake_encoder, rerun_recorder, pixels_for, calls):
     [({16: 5, 40: 5, 128: 1}, [16, 40, 128]), ({16: 5, 32: 5}, [16, 32])],
     ids=["same buffers", "smaller buffers"],
 )
-def test_refit(encoder, manager, pixels_for, background, histogram, expected):
+def test_refit(encoder, make, pixels_for, background, histogram, expected):
+    manager = make(num_slots=2)
     old = manager.ladder
     future = manager.refit(histogram, background=background)
+    assert background or future.done()
     assert future.result(timeout=30) == tuple(expected)
     assert budgets(manager) == expected
     assert manager.ladder is not old
+    assert (manager.ladder.ring is old.ring) == (expected[-1] == 128)
+    rows = [len(slot.outputs[POOLED]) for slot in manager.ladder.ring.slots]
+    assert rows == [expected[-1]] * 2
     stats = manager.stats()
     assert (stats["refits"], stats["ladder_generation"]) == (1, 2)
     for grid in LAYOUTS.values():
@@ -259,6 +260,8 @@ def test_refit_to_the_calls_seen(manager, pixels_for):
 def test_kept_rungs_keep_their_graphs_and_results(encoder, manager, pixels_for):
     kept = manager.ladder.rungs[manager.rungs[0]]
     lease = manager.lease(pixels_for([IMAGE]), [IMAGE])
+    (slot,) = manager.ladder.ring.slots
+    slot.inputs["pixel_values"].zero_()  # a warm-up on these buffers would change the results
     manager.refit({16: 1, 40: 1, 128: 1}, background=False).result()
     assert manager.ladder.rungs[manager.rungs[0]] is kept
     assert lease.valid  # the slots are the same ones
@@ -328,8 +331,9 @@ def test_clear_waits_for_a_refit(paused_refit):
     assert manager.stats()["refits"] == 0
 
 
-def test_refit_refuses(make, encoder, rerun_recorder):
+def test_refit_refuses(make, pixels_for):
     manager = make()
+    manager.execute(pixels_for([]), [])  # no traffic to go by
     with pytest.raises(ValueError, match="no call was served since capture"):
         manager.refit()
     with pytest.raises(ValueError, match="histogram is empty"):
@@ -407,7 +411,9 @@ def test_calibration_is_kept_in_a_file(encoder, make, tmp_path, monkeypatch):
     assert len(list(path.parent.iterdir())) == 2
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"samples": [{"us": 1}]}', '{"samples": []}'])
+@pytest.mark.parametrize(
+    "content", ["{", "{}", "[]", '{"samples": [{"us": 1}]}', '{"samples": []}']
+)
 def test_a_damaged_calibration_file(encoder, manager, content, monkeypatch):
     monkeypatch.setattr("vitgraph.capture.calibration._SECONDS_PER_SAMPLE", 0.0)
     path = cache_path(encoder, manager.rungs)
@@ -475,6 +481,18 @@ def test_max_bytes_leaves_out_the_largest_rungs(
     )
     with pytest.raises(ValueError, match="max_bytes=100 is too small"):
         manager.refit({16: 1}, max_bytes=100)
+    # judged by the rungs that are left, the rungs of 16 and 128 tokens take 3000 and 4000 bytes
+    fitted = manager.refit({16: 1, 128: 1}, background=False).result()
+    assert (fitted == (16, 128)) == (max_bytes == 4000)
+
+
+def test_rungs_that_a_cap_pays_for():
+    rungs = tuple(RungLimits(budget, 4 * budget, 8, 8, 0) for budget in (16, 64))
+    profile = MemoryProfile(840, {16: 100, 64: 740}, MemoryModel(10.0, 100.0))
+    assert cap_rungs(rungs, profile, 840) == rungs
+    assert cap_rungs(rungs, profile, 839) == cap_rungs(rungs, profile, 260) == rungs[:1]
+    with pytest.raises(ValueError, match="max_bytes=259 is less than the 260 bytes"):
+        cap_rungs(rungs, profile, 259)
 
 
 def test_max_bytes_below_the_smallest_rung(thousand_bytes_each, encoder, rerun_recorder):

@@ -104,6 +104,44 @@ def test_grid_table_is_written_whole():
     assert not table.any()
 
 
+@pytest.mark.parametrize(
+    ("shape", "rows", "expected"),
+    [
+        ((3, 2), [(1, 2), (3, 4)], [[1, 2], [3, 4], [0, 0]]),
+        ((4,), [5, 6], [5, 6, 0, 0]),
+        ((4,), torch.tensor([5, 6], dtype=torch.uint8), [5, 6, 0, 0]),
+        ((2, 1), [], [[0], [0]]),
+        ((2, 1), torch.empty(0, 1), [[0], [0]]),
+    ],
+    ids=["rows", "numbers", "tensor", "nothing", "empty tensor"],
+)
+def test_tables_are_whole_and_leave_their_destination_alone(shape, rows, expected):
+    destination = torch.full(shape, 7, dtype=torch.int32)
+    table = staging.table_for(destination, rows)
+    assert table.tolist() == expected
+    assert table.dtype == torch.int32
+    assert (destination == 7).all()
+
+
+def test_copies_of_views():
+    static = {"a": torch.randn(4, 3), "b": torch.randn(4, 2).half(), "c": torch.arange(4)}
+    views = {name: buffer[:2] for name, buffer in static.items()}
+    before = {name: view.clone() for name, view in views.items()}
+    wide = {name: torch.zeros(2, 8, dtype=view.dtype) for name, view in views.items()}
+    # strided: every other column of something wider
+    out = {"c": wide["c"][:, 0], "a": wide["a"][:, :6:2], "b": wide["b"][:, :4:2]}
+    fresh, written = staging.copy_views(views), staging.copy_views(views, out)
+    for name in views:
+        assert torch.equal(views[name], before[name])
+        assert written[name] is out[name]
+    for buffer in static.values():
+        buffer.zero_()
+    for copies in (fresh, written):
+        assert list(copies) == list(views)
+        assert all(torch.equal(copies[name], before[name]) for name in views)
+    assert staging.copy_views({}) == staging.copy_views({}, {}) == {}
+
+
 def test_pixels_are_packed_cast_and_later_rows_left():
     source = torch.arange(48, dtype=torch.float64).view(24, 2)
     buffer = torch.full((32, 2), -1.0)

@@ -8,7 +8,7 @@ import gc
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 import torch
@@ -26,6 +26,7 @@ NAMES = ["tiny-qwen3-vl", "tiny-qwen2.5-vl"]
 BUDGETS = [16, 64, 128]
 ONE, SMALL, IMAGE, VIDEO, LARGE = (1, 2, 2), (1, 4, 4), (1, 8, 12), (2, 4, 6), (1, 16, 32)
 MIXES = [[SMALL], [LARGE], [SMALL], [IMAGE, VIDEO, ONE], [VIDEO], [SMALL]]
+assert_same = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 def build(name, device="cpu", attention=None):
@@ -35,29 +36,21 @@ def build(name, device="cpu", attention=None):
     return VisionEncoder.from_hf(tower.double() if device == "cpu" else tower, attention=attention)
 
 
-class RerunRecorder:
-    """Stands in for CUDA graphs on the CPU: a replay runs the recorded work again."""
+@pytest.fixture
+def capture(rerun_recorder):
+    """`capture(encoder)`: captures on any device; calls of the encoder then replay."""
 
-    def new_pool(self):
-        return "pool"
+    def capture(encoder, config=None, recorder=None):
+        if encoder.device.type == "cpu":
+            recorder = rerun_recorder
+        slots = {"max_vision_items_per_batch": 8, "max_frames_per_batch": 8}
+        config = config or {"token_budgets": BUDGETS, **slots}
+        manager = EncoderCudaGraphManager(encoder, config, recorder=recorder)
+        manager.capture()
+        encoder.graphs = manager
+        return manager
 
-    def warm_up(self, work):
-        work()
-
-    def record(self, work, pool):
-        return SimpleNamespace(replay=work)
-
-
-def capture(encoder, config=None, recorder=None):
-    """Capture on any device; calls of `encoder` then replay."""
-    if encoder.device.type == "cpu":
-        recorder = RerunRecorder()
-    slots = {"max_vision_items_per_batch": 8, "max_frames_per_batch": 8}
-    config = config or {"token_budgets": BUDGETS, **slots}
-    manager = EncoderCudaGraphManager(encoder, config, recorder=recorder)
-    manager.capture()
-    encoder.graphs = manager
-    return manager
+    return capture
 
 
 def pixels_of(encoder, grids, seed=0):
@@ -78,12 +71,6 @@ def assert_close(actual, expected):
         bar = 1e-12 if value.dtype == torch.float64 else 4e-2
         assert actual[name].shape == value.shape, name
         assert not len(value) or rel_rms(actual[name], value) < bar, name
-
-
-def assert_same(actual, expected):
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(actual[name], value), name
 
 
 def poison(manager, value):
@@ -109,7 +96,7 @@ def gpu_encoder(request):
     torch.cuda.empty_cache()
 
 
-def check_poisoned_padding(encoder):
+def check_poisoned_padding(capture, encoder):
     """Replays between other sizes and poisoned buffers give what they gave on clean ones."""
     manager = capture(encoder)
     want = [results_of(encoder(pixels_of(encoder, grids), grids)) for grids in MIXES]
@@ -124,18 +111,18 @@ def check_poisoned_padding(encoder):
     assert manager.stats()["misses"] == 0
 
 
-def test_bug_03_nan_from_padding_rows(encoder):
+def test_bug_03_nan_from_padding_rows(encoder, capture):
     """vLLM #57136: attention left padding rows unwritten, and their NaN went into later blocks."""
-    check_poisoned_padding(encoder)
+    check_poisoned_padding(capture, encoder)
 
 
 @pytest.mark.gpu
-def test_bug_03_nan_from_padding_rows_in_a_shared_pool(gpu_encoder):
+def test_bug_03_nan_from_padding_rows_in_a_shared_pool(gpu_encoder, capture):
     """vLLM #56922: the NaN lay in a memory pool that graphs of several budgets shared."""
-    check_poisoned_padding(gpu_encoder)
+    check_poisoned_padding(capture, gpu_encoder)
 
 
-def test_bug_04_offsets_never_go_down(encoder, monkeypatch):
+def test_bug_04_offsets_never_go_down(encoder, monkeypatch, capture):
     """vLLM #42796: offsets past the last segment were zeros, or left from an earlier call."""
     plans = []
 
@@ -158,7 +145,7 @@ def test_bug_04_offsets_never_go_down(encoder, monkeypatch):
             assert plan.cu_window_seqlens[-1] == patches
 
 
-def check_segments(encoder, count):
+def check_segments(capture, encoder, count):
     slots = {"max_vision_items_per_batch": 63, "max_frames_per_batch": 63}
     manager = capture(encoder, {"token_budgets": [128], **slots})
     pixels, results = pixels_of(encoder, [ONE] * count), []
@@ -170,14 +157,14 @@ def check_segments(encoder, count):
 
 
 @pytest.mark.parametrize("count", [0, 1, 31, 32, 33, 62, 63])
-def test_bug_05_empty_segments(encoder, count):
+def test_bug_05_empty_segments(encoder, count, capture):
     """sglang-omni #1624: attention refused, or misread, offsets with empty segments at the end."""
-    check_segments(encoder, count)
+    check_segments(capture, encoder, count)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("attention", [name for name in BACKENDS if name != "reference"])
-def test_bug_05_empty_segments_in_every_backend(attention):
+def test_bug_05_empty_segments_in_every_backend(attention, capture):
     """sglang-omni #1624: a library stopped the capture of offsets with empty segments."""
     try:
         check_backend(attention, torch.bfloat16, "cuda", 32)
@@ -185,12 +172,12 @@ def test_bug_05_empty_segments_in_every_backend(attention):
         pytest.skip(str(reason))
     for count in (1, 31, 32, 33, 62, 63):
         encoder = build("tiny-qwen3-vl", "cuda", attention)
-        check_segments(encoder, count)
+        check_segments(capture, encoder, count)
         encoder.release_graphs()
 
 
 @pytest.mark.parametrize("grid", [(1, 16, 32), (1, 2, 130), (1, 30, 2), (4, 8, 16)])
-def test_bug_06_longest_segment(encoder, grid, monkeypatch):
+def test_bug_06_longest_segment(encoder, grid, monkeypatch, capture):
     """vLLM #40600: the longest segment was recorded in merged units, or as that of the dummy."""
     seen = []
 
@@ -216,7 +203,7 @@ def test_bug_06_longest_segment(encoder, grid, monkeypatch):
     assert all(longest <= bound for longest, bound in seen)
 
 
-def test_bug_08_slots_for_windows():
+def test_bug_08_slots_for_windows(capture):
     """vLLM #42796: far too many slots for windows, whose empty programs slowed every replay."""
     encoder = build("tiny-qwen2.5-vl")
     for h, w in ((32, 32), (16, 64), (64, 64), (30, 26), (8, 16)):
@@ -231,7 +218,7 @@ def test_bug_08_slots_for_windows():
 
 
 @pytest.mark.gpu
-def test_bug_12_and_14_memory_that_changes_hands(gpu_encoder):
+def test_bug_12_and_14_memory_that_changes_hands(gpu_encoder, capture):
     """SGLang #37043, TensorRT-LLM #15534: graphs wrote to workspaces that had a new owner."""
     manager = capture(gpu_encoder)
     pixels = [pixels_of(gpu_encoder, grids) for grids in MIXES]
@@ -286,7 +273,7 @@ def test_bug_17_attention_that_reads_on_the_host(encoder):
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-def test_bug_17_capture_never_waits_for_the_device(gpu_encoder):
+def test_bug_17_capture_never_waits_for_the_device(gpu_encoder, capture):
     """transformers #45816: `.item()` and `.tolist()` in a forward wait for the device."""
 
     class Strict(CudaGraphRecorder):
@@ -361,7 +348,7 @@ def test_bug_23_positions_past_any_table(encoder, grid):
     torch.testing.assert_close(plan.sin, angles.sin().to(plan.sin.dtype), rtol=0, atol=5e-3)
 
 
-def check_tolerance_and_bits(encoder):
+def check_tolerance_and_bits(capture, encoder):
     manager = capture(encoder)
     for seed, grids in enumerate(MIXES):
         pixels = pixels_of(encoder, grids, seed)
@@ -380,15 +367,15 @@ def check_tolerance_and_bits(encoder):
         assert_same(replayed, {k: v[: len(replayed[k])] for k, v in fresh.items()})
 
 
-def test_bug_25_what_a_replay_may_differ_in(encoder):
+def test_bug_25_what_a_replay_may_differ_in(encoder, capture):
     """vLLM #52229: replays were held to raw eager calls bit for bit, whose matrices differ."""
-    check_tolerance_and_bits(encoder)
+    check_tolerance_and_bits(capture, encoder)
 
 
 @pytest.mark.gpu
-def test_bug_25_what_a_replay_may_differ_in_bf16(gpu_encoder):
+def test_bug_25_what_a_replay_may_differ_in_bf16(gpu_encoder, capture):
     """vLLM #52229: padding changes how a bf16 product is summed, so raw eager differs a little."""
-    check_tolerance_and_bits(gpu_encoder)
+    check_tolerance_and_bits(capture, gpu_encoder)
 
 
 def test_bug_27_an_encoder_without_its_language_model(build_model, pixel_rows, tmp_path):
@@ -407,7 +394,7 @@ def test_bug_27_an_encoder_without_its_language_model(build_model, pixel_rows, t
     assert rel_rms(encoder(pixels, grids).pooler_output, want) < 1e-4
 
 
-def test_bug_28_padding_at_a_real_position(encoder):
+def test_bug_28_padding_at_a_real_position(encoder, capture):
     """tpu-inference #3450: padding had position (0, 0) as a real patch has, and was attended to."""
     manager = capture(encoder)
     grids = [SMALL, ONE]

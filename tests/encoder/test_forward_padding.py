@@ -55,7 +55,7 @@ forward_attention = forward.varlen_attention
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["tiles", "tiles-and-library"])
-def test_padding_stays_finite(encoder, mixed, monkeypatch):
+def test_padding_stays_finite(encoder, mixed, monkeypatch, poison_empty):
     rows = torch.Generator().manual_seed(0)
     pixels = torch.full((LIMITS.max_patches, encoder.spec.patch_values), torch.nan)
     pixels[:LIVE] = torch.randn(LIVE, encoder.spec.patch_values, generator=rows)
@@ -69,8 +69,7 @@ def test_padding_stays_finite(encoder, mixed, monkeypatch):
     monkeypatch.setattr(forward, "linear", linear)
     monkeypatch.setattr(forward, "varlen_attention", checked_attention)
     monkeypatch.setattr(forward, "choose_backend", lambda *_, **__: ("hopper", None))
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+    poison_empty()
     grid = torch.tensor([*GRIDS, (0, 0, 0)], dtype=torch.int32)
     outputs = {
         name: torch.full(shape, torch.nan)
@@ -83,11 +82,3 @@ def test_padding_stays_finite(encoder, mixed, monkeypatch):
     assert outputs["last_hidden_state"].isfinite().all()
     # 10 live tokens, one tile
     assert outputs["pooler_output"][TILE:].isnan().all()
-
-
-def poisoned(allocate):
-    def allocate_poisoned(*arguments, **options):
-        out = allocate(*arguments, **options)
-        return out.fill_(torch.nan) if out.is_floating_point() else out
-
-    return allocate_poisoned

@@ -234,7 +234,7 @@ LIVE = 40
     "plan", [Fp8Plan(), Fp8Plan(0, 0, mergers=True), Fp8Plan(layers=("down",))]
 )
 @pytest.mark.parametrize("name", TINY)
-def test_poisoned_padding_stays_out(name, plan, monkeypatch):
+def test_poisoned_padding_stays_out(name, plan, monkeypatch, poison_empty):
     """Stale pixels and fresh memory are NaN, and so is fp8 memory; products see finite rows."""
     encoder = VisionEncoder.from_hf(build(name), precision=plan)
     rows = torch.full((LIMITS.max_patches, encoder.spec.patch_values), torch.nan)
@@ -252,8 +252,7 @@ def test_poisoned_padding_stays_out(name, plan, monkeypatch):
         return right(x, x_scale, *arguments, out=out, **options)
 
     monkeypatch.setattr(fp8, "linear_fp8", checked)
-    for owner, at in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(owner, at, poisoned(getattr(owner, at)))
+    poison_empty()
     outputs = {
         k: torch.full(shape, torch.nan, dtype=encoder.dtype)
         for k, shape in forward.output_shapes(encoder.spec, LIMITS.max_patches).items()
@@ -263,14 +262,6 @@ def test_poisoned_padding_stays_out(name, plan, monkeypatch):
     for key, value in want.items():
         torch.testing.assert_close(outputs[key][: len(value)], value, rtol=0.02, atol=0.02)
         assert outputs[key].isfinite().all(), key
-
-
-def poisoned(allocate):
-    def allocate_poisoned(*arguments, **options):
-        out = allocate(*arguments, **options)
-        return out.fill_(torch.nan) if out.is_floating_point() else out
-
-    return allocate_poisoned
 
 
 def odd_tower():
@@ -478,3 +469,16 @@ def test_fp16_is_refused_on_a_gpu():
     hf = towers.build_tower("tiny-qwen3-vl", device="cuda", dtype=torch.float16)
     with pytest.raises(ValueError, match=r"torch.float16.*dtype='bfloat16'"):
         VisionEncoder.from_hf(hf, precision="fp8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layers": "qkv"}, "must be a tuple of names"),
+        ({"layers": ("qkv", "norm")}, r"layers holds \['norm'\]"),
+        ({"skip_last": -1}, "must be 0 or more"),
+    ],
+)
+def test_plans_that_make_no_sense(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Fp8Plan(**arguments)

@@ -1,7 +1,9 @@
 """Token pruning of a tower's outputs: the same whether in a graph, eagerly, or by hand."""
 
 import gc
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import vitgraph.bench.towers_config as towers
@@ -49,22 +51,32 @@ def assert_pruned(out, whole, places):
     assert torch.equal(out.last_hidden_state, whole.last_hidden_state)
 
 
-@pytest.mark.parametrize("rates", [0.0, 0.3, 0.75, [None, 0.5, 0.9, None]])
+@pytest.mark.parametrize("rates", [0, 0.0, 0.3, 0.75, [None, 0.5, 0.9, None]])
 def test_rates(encoder, rates):
     pixels = pixels_of(GRIDS)
     whole = encoder(pixels, GRIDS)
-    each = [rates] * 4 if isinstance(rates, float) else [rate or 0.0 for rate in rates]
+    each = [rates] * 4 if isinstance(rates, int | float) else [rate or 0.0 for rate in rates]
     out = encoder(pixels, GRIDS, pruning_rate=rates)
     assert_pruned(out, whole, kept_by_hand(whole.pooler_output, GRIDS, each))
     assert whole.kept_index is None
     assert whole.tokens_per_item == tuple(TOKENS)
 
 
-def test_masks_beside_rates(encoder):
+@pytest.mark.parametrize("rate", [Fraction(1, 2), np.float32(0.5)], ids=["fraction", "numpy"])
+def test_one_rate_of_another_type_of_number(encoder, rate):
+    pixels = pixels_of(GRIDS)
+    want = encoder(pixels, GRIDS, pruning_rate=0.5).tokens_per_item
+    assert encoder(pixels, GRIDS, pruning_rate=rate).tokens_per_item == want
+
+
+@pytest.mark.parametrize(
+    "kept", [torch.tensor(True), torch.tensor([1, 255], dtype=torch.uint8)], ids=["bool", "uint8"]
+)
+def test_masks_beside_rates(encoder, kept):
     pixels = pixels_of(GRIDS)
     whole = encoder(pixels, GRIDS)
-    mask = torch.zeros(6, dtype=torch.bool)
-    mask[[1, 4]] = True
+    mask = torch.zeros(6, dtype=kept.dtype)
+    mask[[1, 4]] = kept
     out = encoder(
         pixels, GRIDS, pruning_rate=[None, 0.5, None, None], keep_mask=[None, None, mask, None]
     )

@@ -7,7 +7,8 @@ from vitgraph.kernels.gated_linear import (
     gated_linear_op,
     gated_linear_ref,
 )
-from vitgraph.kernels.gemm_tuning import GATED, SQUARE, TABLE
+from vitgraph.kernels.gemm_tuning import GATED, SQUARE, TABLE, WIDE
+from vitgraph.kernels.linear import linear
 from vitgraph.kernels.testing import assert_as_accurate
 
 
@@ -32,6 +33,7 @@ def test_matches_oracle(has_bias, dtype, device):
     scratch = torch.empty(19, 48, dtype=dtype, device=device)
     assert gated_linear(x, weight, bias, out=out, scratch=scratch) is out
     check(out, x, weight, bias)
+    assert torch.equal(scratch, linear(x, weight, bias))
 
 
 def test_gate_and_up_are_not_exchanged(device):
@@ -56,9 +58,12 @@ def test_rows_past_the_live_ones_are_left_alone(device):
         ({"backend": "fast"}, "not one of"),
         ({"backend": "hopper"}, "cannot run here"),
         ({"config": SQUARE}, "needs backend='hopper'"),
+        ({"config": WIDE, "backend": "hopper"}, "no two halves"),
         ({"weight": torch.zeros(7, 8)}, r"must be \[2F, K\]"),
         ({"weight": torch.zeros(8, 9)}, "must share K"),
-        ({"out": torch.zeros(2, 8)}, r"out must be \[2, 4\]"),
+        ({"weight": torch.zeros(8)}, r"must be \[2F, K\]"),
+        ({"out": torch.zeros(2, 8)}, r"gated_linear: out must be \[2, 4\]"),
+        ({"out": torch.zeros(2, 4).half()}, r"gated_linear: out must be .* torch.float32 on cpu"),
         ({"scratch": torch.zeros(2, 4)}, r"out must be \[2, 8\]"),
     ],
 )
@@ -78,6 +83,43 @@ def test_backend_by_measurement(monkeypatch):
     assert choose(256, N=6840) == ("library", None)
     monkeypatch.setattr(module, "hopper_reason", lambda device, dtype: "no")
     assert choose(256) == ("library", None)
+
+
+@pytest.mark.parametrize(
+    ("N", "K", "place", "backend"),
+    [
+        (6912, 1280, "cuda", "hopper"),
+        (6904, 1280, "cuda", "library"),
+        (6912, 1276, "cuda", "library"),
+        (6912, 1280, "cpu", "library"),
+    ],
+)
+def test_shapes_and_devices_of_the_one_kernel(N, K, place, backend, monkeypatch):
+    monkeypatch.setattr(module, "num_sms", lambda device: 132)
+    monkeypatch.setattr(module, "hopper_reason", lambda device, dtype: None)
+    monkeypatch.setattr(module, "hopper_tile", lambda *_: SQUARE)
+    chosen, _ = choose_gated_backend(256, N, K, torch.bfloat16, torch.device(place))
+    assert chosen == backend
+
+
+def test_rows_that_start_anywhere(monkeypatch):
+    x, weight, bias = operands("cpu", torch.float32)
+    x = torch.cat([torch.zeros(1), x.flatten()])[1:].view_as(x)
+    monkeypatch.setattr(module, "choose_gated_backend", lambda *_: ("hopper", SQUARE))
+    check(gated_linear(x, weight, bias), x, weight, bias)
+    monkeypatch.setattr(module, "hopper_reason", lambda device, dtype: None)
+    with pytest.raises(ValueError, match="rows that start at multiples of 16 bytes"):
+        gated_linear(x, weight, bias, backend="hopper")
+
+
+def test_operator(device):
+    x, weight, bias = operands(device, torch.float32)
+    live = torch.tensor([5], dtype=torch.int32, device=device)
+    y = gated_linear_op(x, weight, bias, live)
+    check(y[:5], x[:5], weight, bias)
+    assert y[5:].isnan().all()  # not written
+    with pytest.raises(ValueError, match="backend='fast'"):
+        gated_linear_op(x, weight, bias, backend="fast")
 
 
 @pytest.mark.parametrize("check", ["test_schema", "test_faketensor"])

@@ -1,5 +1,9 @@
+import threading
+from inspect import signature
+
 import pytest
 import torch
+from triton.runtime import _async_compile
 from vitgraph.kernels.attention import varlen_attention
 from vitgraph.kernels.launch import compiling, is_compiling, launch_kernel
 from vitgraph.kernels.norm import norm
@@ -34,6 +38,33 @@ def test_an_error_ends_it():
     with pytest.raises(ZeroDivisionError), compiling():
         _ = 1 / 0
     assert not is_compiling()
+
+
+def test_a_kernel_that_does_not_compile_fails_where_it_is_launched():
+    class Broken(Kernel):
+        def warmup(self, *arguments, grid, **constants):
+            mode = _async_compile.active_mode.get()
+            assert mode is not None
+            # later versions of Triton take a fourth function
+            ends = [lambda kernel: None] * (len(signature(mode.submit).parameters) - 2)
+            self.compiled = mode.submit("broken", lambda: 1 / 0, *ends)
+
+    kernel = Broken()
+    with compiling():
+        launch_kernel(kernel, (3,))
+    assert _async_compile.active_mode.get() is None
+    assert isinstance(kernel.compiled, _async_compile.FutureKernel)
+    with compiling():  # is not taken for one within the other
+        assert is_compiling()
+
+
+def test_several_are_compiled_at_once():
+    meeting = threading.Barrier(3)
+    with compiling(threads=3):
+        mode = _async_compile.active_mode.get()
+        assert mode is not None
+        jobs = [mode.executor.submit(meeting.wait, 10) for _ in range(3)]
+    assert sorted(job.result() for job in jobs) == [0, 1, 2]
 
 
 def test_other_packages_are_not_run_on_offsets_that_nobody_wrote():
