@@ -172,11 +172,11 @@ def test_the_digest_changes_with_the_table():
 
 
 def test_the_fingerprint_of_an_encoder_changes_with_the_table(monkeypatch):
-    from vitgraph.encoder import vision_encoder
+    from vitgraph.encoder import recordable
     from vitgraph.encoder.demo import demo_encoder
 
     encoder = demo_encoder("cpu")
-    monkeypatch.setattr(vision_encoder, "tuning", lambda device: tuning(DEVICE))
+    monkeypatch.setattr(recordable, "tuning", lambda device: tuning(DEVICE))
     shipped = encoder.fingerprint()
     assert encoder.fingerprint() == shipped
     keep(MEASURED)
