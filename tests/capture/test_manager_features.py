@@ -7,12 +7,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from vitgraph.capture import EncoderCudaGraphManager, MeasuredCosts, captured
+from vitgraph.capture import EncoderCudaGraphManager, MeasuredCosts
 from vitgraph.capture.calibration import cache_path
 from vitgraph.capture.cost import EagerCurve, Terms
-from vitgraph.capture.ladder import MemoryModel
-from vitgraph.capture.memory import MemoryProfile, cap_rungs
-from vitgraph.capture.protocol import RungLimits
 
 CONFIG = {
     "token_budgets": [16, 64, 128],
@@ -429,76 +426,3 @@ def test_calibrate_needs_a_capture(encoder, rerun_recorder):
     manager = EncoderCudaGraphManager(encoder, CONFIG, recorder=rerun_recorder)
     with pytest.raises(RuntimeError, match="calibrate: nothing is captured"):
         manager.calibrate()
-
-
-# memory
-
-
-@pytest.fixture
-def thousand_bytes_each(monkeypatch):
-    """A look at the memory finds 1000 bytes for the buffers and for each rung."""
-
-    class Meter:
-        def __init__(self, device):
-            pass
-
-        def settle(self):
-            pass
-
-        def take(self):
-            return 1000
-
-    monkeypatch.setattr(captured, "_Meter", Meter)
-
-
-def test_profile_memory(thousand_bytes_each, encoder, rerun_recorder):
-    manager = EncoderCudaGraphManager(encoder, CONFIG, recorder=rerun_recorder)
-    profile = manager.profile_memory()
-    assert profile.bytes_per_budget == {16: 1000, 64: 1000, 128: 2000}
-    assert profile.total_bytes == 4000
-    assert manager.ladder is None
-    manager.capture()
-    assert manager.stats()["bytes"] == 4000
-    assert [rung["bytes"] for rung in manager.stats()["rungs"]] == [1000, 1000, 2000]
-    with pytest.raises(RuntimeError, match="graphs are captured already"):
-        manager.profile_memory()
-
-
-def test_profile_memory_needs_cuda(encoder):
-    with pytest.raises(RuntimeError, match="profile_memory: the encoder is on cpu"):
-        EncoderCudaGraphManager(encoder, CONFIG).profile_memory()
-
-
-@pytest.mark.parametrize(("max_bytes", "kept"), [(4000, [16, 64, 128]), (3999, [16, 64])])
-def test_max_bytes_leaves_out_the_largest_rungs(
-    thousand_bytes_each, encoder, make, pixels_for, max_bytes, kept
-):
-    manager = make(max_bytes=max_bytes)
-    assert budgets(manager) == kept
-    pixels = pixels_for([(1, 16, 32)])
-    assert_same(
-        manager.execute(pixels, [(1, 16, 32)]), encoder.eager_forward(pixels, [(1, 16, 32)])
-    )
-    with pytest.raises(ValueError, match="max_bytes=100 is too small"):
-        manager.refit({16: 1}, max_bytes=100)
-    # judged by the rungs that are left, the rungs of 16 and 128 tokens take 3000 and 4000 bytes
-    fitted = manager.refit({16: 1, 128: 1}, background=False).result()
-    assert (fitted == (16, 128)) == (max_bytes == 4000)
-
-
-def test_rungs_that_a_cap_pays_for():
-    rungs = tuple(RungLimits(budget, 4 * budget, 8, 8, 0) for budget in (16, 64))
-    profile = MemoryProfile(840, {16: 100, 64: 740}, MemoryModel(10.0, 100.0))
-    assert cap_rungs(rungs, profile, 840) == rungs
-    assert cap_rungs(rungs, profile, 839) == cap_rungs(rungs, profile, 260) == rungs[:1]
-    with pytest.raises(ValueError, match="max_bytes=259 is less than the 260 bytes"):
-        cap_rungs(rungs, profile, 259)
-
-
-def test_max_bytes_below_the_smallest_rung(thousand_bytes_each, encoder, rerun_recorder):
-    manager = EncoderCudaGraphManager(
-        encoder, {**CONFIG, "max_bytes": 1999}, recorder=rerun_recorder
-    )
-    with pytest.raises(ValueError, match="raise it to 2000"):
-        manager.capture()
-    assert manager.ladder is None
