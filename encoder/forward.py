@@ -19,15 +19,15 @@ from ..kernels.attention import varlen_attention
 from ..kernels.gated_linear import choose_gated_backend, gated_linear
 from ..kernels.layout import Layout, layout
 from ..kernels.linear import choose_backend, linear
-from ..kernels.norm import norm
 from ..kernels.patch_embed import patch_embed
-from ..kernels.residual import residual
+from ..kernels.pdl import kernel_chain
 from ..kernels.rope import rope_
 from ..kernels.swiglu import swiglu
 from ..kernels.window_attention import window_attention
 from .branch import Branch
-from .fp8 import Fp8Block, Stream, linear_of_rows
+from .fp8 import Fp8Block, linear_of_rows
 from .spec import EncoderSpec
+from .stream import Stream
 from .weights import BlockWeights, MergerWeights, TowerWeights
 
 
@@ -103,7 +103,7 @@ def tower_forward(
     device = batch.pixel_values.device
     # Triton launches on the current device, and autocast would change dtypes between kernels
     on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    with on_device, torch.autocast(device.type, enabled=False):
+    with on_device, torch.autocast(device.type, enabled=False), kernel_chain():
         _forward(weights, batch, outputs, attention, states or {})
 
 
@@ -135,7 +135,8 @@ def _forward(
         live_rows=plan.live_rows,
     )
     work = _Workspace(weights, x)
-    stream, fp8 = Stream(x, plan.live_rows), weights.fp8
+    fp8 = weights.fp8
+    stream = Stream(x, plan.live_rows, in_fp8=fp8.plan is not None)
     branch = Branch(x.device, len(x))
     for i, block in enumerate(weights.blocks):
         in_windows = spec.attends_in_windows(i)
@@ -144,17 +145,19 @@ def _forward(
         )
         _mlp(spec, block, fp8.blocks[i], stream, plan, work)
         if i in spec.deepstack_layers:
-            j, x = spec.deepstack_layers.index(i), stream.settled()
-            joined = x.view(-1, spec.hidden_size * spec.patches_per_token)
-            out = outputs[f"deepstack_{j}"]
-            _merge(spec, weights.deepstack[j], fp8.deepstack[j], joined, plan, None, out, branch)
+            j = spec.deepstack_layers.index(i)
+            merger, out = weights.deepstack[j], outputs[f"deepstack_{j}"]
+            normed = stream.norm(merger.norm, spec, joined=spec.patches_per_token)
+            # what reads the stream stays on the main line
+            with branch.after_main(normed):
+                _merge(merger, fp8.deepstack[j], normed, plan.live_tokens, out)
         if i in states:
-            x = stream.settled()
-            residual(x, weights.offsets[i + 1], live_rows=plan.live_rows, out=states[i])
-    x = stream.settled()
-    residual(x, weights.offsets[-1], live_rows=plan.live_rows, out=outputs["last_hidden_state"])
-    out = outputs["pooler_output"]
-    _merge(spec, weights.merger, fp8.merger, x, plan, reordered, out, None)
+            stream.state(weights.offsets[i + 1], states[i])
+    stream.state(weights.offsets[-1], outputs["last_hidden_state"])
+    # back to the order of the pixels in a tower with one of its own
+    normed = stream.norm(weights.merger.norm, spec, destination=reordered)
+    joined = normed.view(-1, spec.hidden_size * spec.patches_per_token)
+    _merge(weights.merger, fp8.merger, joined, plan.live_tokens, outputs["pooler_output"])
     branch.join()
 
 
@@ -171,13 +174,10 @@ def _attend(
 ) -> None:
     live = plan.live_rows
     if in_fp8.qkv is not None:
-        weights = block.norm1_weight, block.norm1_bias, block.norm1_offset
-        stream.norm_linear(weights, in_fp8.qkv, block.qkv_bias, spec, work.qkv.flatten(1))
+        qkv = work.qkv.flatten(1)
+        stream.norm_linear_fp8(block.norm1, in_fp8.qkv, block.qkv_bias, spec, qkv)
     else:
-        norm(
-            stream.settled(), block.norm1_weight, block.norm1_bias, spec.eps,
-            kind=spec.norm, offset=block.norm1_offset, live_rows=live, out=work.normed,
-        )  # fmt: skip
+        stream.norm(block.norm1, spec, out=work.normed)
         linear(
             work.normed, block.qkv_weight, block.qkv_bias,
             out=work.qkv.flatten(1), live_rows=live,
@@ -197,9 +197,9 @@ def _attend(
         )  # fmt: skip
     attended = work.attended.flatten(1)
     if in_fp8.proj is not None:
-        stream.add_linear(attended, in_fp8.proj)
+        stream.add_linear_fp8(attended, in_fp8.proj)
     else:
-        linear(attended, block.proj_weight, residual=stream.x, live_rows=live)
+        stream.add_linear(attended, block.proj_weight)
 
 
 def _mlp(
@@ -215,15 +215,11 @@ def _mlp(
     # the kernel that quantises rows for `down` also activates or gates them
     activation = None if is_gated or in_fp8.down is not None else spec.activation
     if in_fp8.up is not None:
-        weights = block.norm2_weight, block.norm2_bias, block.norm2_offset
-        stream.norm_linear(weights, in_fp8.up, block.up_bias, spec, work.up)
+        stream.norm_linear_fp8(block.norm2, in_fp8.up, block.up_bias, spec, work.up)
         if activation is not None:
             activation_(work.up, activation, live)
     else:
-        norm(
-            stream.settled(), block.norm2_weight, block.norm2_bias, spec.eps,
-            kind=spec.norm, offset=block.norm2_offset, live_rows=live, out=work.normed,
-        )  # fmt: skip
+        stream.norm(block.norm2, spec, out=work.normed)
         if is_gated and in_fp8.down is None:
             gated_linear(
                 work.normed, block.up_weight, block.up_bias,
@@ -235,47 +231,21 @@ def _mlp(
                 activation=activation, out=work.up, live_rows=live,
             )  # fmt: skip
     if in_fp8.down is not None:
-        stream.add_linear(work.up, in_fp8.down, "swiglu" if is_gated else spec.activation)
+        stream.add_linear_fp8(work.up, in_fp8.down, "swiglu" if is_gated else spec.activation)
         return
     if is_gated and in_fp8.up is not None:
         swiglu(work.up, out=work.gated, live_rows=live)
-    linear(work.gated, block.down_weight, residual=stream.x, live_rows=live)
+    stream.add_linear(work.gated, block.down_weight)
 
 
 def _merge(
-    spec: EncoderSpec,
-    merger: MergerWeights,
-    in_fp8: Fp8Block,
-    rows: torch.Tensor,
-    plan: Layout,
-    destination: torch.Tensor | None,
-    out: torch.Tensor,
-    branch: Branch | None,
-) -> None:
-    """Norm, join 2 x 2 patches to a row, and a two-layer MLP.
-
-    `rows` are patches if the norm comes before the joining, joined rows if after. `destination`
-    brings a tower's own row order back to that of the pixels. The norm, which reads the stream,
-    stays on the main line; the MLP may run on a `branch`.
-    """
-    joined_before = rows.shape[1] != spec.hidden_size
-    normed = norm(
-        rows, merger.norm_weight, merger.norm_bias, spec.eps,
-        kind=spec.norm, offset=merger.offset, destination=destination, live_rows=plan.live_rows,
-        live_group=spec.patches_per_token if joined_before else 1,
-    )  # fmt: skip
-    joined = normed.view(-1, spec.hidden_size * spec.patches_per_token)
-    with nullcontext() if branch is None else branch.after_main(joined):
-        _merger_mlp(merger, in_fp8, joined, plan.live_tokens, out)
-
-
-def _merger_mlp(
     merger: MergerWeights,
     in_fp8: Fp8Block,
     joined: torch.Tensor,
     live: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
+    """The two layers of a merger, on normalised rows of 2 x 2 patches side by side."""
     if in_fp8.fc1 is not None and in_fp8.fc2 is not None:
         hidden = torch.empty_like(joined)
         linear_of_rows(joined, in_fp8.fc1, merger.fc1_bias, live, hidden)

@@ -1,4 +1,4 @@
-"""Linear layers in fp8: which of a tower's, their quantised weights, and a forward's use of them.
+"""Linear layers in fp8: which of a tower's, and their quantised weights.
 
 Weights are quantised once, each output channel with a scale; activations in every forward, each row
 with a scale, by the kernels that compute them anyway (norm, activation), on the device, so that a
@@ -13,7 +13,6 @@ from dataclasses import dataclass, fields
 import torch
 
 from ..kernels.linear_fp8 import MULTIPLE, fp8_reason, linear_fp8
-from ..kernels.norm_fp8 import norm_fp8
 from ..kernels.quantize import FP8, quantize_rows
 from .spec import EncoderSpec
 
@@ -190,69 +189,6 @@ def _names(plan: Fp8Plan, spec: EncoderSpec, parameter: torch.Tensor) -> list[st
             "fewer blocks, or use precision='native'"
         )
     return names
-
-
-class Stream:
-    """The residual stream of one forward, and the fp8 product that it may still lack.
-
-    Everything here runs over all rows; those past the live ones are zero before each product, so
-    that they are finite after it.
-
-    Attributes:
-        x: [T, D] for products that add to the stream in place; to be read, use `settled()`.
-    """
-
-    def __init__(self, x: torch.Tensor, live_rows: torch.Tensor):
-        """`x` is updated in place."""
-        self.x = x
-        self._live = live_rows
-        self._product: torch.Tensor | None = None
-        self._is_pending = False
-        self._quantized: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def settled(self) -> torch.Tensor:
-        """The stream, with nothing lacking."""
-        if self._is_pending and self._product is not None:
-            self.x.add_(self._product)
-            self._is_pending = False
-        return self.x
-
-    def norm_linear(
-        self,
-        norm: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor],
-        layer: Fp8Layer,
-        bias: torch.Tensor,
-        spec: EncoderSpec,
-        out: torch.Tensor,
-    ) -> None:
-        """`out` = layer(norm(stream)); `norm` is weight, bias and offset."""
-        weight, norm_bias, offset = norm
-        q, scale = norm_fp8(
-            self.x, self._product if self._is_pending else None, weight, norm_bias, spec.eps,
-            kind=spec.norm, offset=offset, live_rows=self._live, out=self._buffer(self.x.shape[1]),
-        )  # fmt: skip
-        self._is_pending = False
-        linear_fp8(q, scale, layer.weight, layer.scale, bias, out=out)
-
-    def add_linear(self, rows: torch.Tensor, layer: Fp8Layer, transform: str | None = None) -> None:
-        """Stream += layer(f(rows)), without a bias; see `quantize_rows` for f."""
-        self.settled()
-        if self._product is None:
-            self._product = torch.empty_like(self.x)
-        buffer = self._buffer(layer.weight.shape[1])
-        q, scale = quantize_rows(rows, transform, self._live, out=buffer)
-        linear_fp8(q, scale, layer.weight, layer.scale, out=self._product)
-        self._is_pending = True
-
-    def _buffer(self, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Quantised rows of one width; each is read by the product that follows, then free."""
-        if width not in self._quantized:
-            rows = self.x.shape[0]
-            self._quantized[width] = (
-                self.x.new_empty((rows, width), dtype=FP8),
-                self.x.new_empty(rows, dtype=torch.float32),
-            )
-        return self._quantized[width]
 
 
 def linear_of_rows(

@@ -217,13 +217,13 @@ class VisionEncoder(RecordableTower):
         """
         grids = parse_grids(grid_thw, self.spec)
         check_pixels(pixel_values, grids, self.spec, check_finite)
-        wanted = check_layers(self.spec, layers)
+        wanted = [] if layers == () else check_layers(self.spec, layers)
         pruning = plan_pruning(self.spec, grids, pruning_rate, keep_mask)
         states: dict[int, torch.Tensor] = {}
-        with torch.no_grad():
-            if self.graphs is not None and not wanted:
-                outputs = self.graphs.execute(pixel_values, grids, pruning=pruning)
-            else:
+        if self.graphs is not None and not wanted:
+            outputs = self.graphs.execute(pixel_values, grids, pruning=pruning)
+        else:
+            with torch.no_grad():
                 outputs = self._eager(pixel_values, grids, wanted, states, pruning)
         num_deepstack = len(self.spec.deepstack_layers)
         per_token = self.spec.patches_per_token
@@ -233,7 +233,9 @@ class VisionEncoder(RecordableTower):
             [outputs[f"deepstack_{j}"] for j in range(num_deepstack)] if num_deepstack else None,
             states,
             outputs[KEPT_INDEX] if pruning is not None else None,
-            tuple(t * h * w // per_token for t, h, w in grids) if pruning is None else pruning.keep,
+            tuple([t * h * w // per_token for t, h, w in grids])
+            if pruning is None
+            else pruning.keep,
         )
 
     def capture(

@@ -15,20 +15,18 @@ from .fp8 import Fp8Plan, Fp8Weights
 from .spec import EncoderSpec
 from .weight_map import Rule
 
+NormWeights = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]  # weight, bias, offset
+
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """One block; `norm1_offset` and `norm2_offset` are what the stream lacks at either norm."""
+    """One block; of its norms weight, bias and offset, what the stream lacks there."""
 
-    norm1_weight: torch.Tensor
-    norm1_bias: torch.Tensor | None
-    norm1_offset: torch.Tensor
+    norm1: NormWeights
     qkv_weight: torch.Tensor
     qkv_bias: torch.Tensor
     proj_weight: torch.Tensor
-    norm2_weight: torch.Tensor
-    norm2_bias: torch.Tensor | None
-    norm2_offset: torch.Tensor
+    norm2: NormWeights
     up_weight: torch.Tensor
     up_bias: torch.Tensor
     down_weight: torch.Tensor
@@ -36,11 +34,9 @@ class BlockWeights:
 
 @dataclass(frozen=True)
 class MergerWeights:
-    """One merger; `offset` has the width of its norm."""
+    """One merger; the vectors of its norm have the width of the rows that it reads."""
 
-    norm_weight: torch.Tensor
-    norm_bias: torch.Tensor | None
-    offset: torch.Tensor
+    norm: NormWeights
     fc1_weight: torch.Tensor
     fc1_bias: torch.Tensor
     fc2_weight: torch.Tensor
@@ -140,18 +136,17 @@ class TowerWeights:
         for j, layer in enumerate(self.spec.deepstack_layers):
             self._joined[j] = self.offsets[layer + 1].repeat(self.spec.patches_per_token)
 
+    def _norm(self, name: str, offset: torch.Tensor) -> NormWeights:
+        return self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias"), offset
+
     def _block(self, i: int) -> BlockWeights:
-        get, name = self.tensors.get, f"blocks.{i}"
+        name = f"blocks.{i}"
         return BlockWeights(
-            norm1_weight=self.tensors[f"{name}.norm1.weight"],
-            norm1_bias=get(f"{name}.norm1.bias"),
-            norm1_offset=self.offsets[i],
+            norm1=self._norm(f"{name}.norm1", self.offsets[i]),
             qkv_weight=self.tensors[f"{name}.qkv.weight"],
             qkv_bias=self.tensors[f"{name}.qkv.bias"],
             proj_weight=self.tensors[f"{name}.proj.weight"],
-            norm2_weight=self.tensors[f"{name}.norm2.weight"],
-            norm2_bias=get(f"{name}.norm2.bias"),
-            norm2_offset=self._middle[i],
+            norm2=self._norm(f"{name}.norm2", self._middle[i]),
             up_weight=self.tensors[f"{name}.up.weight"],
             up_bias=self.tensors[f"{name}.up.bias"],
             down_weight=self.tensors[f"{name}.down.weight"],
@@ -159,9 +154,7 @@ class TowerWeights:
 
     def _merger(self, name: str, offset: torch.Tensor) -> MergerWeights:
         return MergerWeights(
-            norm_weight=self.tensors[f"{name}.norm.weight"],
-            norm_bias=self.tensors.get(f"{name}.norm.bias"),
-            offset=offset,
+            norm=self._norm(f"{name}.norm", offset),
             fc1_weight=self.tensors[f"{name}.fc1.weight"],
             fc1_bias=self.tensors[f"{name}.fc1.bias"],
             fc2_weight=self.tensors[f"{name}.fc2.weight"],

@@ -21,6 +21,7 @@ import triton.language as tl
 
 from .dispatch import use_reference
 from .launch import launch_kernel
+from .pdl import pdl_options, wait_for_previous
 from .roofline import Cost
 from .rows import ceil_div, check_live_rows, row_programs
 
@@ -72,7 +73,9 @@ def _activation_kernel(
     ACTIVATION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     live = T
     if live_ptr is not None:
         live = tl.minimum(tl.load(live_ptr), T)
@@ -124,6 +127,7 @@ def activation_(
         activation,
         BLOCK_T=BLOCK_T,
         BLOCK_F=BLOCK_F,
+        **pdl_options(x),
     )
     return x
 

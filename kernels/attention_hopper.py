@@ -33,6 +33,7 @@ import triton
 from .attention import check_tensors
 from .dispatch import is_interpreting
 from .launch import launch_kernel
+from .pdl import starts_early
 from .rows import ceil_div, num_sms
 
 ROWS = 64  # rows of q that a group of four warps computes
@@ -149,7 +150,7 @@ def launch(q, k, v, cu_seqlens, scale: float, out, config: LaunchConfig) -> None
         boxes(v, n, first), boxes(v, n, second),
         out, cu_seqlens, num_segments, scale * LOG2E,
         D=head_dim, HEADS=num_heads, GROUPS=config.groups, STAGES=config.num_stages,
-        num_warps=4, maxnreg=MAX_REGISTERS[config.groups],
+        num_warps=4, maxnreg=MAX_REGISTERS[config.groups], launch_pdl=starts_early(q),
     )  # fmt: skip
 
 

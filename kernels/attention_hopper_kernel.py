@@ -12,6 +12,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .gluon_pdl import wait_for_previous
+
 # Triton 3.7 renamed both
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _barrier: Any = getattr(gl, "barrier", None) or getattr(gl, "thread_barrier")  # noqa: B009
@@ -50,6 +52,7 @@ def _produce(
     D0: gl.constexpr = k0_ring.shape[3]
     D1: gl.constexpr = k1_ring.shape[3] if SPLIT else 0
     V1: gl.constexpr = v1_ring.shape[3] if SPLIT else 0
+    wait_for_previous()
     last = gl.load(cu_ptr + num_segments)
     segment = 0
     first = 0
@@ -189,6 +192,7 @@ def _consume(
     P1_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O1_LAYOUT, 2)
     dtype: gl.constexpr = k0_ring.dtype
 
+    wait_for_previous()
     last = gl.load(cu_ptr + num_segments)
     segment = 0
     first = 0

@@ -3,17 +3,19 @@
     y = silu(x @ gate.T + bias_gate) * (x @ up.T + bias_up)
 
 x [T, K], weight [2F, K] (gate over up), bias [2F], y [T, F], all of one dtype. In fp32 with one
-rounding where it is one kernel ("hopper", the kernel of gemm_hopper.py), which writes F columns
-instead of writing 2F, reading them and writing F. Else ("library") the products go to `scratch` by
-`linear` and `swiglu` gates them, with a rounding in between.
+rounding where it is one kernel ("hopper", that of gemm_hopper.py, or "few_rows", that of
+gemm_few_rows.py), which writes F columns instead of writing 2F, reading them and writing F. Else
+("library") the products go to `scratch` by `linear` and `swiglu` gates them, with a rounding in
+between.
 
-Rows past the live ones: "library" leaves those of y alone; "hopper" writes live rows rounded up to
-the tile's `block_m`. https://arxiv.org/abs/2002.05202
+Rows past the live ones: "library" leaves those of y alone; the kernels write live rows rounded up
+to the tile's `block_m`. https://arxiv.org/abs/2002.05202
 """
 
 import torch
 
 from .dispatch import use_reference
+from .few_rows_tuning import FewRowsConfig, few_rows_tile
 from .gemm import check_arguments, hopper_reason, is_aligned
 from .gemm_tuning import GATED, HopperConfig, hopper_tile, tile_by_waves, tuning
 from .linear import linear, linear_ref
@@ -21,7 +23,7 @@ from .roofline import Cost
 from .rows import ceil_div, num_sms
 from .swiglu import swiglu, swiglu_ref
 
-BACKENDS = ("auto", "library", "hopper")
+BACKENDS = ("auto", "library", "hopper", "few_rows")
 
 
 def gated_linear_ref(
@@ -38,17 +40,18 @@ def cost(T: int, F: int, K: int, dtype: torch.dtype) -> Cost:
 
 def choose_gated_backend(
     M: int, N: int, K: int, dtype: torch.dtype, device: torch.device
-) -> tuple[str, HopperConfig | None]:
-    """What "auto" stands for: ("library", None) or ("hopper", tile), as `linear.choose_backend`.
+) -> tuple[str, HopperConfig | FewRowsConfig | None]:
+    """What "auto" stands for: ("library", None), or a kernel and its tile (`choose_backend`).
 
     `N` is 2F.
     """
-    tile = None
-    if device.type == "cuda" and N % 16 == 0 and K % 8 == 0:
-        tile = hopper_tile(M, N, K, GATED, False, num_sms(device), tuning(device).table)
+    if device.type != "cuda" or N % 16 or K % 8:
+        return "library", None
+    few = few_rows_tile(M, N, K, GATED)
+    tile = few or hopper_tile(M, N, K, GATED, False, num_sms(device), tuning(device).table)
     if tile is None or hopper_reason(device, dtype) is not None:
         return "library", None
-    return "hopper", tile
+    return ("hopper" if few is None else "few_rows"), tile
 
 
 def gated_linear(
@@ -60,7 +63,7 @@ def gated_linear(
     scratch: torch.Tensor | None = None,
     live_rows: torch.Tensor | None = None,
     backend: str = "auto",
-    config: HopperConfig | None = None,
+    config: HopperConfig | FewRowsConfig | None = None,
 ) -> torch.Tensor:
     """Compute y of the module docstring into `out`, or a new tensor.
 
@@ -69,18 +72,22 @@ def gated_linear(
         out: [T, F] to write; rows of a new tensor that are not written are uninitialised.
         scratch: [T, 2F] that "library" writes; a new tensor if None and needed.
         live_rows: int32 [1] on the device; rows from there on are of no interest.
-        backend: "auto", "library" or "hopper".
-        config: tile of "hopper"; None for the one that is tuned.
+        backend: "auto", "library", "hopper" or "few_rows".
+        config: tile of the kernel that `backend` names; None for the one that is tuned.
 
     Raises:
         ValueError: shapes disagree, an odd number of rows in `weight`, an unknown backend, a
-            `config` for another backend or without two halves, or "hopper" where it cannot run.
+            `config` for another backend or without two halves, or a kernel where it cannot run.
         TypeError: dtypes or devices disagree.
     """
     if backend not in BACKENDS:
         raise ValueError(f"gated_linear: backend={backend!r} is not one of {BACKENDS}")
-    if config is not None and backend != "hopper":
-        raise ValueError(f"gated_linear: config={config} needs backend='hopper', not {backend!r}")
+    if config is not None:
+        owner = "few_rows" if isinstance(config, FewRowsConfig) else "hopper"
+        if backend != owner:
+            raise ValueError(
+                f"gated_linear: config={config} needs backend={owner!r}, not {backend!r}"
+            )
     if config is not None and config.block_n not in (128, 256):
         raise ValueError(
             f"gated_linear: config={config} has no two halves of 64 or 128 columns, one for the "
@@ -104,20 +111,25 @@ def gated_linear(
         _, tile = choose_gated_backend(M, N, K, x.dtype, x.device)
         if tile is not None and not is_aligned(x, weight, out):
             tile = None
-    elif backend == "hopper":
+    elif backend != "library":
         if reason := hopper_reason(x.device, x.dtype):
-            raise ValueError(f"gated_linear: backend='hopper' cannot run here: {reason}")
+            raise ValueError(f"gated_linear: backend={backend!r} cannot run here: {reason}")
         if not is_aligned(x, weight, out):
             raise ValueError(
-                "gated_linear: backend='hopper' needs rows that start at multiples of 16 bytes, "
-                f"got strides {x.stride()}, {weight.stride()} and {out.stride()}; use 'auto'"
+                f"gated_linear: backend={backend!r} needs rows that start at multiples of 16 "
+                f"bytes, got strides {x.stride()}, {weight.stride()} and {out.stride()}; use 'auto'"
             )
-        sms = num_sms(x.device)
-        tile = config or hopper_tile(M, N, K, GATED, False, sms, tuning(x.device).table)
-        tile = tile or tile_by_waves(M, N, K, GATED, sms)
+        tile = config or _tuned_tile(backend, M, N, K, x.device)
     if tile is None or use_reference(x):
         return swiglu(linear(x, weight, bias, out=scratch, live_rows=live_rows), out, live_rows)
     if out.numel() == 0:
+        return out
+    if isinstance(tile, FewRowsConfig):
+        from . import gemm_few_rows
+
+        gemm_few_rows.launch(
+            x, weight, bias, out, live_rows, activation="silu", is_gated=True, config=tile
+        )
         return out
     from .gemm_hopper import launch
 
@@ -127,6 +139,16 @@ def gated_linear(
         programs=min(sms, ceil_div(M, tile.block_m) * ceil_div(N, tile.block_n)),
     )  # fmt: skip
     return out
+
+
+def _tuned_tile(
+    backend: str, M: int, N: int, K: int, device: torch.device
+) -> HopperConfig | FewRowsConfig:
+    if backend == "few_rows":
+        return few_rows_tile(M, N, K, GATED) or FewRowsConfig(64, 128, num_stages=4)
+    sms = num_sms(device)
+    tile = hopper_tile(M, N, K, GATED, False, sms, tuning(device).table)
+    return tile or tile_by_waves(M, N, K, GATED, sms)
 
 
 @torch.library.custom_op("vitgraph::gated_linear", mutates_args=())

@@ -27,7 +27,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .activation import apply_activation
 from .gemm_tuning import HopperConfig
+from .gluon_pdl import wait_for_previous
 from .launch import launch_kernel
+from .pdl import starts_early
 
 # columns of the output that are stored at a time: 128 bytes, the widest swizzle
 STORE_N = 64
@@ -83,6 +85,7 @@ def _produce(
     STEP_K: gl.constexpr = x_ring.shape[2]
     HEAD: gl.constexpr = weight_ring.shape[1]
     BYTES: gl.constexpr = (BLOCK_M + BLOCK_N) * STEP_K * 2
+    wait_for_previous()
     tiles_m, tiles_n = _live_tiles(live_ptr, M, N, BLOCK_M, BLOCK_N)
     step = 0
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
@@ -223,6 +226,7 @@ def _consume(
         [3, 0], [NUM_WARPS, 1], [16, TAIL_RING, 16]
     )
     PART_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, WIDTH, 16])
+    wait_for_previous()
     tiles_m, tiles_n = _live_tiles(live_ptr, M, N, BLOCK_M, BLOCK_N)
     steps = gl.cdiv(K, STEP_K)
     programs = gl.num_programs(0)
@@ -375,5 +379,5 @@ def launch(
         ACTIVATION=activation or "", HAS_RESIDUAL=has_residual, IS_GATED=is_gated,
         BLOCK_M=block_m, BLOCK_N=block_n, GROUP_M=GROUP_M,
         STAGES=config.num_stages, BUFFERS=BUFFERS,
-        num_warps=4, maxnreg=MAX_REGISTERS,
+        num_warps=4, maxnreg=MAX_REGISTERS, launch_pdl=starts_early(x),
     )  # fmt: skip

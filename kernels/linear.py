@@ -13,20 +13,24 @@ the sum of the biases left out to what reads the residual, or use another backen
 `backend="hopper"` is the kernel of gemm_hopper.py, for fp16 and bf16 on compute capability 9.0:
 every epilogue, only live rows, and faster than the others from some 1,600 to 16,000 rows on, by
 layer (gemm_tuning.py).
-`backend="auto"` is "hopper" where `choose_backend` finds it the faster, else "library". It takes
-the epilogues of the library only, so that no call fails for its number of rows.
+`backend="few_rows"` is the kernel of gemm_few_rows.py, for the same types and GPUs: all but the
+residual (see `linear_partials` there), live rows only, and faster than the library up to some 256
+rows.
+`backend="auto"` is "hopper" or "few_rows" where `choose_backend` finds it the faster, else
+"library". It takes the epilogues of the library only, so that no call fails for its number of rows.
 
-**Rows past the live ones**: "library" writes all of them. "triton" and "hopper" write live rows
+**Rows past the live ones**: "library" writes all of them. The others write live rows
 rounded up to the tile's `block_m`, from whatever x holds there, and leave later ones untouched, in
 a new tensor uninitialised. Whoever multiplies such rows has to have filled them before.
 
 CPU tensors are computed by plain PyTorch operations, except `backend="triton"` under the
-interpreter; "hopper" refuses them.
+interpreter; "hopper" and "few_rows" refuse them.
 """
 
 import torch
 
 from .activation import activation_
+from .few_rows_tuning import FewRowsConfig, few_rows_tile
 from .gemm import (
     check_arguments,
     cost,
@@ -49,7 +53,7 @@ __all__ = [
     "linear_residual_op",
 ]
 
-BACKENDS = ("auto", "library", "triton", "hopper")
+BACKENDS = ("auto", "library", "triton", "hopper", "few_rows")
 
 linear_ref = gemm_ref
 
@@ -62,8 +66,8 @@ def choose_backend(
     device: torch.device,
     activation: str | None,
     has_residual: bool,
-) -> tuple[str, HopperConfig | None]:
-    """What "auto" stands for, ("library", None) or ("hopper", tile), by gemm_tuning.py.
+) -> tuple[str, HopperConfig | FewRowsConfig | None]:
+    """What "auto" stands for, ("library", None) or a kernel and its tile, by gemm_tuning.py.
 
     In a process it depends on nothing but the arguments, since a user's table is read once; so a
     recorded call and an eager one on the same padded shape are computed alike. `M` counts all rows,
@@ -74,13 +78,14 @@ def choose_backend(
         ValueError: the user's table for this GPU is damaged.
     """
     # the cheapest questions first: small calls are made in great number
-    tile = None
-    if device.type == "cuda" and N % 8 == 0 and K % 8 == 0:
-        table = tuning(device).table
-        tile = hopper_tile(M, N, K, activation, has_residual, num_sms(device), table)
+    if device.type != "cuda" or N % 8 or K % 8:
+        return "library", None
+    few = None if has_residual else few_rows_tile(M, N, K, activation or "")
+    table = tuning(device).table
+    tile = few or hopper_tile(M, N, K, activation, has_residual, num_sms(device), table)
     if tile is None or hopper_reason(device, dtype) is not None:
         return "library", None
-    return "hopper", tile
+    return ("hopper" if few is None else "few_rows"), tile
 
 
 def _check_library_epilogue(
@@ -123,12 +128,12 @@ def linear(
         out: [T, N] to write; a new tensor if None.
         live_rows: int32 [1] on the device; rows from there on are of no interest. What they hold
             afterwards depends on the backend (module docstring).
-        backend: "auto", "library", "triton" or "hopper".
+        backend: "auto", "library", "triton", "hopper" or "few_rows".
 
     Raises:
         ValueError: shapes disagree, elements of a row are not adjacent, an unknown activation or
             backend, both `out` and `residual`, an epilogue that the library does not have ("auto"
-            and "library"), or "hopper" where it cannot run.
+            and "library"), a residual for "few_rows", or a kernel where it cannot run.
         TypeError: dtypes or devices disagree.
     """
     if backend not in BACKENDS:
@@ -140,9 +145,16 @@ def linear(
     check_arguments("linear", x, weight, bias, activation, residual, out, live_rows)
     (M, K), N, has_residual = x.shape, weight.shape[0], residual is not None
     tile = None
-    if backend == "hopper":
-        if reason := hopper_reason(x.device, x.dtype):
-            raise ValueError(f"linear: backend='hopper' cannot run here: {reason}; use 'auto'")
+    if backend in ("hopper", "few_rows") and (reason := hopper_reason(x.device, x.dtype)):
+        raise ValueError(f"linear: backend={backend!r} cannot run here: {reason}; use 'auto'")
+    if backend == "few_rows":
+        if has_residual:
+            raise ValueError(
+                "linear: backend='few_rows' cannot add to a residual in place; use "
+                "gemm_few_rows.linear_partials, or backend='auto'"
+            )
+        tile = few_rows_tile(M, N, K, activation or "") or FewRowsConfig(64, 64, num_stages=6)
+    elif backend == "hopper":
         sms = num_sms(x.device)
         tile = hopper_tile(M, N, K, activation, has_residual, sms, tuning(x.device).table)
         tile = tile or tile_by_waves(M, N, K, activation, sms)
@@ -153,6 +165,13 @@ def linear(
         given = (m for m in (x, weight, residual, out) if m is not None)
         if tile is not None and not is_aligned(*given):
             tile = None
+    if isinstance(tile, FewRowsConfig):
+        from .gemm_few_rows import launch
+
+        y = x.new_empty(M, N) if out is None else out
+        if y.numel():
+            launch(x, weight, bias, y, live_rows, activation=activation, config=tile)
+        return y
     if tile is not None:
         return gemm(
             x, weight, bias, activation=activation, residual=residual, out=out, live_rows=live_rows,

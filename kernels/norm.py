@@ -5,7 +5,9 @@
     rms:    y = s / sqrt(mean(s^2) + eps) * weight
 
 Shapes: x and y [T, D], rows contiguous; weight, bias [D]; offset [D] fp32 or None: the sum of the
-biases that the residual stream has left out so far. Statistics and arithmetic are fp32 (fp64 for
+biases that the residual stream has left out so far. With `partials` [S, T, D] fp32 the stream lacks
+the sum of a product as well (gemm_few_rows.py): x += sum(partials), rounded to x's dtype and
+written back, comes first. Statistics and arithmetic are fp32 (fp64 for
 fp64). Rows at or past the live ones are written as zeros and never read: whatever stale values the
 stream holds there, what the next kernels read is finite. With `destination` [T] int32, row r goes
 to row destination[r] of y.
@@ -21,6 +23,8 @@ import triton.language as tl
 
 from .dispatch import use_reference
 from .launch import launch_kernel
+from .partials import add_partials_ref, check_partials, load_stream, num_partials
+from .pdl import pdl_options, wait_for_previous
 from .roofline import Cost
 
 MAX_D = 16384  # one row must fit in the registers of a program
@@ -43,12 +47,13 @@ def config(T: int, D: int) -> NormConfig:
     """A pure function, by measurement on an H200 at widths of 1024 to 1280.
 
     From some 2,000 rows on a warp for two rows is fastest: sums stay within the warp, and the split
-    leaves few of its lanes idle. Fewer rows are spread over more warps.
+    leaves few of its lanes idle. Fewer rows are spread over more warps; up to 512, by captured
+    towers of 224 and 256 rows, one over four.
     """
     if D <= 2048:
         if T >= 2048 and D >= 32:
             return NormConfig(rows=2, num_warps=1, split=True)
-        return NormConfig(rows=2, num_warps=4)
+        return NormConfig(rows=1 if T <= 512 else 2, num_warps=4)
     return NormConfig(rows=1, num_warps=8 if D <= 8192 else 16)
 
 
@@ -70,8 +75,11 @@ def norm_ref(
     offset: torch.Tensor | None = None,
     destination: torch.Tensor | None = None,
     num_live: int | None = None,
+    partials: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Plain PyTorch definition of `norm`; `num_live` is a Python int here."""
+    """Plain PyTorch definition of `norm`; `num_live` is a Python int here, and x stays as it is."""
+    if partials is not None:
+        x = add_partials_ref(x, partials, num_live)
     s = x if offset is None else x + offset.to(x.dtype)
     if kind == "layer":
         y = torch.nn.functional.layer_norm(s, s.shape[-1:], weight, bias, eps)
@@ -92,30 +100,25 @@ def cost(T: int, D: int, dtype: torch.dtype) -> Cost:
 
 
 @triton.jit
-def _load(x_ptr, offset_ptr, row_start, live, d, D):
-    """Columns d of some rows of x + offset, fp32, 0 past the row and in rows that are not live."""
-    in_row = d < D
-    x = tl.load(x_ptr + row_start + d[None, :], mask=live & in_row[None, :], other=0.0)
-    x = x.to(tl.float32)
-    if offset_ptr is not None:
-        x += tl.load(offset_ptr + d, mask=in_row, other=0.0)[None, :]
-    return x
+def _load_vector(ptr, d, D):
+    """Columns d of a vector [1, D] in fp32; 0.0 where there is none."""
+    values = 0.0
+    if ptr is not None:
+        values = tl.load(ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    return values
 
 
 @triton.jit
-def _store(y, weight_ptr, bias_ptr, y_ptr, row_start, live, in_rows, d, D):
+def _store(y, weight, bias, y_ptr, row_start, live, in_rows, d, D):
     """Scale and shift columns d of normalised rows, and write them."""
-    in_row = d < D
-    y *= tl.load(weight_ptr + d, mask=in_row, other=0.0).to(tl.float32)[None, :]
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + d, mask=in_row, other=0.0).to(tl.float32)[None, :]
-    y = tl.where(live, y, 0.0).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + row_start + d[None, :], y, mask=in_rows & in_row[None, :])
+    y = tl.where(live, y * weight + bias, 0.0).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + row_start + d[None, :], y, mask=in_rows & (d < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["T"])  # one compilation for all row counts
 def _norm_kernel(
     x_ptr,  # [T, D]
+    partials_ptr,  # [SPLITS, T, D] fp32 or None
     weight_ptr,  # [D]
     bias_ptr,  # [D] or None
     offset_ptr,  # [D] fp32 or None
@@ -127,10 +130,17 @@ def _norm_kernel(
     eps,
     IS_RMS: tl.constexpr,
     LIVE_GROUP: tl.constexpr,
+    SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     REST: tl.constexpr,  # width of the second block of a row, or 0
+    PDL: tl.constexpr,
 ):
+    d = tl.arange(0, BLOCK_D)
+    weight = _load_vector(weight_ptr, d, D)
+    bias = _load_vector(bias_ptr, d, D)
+    offset = _load_vector(offset_ptr, d, D)
+    wait_for_previous(PDL)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     num_live = T
     if live_ptr is not None:
@@ -139,13 +149,17 @@ def _norm_kernel(
     in_rows = (r < T)[:, None]
     # int64 before the multiply: T * D passes 2**31 at 1.9M rows of width 1152
     start = r[:, None].to(tl.int64) * D
-    d = tl.arange(0, BLOCK_D)
-    x = _load(x_ptr, offset_ptr, start, live, d, D)
+    plane = T.to(tl.int64) * D
+    is_read = live & (d < D)[None, :]
+    x = load_stream(x_ptr, partials_ptr, start + d[None, :], is_read, plane, SPLITS) + offset
     total = tl.sum(x, axis=1)
     rest_d, rest = d, x  # of no meaning without a second block
     if REST > 0:
         rest_d = BLOCK_D + tl.arange(0, REST)
-        rest = _load(x_ptr, offset_ptr, start, live, rest_d, D)
+        is_read = live & (rest_d < D)[None, :]
+        at = start + rest_d[None, :]
+        rest = load_stream(x_ptr, partials_ptr, at, is_read, plane, SPLITS)
+        rest += _load_vector(offset_ptr, rest_d, D)
         total += tl.sum(rest, axis=1)
     mean = total[:, None] / D
     if not IS_RMS:
@@ -159,9 +173,11 @@ def _norm_kernel(
     if destination_ptr is not None:
         row = tl.load(destination_ptr + r, mask=r < T, other=0)
         start = row[:, None].to(tl.int64) * D
-    _store(x * scale, weight_ptr, bias_ptr, y_ptr, start, live, in_rows, d, D)
+    _store(x * scale, weight, bias, y_ptr, start, live, in_rows, d, D)
     if REST > 0:
-        _store(rest * scale, weight_ptr, bias_ptr, y_ptr, start, live, in_rows, rest_d, D)
+        rest_weight = _load_vector(weight_ptr, rest_d, D)
+        rest_bias = _load_vector(bias_ptr, rest_d, D)
+        _store(rest * scale, rest_weight, rest_bias, y_ptr, start, live, in_rows, rest_d, D)
 
 
 def norm(
@@ -175,6 +191,7 @@ def norm(
     destination: torch.Tensor | None = None,
     live_rows: torch.Tensor | None = None,
     live_group: int = 1,
+    partials: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Normalise the rows of `x`; see the module docstring.
@@ -187,6 +204,7 @@ def norm(
         destination: [T] int32 permutation of the rows; the result is written in its order.
         live_rows: int32 [1]; rows from `live_rows // live_group` on are written as zeros.
         live_group: patches in a row of `x` (4 where 2 x 2 patches were joined to a row).
+        partials: [S, T, D] fp32 sums that live rows of `x` lack; added to it in place, first.
         out: [T, D] to write into; a new tensor if None.
 
     Raises:
@@ -209,18 +227,15 @@ def norm(
             f"norm: out must be contiguous {list(x.shape)}, got {list(out.shape)} with strides "
             f"{out.stride()}"
         )
+    check_partials("norm", x, partials)
     if use_reference(x):
         num_live = None if live_rows is None else int(live_rows) // live_group
+        if partials is not None:
+            x.copy_(add_partials_ref(x, partials, num_live))
         y = norm_ref(
-            x,
-            weight,
-            bias,
-            eps,
-            kind=kind,
-            offset=offset,
-            destination=destination,
-            num_live=num_live,
-        )
+            x, weight, bias, eps,
+            kind=kind, offset=offset, destination=destination, num_live=num_live,
+        )  # fmt: skip
         return y if out is None else out.copy_(y)
     y = torch.empty_like(x) if out is None else out
     if T == 0:
@@ -229,9 +244,9 @@ def norm(
     block_d, rest = blocks(D, launch)
     launch_kernel(
         _norm_kernel, (triton.cdiv(T, launch.rows),),
-        x, weight, bias, offset, destination, live_rows, y, T, D, eps,
-        IS_RMS=kind == "rms", LIVE_GROUP=live_group, ROWS=launch.rows,
-        BLOCK_D=block_d, REST=rest, num_warps=launch.num_warps,
+        x, partials, weight, bias, offset, destination, live_rows, y, T, D, eps,
+        IS_RMS=kind == "rms", LIVE_GROUP=live_group, SPLITS=num_partials(partials),
+        ROWS=launch.rows, BLOCK_D=block_d, REST=rest, num_warps=launch.num_warps, **pdl_options(x),
     )  # fmt: skip
     return y
 

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from .dispatch import use_reference
 from .launch import launch_kernel
+from .pdl import pdl_options, wait_for_previous
 from .roofline import Cost
 
 
@@ -41,7 +42,9 @@ def _rope_kernel(
     HALF: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     t = tl.program_id(0)
     if live_ptr is not None and t >= tl.load(live_ptr):
         return
@@ -100,6 +103,7 @@ def rope_(
         "HALF": D // 2,
         "BLOCK_H": triton.next_power_of_2(2 * H),
         "BLOCK_HALF": triton.next_power_of_2(D // 2),
+        **pdl_options(qkv),
     }
     launch_kernel(_rope_kernel, (T,), qkv, cos, sin, live_rows, **constants)
     return qkv

@@ -35,6 +35,7 @@ from .attention_triton import (
 )
 from .dispatch import use_reference
 from .launch import launch_kernel
+from .pdl import pdl_options, wait_for_previous
 from .roofline import Cost
 
 MAX_WINDOW = 256
@@ -158,7 +159,9 @@ def _window_attention_kernel(
     D1: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     HALF: tl.constexpr = D // 2
     TILES: tl.constexpr = BLOCK_N // BLOCK_M
     # heads innermost: they share the rows of cos and sin, and the lines of the fused buffer
@@ -305,6 +308,7 @@ def window_attention(
         cu_window_seqlens,
         scale * LOG2E,
         **kernel_constants(q, k, v, config),
+        **pdl_options(q),
         num_warps=config.num_warps,
     )
 

@@ -15,7 +15,7 @@ import torch
 import vitgraph.bench.towers_config as towers
 from typer.testing import CliRunner
 from vitgraph.capture import RungLimits
-from vitgraph.encoder import VisionEncoder, forward, fp8, swap_vision_tower
+from vitgraph.encoder import VisionEncoder, forward, fp8, stream, swap_vision_tower
 from vitgraph.encoder.cli import app
 from vitgraph.encoder.embedder import Embedder
 from vitgraph.encoder.fp8 import LAYERS, Fp8Plan
@@ -136,7 +136,8 @@ def test_every_plan_is_near_bf16_and_uses_its_layers(name, plan, monkeypatch):
         used.append(weight.data_ptr())
         return right(x, x_scale, weight, *arguments, **options)
 
-    monkeypatch.setattr(fp8, "linear_fp8", watched)
+    for module in (fp8, stream):
+        monkeypatch.setattr(module, "linear_fp8", watched)
     hf = build(name, outliers=False)
     native, encoder = VisionEncoder.from_hf(hf), VisionEncoder.from_hf(hf, precision=plan)
     rows = pixels(native)
@@ -251,7 +252,8 @@ def test_poisoned_padding_stays_out(name, plan, monkeypatch, poison_empty):
         assert (x_scale[live:] > 0).all()
         return right(x, x_scale, *arguments, out=out, **options)
 
-    monkeypatch.setattr(fp8, "linear_fp8", checked)
+    for module in (fp8, stream):
+        monkeypatch.setattr(module, "linear_fp8", checked)
     poison_empty()
     outputs = {
         k: torch.full(shape, torch.nan, dtype=encoder.dtype)

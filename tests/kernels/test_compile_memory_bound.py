@@ -13,7 +13,7 @@ from vitgraph.kernels.compiled import inspect
 def test_norm(D, T, is_rms):
     launch = norm.config(T, D)
     block_d, rest = norm.blocks(D, launch)
-    none = {"destination_ptr": None} | ({"bias_ptr": None} if is_rms else {})
+    none = {"destination_ptr": None, "partials_ptr": None} | ({"bias_ptr": None} if is_rms else {})
     info = inspect(
         norm._norm_kernel,
         {
@@ -21,8 +21,8 @@ def test_norm(D, T, is_rms):
             "live_ptr": "*i32", "y_ptr": "*bf16", "T": "i32", "D": "i32", "eps": "fp32",
         },
         none | {
-            "IS_RMS": is_rms, "LIVE_GROUP": 1, "ROWS": launch.rows,
-            "BLOCK_D": block_d, "REST": rest,
+            "IS_RMS": is_rms, "LIVE_GROUP": 1, "SPLITS": 0, "ROWS": launch.rows,
+            "BLOCK_D": block_d, "REST": rest, "PDL": False,
         },
         divisible=["D"],
         num_warps=launch.num_warps,
@@ -39,7 +39,7 @@ def test_rope(D):
         {"qkv_ptr": "*bf16", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "live_ptr": "*i32"},
         {
             "HEADS": 32, "HALF": D // 2, "BLOCK_H": 32,
-            "BLOCK_HALF": triton.next_power_of_2(D // 2),
+            "BLOCK_HALF": triton.next_power_of_2(D // 2), "PDL": False,
         },
     )  # fmt: skip
     assert info.spill_bytes == 0

@@ -1,0 +1,81 @@
+"""Which products of few rows take the kernel of gemm_few_rows.py, as measured.
+
+One NVIDIA H200, Triton 3.6.0, PyTorch 2.11.0 with CUDA 13.0, 2026-11-21, bf16. Such a product
+takes a few microseconds, and how much of it hides under its neighbours decides. So up to 256 rows
+these are the tiles with which the captured tower as a whole was fastest, one layer after another
+exchanged, twice over, at 224 (Qwen3-VL) or 256 rows; where two towers share a shape, the better one
+for both. Up to 128 rows, and from 257 on, a product was measured behind or before its norm. Past
+the last entry, and in shapes without one, gemm_tuning.py and the library decide: from some 500 rows
+on, tiles that share operands between multiprocessors, as only the library has them, are faster.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .gemm_tuning import GATED, RESIDUAL
+
+
+@dataclass(frozen=True)
+class FewRowsConfig:
+    """Tile [block_m, block_n] of a program of gemm_few_rows.py, and the parts of K.
+
+    `block_m` is 64 or 128, `block_n` 2^a or 2^a + 2^b, a multiple of 64 up to 256. `num_stages`
+    steps of 64 along K are in flight.
+    """
+
+    block_m: int
+    block_n: int
+    num_stages: int
+    splits: int = 1
+
+    @property
+    def max_registers(self) -> int:
+        """Registers of a thread: a small tile shares a multiprocessor with another one."""
+        return 128 if self.block_m * self.block_n <= 64 * 128 else 168
+
+
+# (N, K, epilogue): (last M, tile), each from the one before on. RESIDUAL stands for sums of parts
+# that the next norm adds to the stream, GATED for both products of gated_linear.py (N counts both).
+Table = Mapping[tuple[int, int, str], tuple[tuple[int, FewRowsConfig], ...]]
+
+_NARROW = FewRowsConfig(64, 64, num_stages=6)
+_THIRDS = FewRowsConfig(64, 64, num_stages=6, splits=3)
+_DEEP_THIRDS = FewRowsConfig(64, 64, num_stages=12, splits=3)
+_WIDE = FewRowsConfig(64, 128, num_stages=8)
+_WIDE_HALVES = FewRowsConfig(64, 128, num_stages=9, splits=2)
+_WIDE_THIRDS = FewRowsConfig(64, 128, num_stages=9, splits=3)
+_SQUARE = FewRowsConfig(128, 128, num_stages=6)
+
+TABLE: Table = {
+    # Qwen3-VL-8B and 32B: qkv, proj, up, down
+    (3456, 1152, ""): ((256, _WIDE),),
+    (1152, 1152, RESIDUAL): ((128, _THIRDS), (256, _NARROW)),
+    (4304, 1152, "gelu_tanh"): ((128, _NARROW),),
+    (1152, 4304, RESIDUAL): ((128, _DEEP_THIRDS), (256, _WIDE_THIRDS)),
+    # Qwen3-VL-2B and 4B: qkv, proj, down
+    (3072, 1024, ""): ((256, _WIDE),),
+    (1024, 1024, RESIDUAL): ((256, _WIDE_HALVES),),
+    (1024, 4096, RESIDUAL): ((256, _WIDE_THIRDS),),
+    # Qwen2.5-VL and Qwen2-VL: qkv, proj
+    (3840, 1280, ""): ((256, _WIDE),),
+    (1280, 1280, RESIDUAL): ((128, _THIRDS), (256, _WIDE_HALVES)),
+    # Qwen2.5-VL: gate and up, down
+    (6912, 1280, GATED): ((128, FewRowsConfig(64, 128, num_stages=9)), (256, _SQUARE)),
+    (1280, 3456, RESIDUAL): ((128, _THIRDS), (256, _WIDE_HALVES)),
+    # Qwen2-VL: up, down
+    (5120, 1280, "quick_gelu"): (
+        (128, _WIDE),
+        (256, FewRowsConfig(64, 192, num_stages=6)),
+        (384, _SQUARE),
+        (512, FewRowsConfig(128, 192, num_stages=4)),
+    ),
+    (1280, 5120, RESIDUAL): ((128, _DEEP_THIRDS), (256, _WIDE_THIRDS)),
+}
+
+
+def few_rows_tile(M: int, N: int, K: int, epilogue: str) -> FewRowsConfig | None:
+    """Tile for M rows; None where another product is the faster, or nothing is known."""
+    for last, tile in TABLE.get((N, K, epilogue), ()):
+        if last >= M:
+            return tile
+    return None

@@ -1,0 +1,266 @@
+"""The kernel of gemm_few_rows.py, which says what it computes and how its work is laid out."""
+
+from typing import Any
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .activation import apply_activation
+from .gluon_pdl import wait_for_previous
+
+# Triton 3.7 renamed both
+_load: Any = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_store: Any = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
+
+@gluon.jit
+def _num_live(live_ptr, M):
+    live = M
+    if live_ptr is not None:
+        live = gl.minimum(gl.load(live_ptr), M)
+    return live
+
+
+@gluon.jit
+def _load_weight(
+    weight, weight_tail, start_n, start_k, N, arrived, block, tail, IS_GATED: gl.constexpr,
+    HAS_TAIL: gl.constexpr,
+):  # fmt: skip
+    HEAD: gl.constexpr = block.shape[0]
+    if IS_GATED:
+        gate, up = start_n // 2, (N + start_n) // 2
+        _load(weight, [gate, start_k], arrived, block.slice(0, HEAD // 2))
+        _load(weight, [up, start_k], arrived, block.slice(HEAD // 2, HEAD // 2))
+    else:
+        _load(weight, [start_n, start_k], arrived, block)
+    if HAS_TAIL:
+        _load(weight_tail, [start_n + HEAD, start_k], arrived, tail)
+
+
+@gluon.jit
+def _produce(
+    x, weight, weight_tail, live_ptr, M, N, start_m, start_n, first_step, steps,
+    x_ring, weight_ring, tail_ring, empty, x_full, weight_full,
+    IS_GATED: gl.constexpr, HAS_TAIL: gl.constexpr,
+):  # fmt: skip
+    STAGES: gl.constexpr = x_ring.shape[0]
+    BLOCK_M: gl.constexpr = x_ring.shape[1]
+    STEP_K: gl.constexpr = x_ring.shape[2]
+    WIDTH: gl.constexpr = weight_ring.shape[1] + (tail_ring.shape[1] if HAS_TAIL else 0)
+    early = gl.minimum(steps, STAGES)
+    # weights do not depend on the kernel before: as many as fit are on their way when it ends
+    for i in range(early):
+        mbarrier.expect(weight_full.index(i), WIDTH * STEP_K * 2)
+        _load_weight(
+            weight, weight_tail, start_n, (first_step + i) * STEP_K, N, weight_full.index(i),
+            weight_ring.index(i), tail_ring.index(i), IS_GATED, HAS_TAIL,
+        )  # fmt: skip
+    wait_for_previous()
+    if start_m < _num_live(live_ptr, M):
+        for i in range(steps):
+            stage = i % STAGES
+            start_k = (first_step + i) * STEP_K
+            if i >= STAGES:
+                mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
+                mbarrier.expect(weight_full.index(stage), WIDTH * STEP_K * 2)
+                _load_weight(
+                    weight, weight_tail, start_n, start_k, N, weight_full.index(stage),
+                    weight_ring.index(stage), tail_ring.index(stage), IS_GATED, HAS_TAIL,
+                )  # fmt: skip
+            mbarrier.expect(x_full.index(stage), BLOCK_M * STEP_K * 2)
+            _load(x, [start_m, start_k], x_full.index(stage), x_ring.index(stage))
+    else:
+        # the memory of a program that has ended belongs to others
+        for i in range(early):
+            mbarrier.wait(weight_full.index(i), 0)
+
+
+@gluon.jit
+def _columns(acc, COUNT: gl.constexpr):
+    """Tuple of `COUNT` tiles that lie side by side in `acc`; moves no data between threads."""
+    if COUNT == 1:
+        return (acc,)
+    else:
+        halves = acc.reshape([acc.shape[0], 2, acc.shape[1] // 2]).permute(0, 2, 1).split()
+        return _columns(halves[0], COUNT // 2) + _columns(halves[1], COUNT // 2)
+
+
+@gluon.jit
+def _add_bias(y, bias_ptr, first, end, LAYOUT: gl.constexpr):
+    if bias_ptr is not None:
+        columns = first + gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+        bias = gl.load(bias_ptr + columns, mask=columns < end, other=0.0)
+        y += bias.to(gl.float32)[None, :]
+    return y
+
+
+@gluon.jit
+def _store_rounded(
+    parts, bias_ptr, out, N, start_m, start_n, buffers,
+    LAYOUT: gl.constexpr, ACTIVATION: gl.constexpr, IS_GATED: gl.constexpr,
+):  # fmt: skip
+    PARTS: gl.constexpr = len(parts) // 2 if IS_GATED else len(parts)
+    BUFFERS: gl.constexpr = buffers.shape[0]
+    WIDTH: gl.constexpr = buffers.shape[2]
+    if IS_GATED:
+        start_n = start_n // 2
+    for i in gl.static_range(PARTS):
+        first = start_n + i * WIDTH
+        y = _add_bias(gl.convert_layout(parts[i], LAYOUT), bias_ptr, first, N, LAYOUT)
+        y = apply_activation(y, ACTIVATION)
+        if IS_GATED:
+            up = gl.convert_layout(parts[PARTS + i], LAYOUT)
+            y *= _add_bias(up, bias_ptr, N // 2 + first, N, LAYOUT)
+        if i >= BUFFERS:
+            tma.store_wait(BUFFERS - 1)
+        buffers.index(i % BUFFERS).store(y.to(out.dtype))
+        fence_async_shared()
+        _store(out, [start_m, first], buffers.index(i % BUFFERS))
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _store_partial(acc, out_ptr, M, N, start_m, start_n):
+    """fp32 as they are: four threads of a row fill a sector of 32 bytes."""
+    LAYOUT: gl.constexpr = acc.type.layout
+    rows = start_m + gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, LAYOUT))
+    columns = start_n + gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+    mask = (rows < M)[:, None] & (columns < N)[None, :]
+    gl.store(out_ptr + rows[:, None] * N + columns[None, :], acc, mask=mask)
+
+
+@gluon.jit
+def _consume(
+    bias_ptr, out, partial_ptr, live_ptr, M, N, start_m, start_n, steps,
+    x_ring, weight_ring, tail_ring, buffers, empty, x_full, weight_full,
+    ACTIVATION: gl.constexpr, IS_GATED: gl.constexpr, HAS_TAIL: gl.constexpr,
+    NUM_WARPS: gl.constexpr,
+):  # fmt: skip
+    STAGES: gl.constexpr = x_ring.shape[0]
+    BLOCK_M: gl.constexpr = x_ring.shape[1]
+    HEAD: gl.constexpr = weight_ring.shape[1]
+    TAIL: gl.constexpr = tail_ring.shape[1]
+    HEAD_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, HEAD, 16])
+    TAIL_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, TAIL, 16])
+    wait_for_previous()
+    if start_m < _num_live(live_ptr, M):
+        acc = gl.zeros([BLOCK_M, HEAD], gl.float32, HEAD_LAYOUT)
+        tail = acc
+        if HAS_TAIL:
+            tail = gl.zeros([BLOCK_M, TAIL], gl.float32, TAIL_LAYOUT)
+        for i in range(steps):
+            stage = i % STAGES
+            mbarrier.wait(weight_full.index(stage), (i // STAGES) & 1)
+            mbarrier.wait(x_full.index(stage), (i // STAGES) & 1)
+            a = x_ring.index(stage)
+            acc = warpgroup_mma(a, weight_ring.index(stage).permute((1, 0)), acc, is_async=True)
+            # products of this step are left to run; those of the step before are done
+            if HAS_TAIL:
+                b = tail_ring.index(stage).permute((1, 0))
+                tail = warpgroup_mma(a, b, tail, is_async=True)
+                acc, tail = warpgroup_mma_wait(2, deps=(acc, tail))
+            else:
+                acc = warpgroup_mma_wait(1, deps=(acc,))
+            mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), pred=i > 0)
+        if HAS_TAIL:
+            acc, tail = warpgroup_mma_wait(0, deps=(acc, tail))
+        else:
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+        if partial_ptr is not None:
+            _store_partial(acc, partial_ptr, M, N, start_m, start_n)
+            if HAS_TAIL:
+                _store_partial(tail, partial_ptr, M, N, start_m, start_n + HEAD)
+        else:
+            WIDTH: gl.constexpr = buffers.shape[2]
+            PART_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+                [3, 0], [NUM_WARPS, 1], [16, WIDTH, 16]
+            )
+            if HAS_TAIL:
+                parts = _columns(acc, HEAD // WIDTH) + _columns(tail, TAIL // WIDTH)
+            else:
+                parts = _columns(acc, HEAD // WIDTH)
+            _store_rounded(
+                parts, bias_ptr, out, N, start_m, start_n, buffers,
+                PART_LAYOUT, ACTIVATION, IS_GATED,
+            )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["M", "splits"])  # one compilation for all
+def gemm_few_rows_kernel(
+    x,  # [M, K] descriptor
+    weight,  # [N, K] descriptor, blocks of HEAD rows (half of it when gated)
+    weight_tail,  # the same by blocks of TAIL rows, or None
+    bias_ptr,  # [N] or None
+    out,  # [M, N] descriptor (half as wide when gated), or None
+    partial_ptr,  # [splits, M, N] fp32, or None
+    live_ptr,  # [1] int32 or None
+    M,
+    N,
+    K,
+    splits,
+    ACTIVATION: gl.constexpr,
+    IS_GATED: gl.constexpr,
+    STAGES: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """One tile of one split; grid: tiles of rows, the fastest, times tiles of columns x splits."""
+    BLOCK_M: gl.constexpr = x.block_shape[0]
+    STEP_K: gl.constexpr = x.block_shape[1]
+    HEAD: gl.constexpr = weight.block_shape[0] * (2 if IS_GATED else 1)
+    HAS_TAIL: gl.constexpr = weight_tail is not None
+    x_ring = gl.allocate_shared_memory(x.dtype, [STAGES, BLOCK_M, STEP_K], x.layout)
+    weight_ring = gl.allocate_shared_memory(x.dtype, [STAGES, HEAD, STEP_K], weight.layout)
+    if HAS_TAIL:
+        TAIL: gl.constexpr = weight_tail.block_shape[0]
+        tail_ring = gl.allocate_shared_memory(x.dtype, [STAGES, TAIL, STEP_K], weight_tail.layout)
+        BLOCK_N: gl.constexpr = HEAD + TAIL
+    else:
+        tail_ring = weight_ring
+        BLOCK_N: gl.constexpr = HEAD
+    if out is not None:
+        WIDTH: gl.constexpr = out.block_shape[1]
+        PARTS: gl.constexpr = BLOCK_N // WIDTH // (2 if IS_GATED else 1)
+        buffers = gl.allocate_shared_memory(x.dtype, [min(PARTS, 2), BLOCK_M, WIDTH], out.layout)
+    else:
+        buffers = x_ring
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    x_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    weight_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(empty.index(i), count=1)
+        mbarrier.init(x_full.index(i), count=1)
+        mbarrier.init(weight_full.index(i), count=1)
+    fence_async_shared()
+    tiles_m = gl.cdiv(M, BLOCK_M)
+    tiles_n = gl.cdiv(N, BLOCK_N)
+    start_m = gl.program_id(0) % tiles_m * BLOCK_M
+    column = gl.program_id(0) // tiles_m
+    start_n = column % tiles_n * BLOCK_N
+    split = column // tiles_n
+    total = gl.cdiv(K, STEP_K)
+    first_step = split * total // splits
+    steps = (split + 1) * total // splits - first_step
+    if partial_ptr is not None:
+        partial_ptr += split * M * N
+    gl.warp_specialize(
+        [
+            (_consume, (
+                bias_ptr, out, partial_ptr, live_ptr, M, N, start_m, start_n, steps,
+                x_ring, weight_ring, tail_ring, buffers, empty, x_full, weight_full,
+                ACTIVATION, IS_GATED, HAS_TAIL, num_warps,
+            )),
+            (_produce, (
+                x, weight, weight_tail, live_ptr, M, N, start_m, start_n, first_step, steps,
+                x_ring, weight_ring, tail_ring, empty, x_full, weight_full, IS_GATED, HAS_TAIL,
+            )),
+        ],
+        [1],
+        [24],
+    )  # fmt: skip
