@@ -35,6 +35,9 @@ from .roofline import Cost
 
 BACKENDS = ("reference", "triton", "hopper", "torch", "fa2", "fa3", "fa4")
 LONG_SEGMENT = 8192
+# At these the two are even in one segment of 16,384 rows, and "hopper" is ahead in every mix of
+# shorter ones (`python -m vitgraph.bench kernels attention`), which is what long bounds hold.
+HOPPER_HEAD_DIMS = frozenset({80})
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -216,7 +219,8 @@ def choose_backend(
     """Backend to use when the user names none.
 
     reference on a CPU. For 16-bit dtypes, measured on an H200: hopper, or fa4 where a segment may
-    have `LONG_SEGMENT` rows or more; or whichever of them is usable. Else triton.
+    have `LONG_SEGMENT` rows or more and heads are not of `HOPPER_HEAD_DIMS`; or whichever of them is
+    usable. Else triton.
 
     Args:
         device, dtype, head_dim: of q, k and v.
@@ -230,7 +234,8 @@ def choose_backend(
         return "reference"
     if dtype in _HALF:
         is_long = max_seqlen is not None and max_seqlen >= LONG_SEGMENT
-        for name in ("fa4", "hopper") if is_long else ("hopper", "fa4"):
+        prefers_fa4 = is_long and head_dim not in HOPPER_HEAD_DIMS
+        for name in ("fa4", "hopper") if prefers_fa4 else ("hopper", "fa4"):
             if _reason(name, where, head_dim, dtype) is None:
                 return name
     check_backend("triton", dtype, where, head_dim)
