@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from math import ceil
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from .cost import CostSample, Load, MeasuredCosts
 from .cost_fit import fit_costs
+from .packing import total_of
 from .protocol import EncoderItemSpec, RungLimits, SupportsEncoderCudaGraph
 from .sample_layouts import equal_images
 from .staging import PIXELS, Grid
@@ -29,11 +31,15 @@ RunOn = Callable[[RungLimits | None, torch.Tensor, Sequence[Grid]], object]
 
 # Small rungs, which take little time, are all measured: libraries pick their kernels by size, so
 # one may be slower than the next. Of the others some are; those between are interpolated.
-_ALL_UP_TO_TOKENS = 1024
-_MEASURED_RUNGS = 16
+_ALL_UP_TO_TOKENS = 2048
+_MEASURED_RUNGS = 12
 # A longer frame adds nothing to the fit but time: attention is quadratic.
 _LONGEST_FRAME_TOKENS = 4096
 _SECONDS_PER_SAMPLE = 0.04
+# The first calls find a device and a host that have been idle, and take longer.
+_SAMPLES_OF_WARM_UP = 12
+# Three calls of a sample, or as many as take so long: long calls vary less.
+_SECONDS_ENOUGH = 0.25
 
 
 def calibrate(
@@ -45,13 +51,13 @@ def calibrate(
 ) -> list[CostSample]:
     """Wall times of whole calls, medians: of rungs at 30, 60 and 100 % live, and eagerly.
 
-    Every small rung is measured and up to 16 of the others. Eager calls are measured on layouts of
-    some of both, and on up to four times the largest rung.
+    Every small rung is measured and up to 12 of the others. Eager calls are measured on layouts of
+    some of both, large ones also in eight images, and on up to four times the largest rung.
     """
     small = [rung for rung in rungs if rung.token_budget <= _ALL_UP_TO_TOKENS]
     large = rungs[len(small) :]
     some_large = [large[i] for i in _spread(len(large), _MEASURED_RUNGS)]
-    some_small = [small[i] for i in _spread(len(small), _MEASURED_RUNGS)]
+    some_small = [small[i] for i in _spread(len(small), 2 * _MEASURED_RUNGS)]
     largest = rungs[-1]
     jobs: list[tuple[RungLimits | None, list[Grid]]] = []
     jobs += [(rung, grid) for rung in (*small, *some_large) for grid in _layouts(encoder, rung)]
@@ -59,17 +65,23 @@ def calibrate(
     jobs += [(None, g) for rung in (*some_small, *some_large) for g in _full(encoder, rung)]
     many = equal_images(encoder, largest, largest.token_budget, 8)
     jobs += [(None, many * times) for times in (2, 4) if many]
+    # What most eager calls are like: neither a few huge images nor as many as there are slots.
+    several = (equal_images(encoder, rung, rung.token_budget, 8) for rung in some_large)
+    jobs += [(None, grid) for grid in several if grid]
     longest = max(_patches(encoder.item_specs(grid)) for _, grid in jobs)
     spec = encoder.input_specs(largest)[PIXELS]
     pixels = torch.randn(longest, *spec.shape[1:], device=encoder.device).to(spec.dtype)
-    samples: list[CostSample] = []
-    for rung, grid in tqdm(jobs, "calibrate", file=sys.stderr, disable=not show_progress):
-        items = encoder.item_specs(grid)
-        rows = pixels[: _patches(items)]
-        us = _time(encoder.device, lambda r=rung, x=rows, g=grid: run_on(r, x, g))
-        load = Load(*map(sum, zip(*map(Load.of, items), strict=True)))
-        samples.append(CostSample(None if rung is None else rung.token_budget, load, us))
-    return samples
+
+    def sample(rung: RungLimits | None, grid: Sequence[Grid]) -> CostSample:
+        load = total_of([Load.of(item) for item in encoder.item_specs(grid)])
+        us = _time(encoder.device, lambda: run_on(rung, pixels[: load.patches], grid))
+        return CostSample(None if rung is None else rung.token_budget, load, us)
+
+    warm_at = time.perf_counter() + _SAMPLES_OF_WARM_UP * _SECONDS_PER_SAMPLE
+    while time.perf_counter() < warm_at:
+        sample(*jobs[0])
+    bar = tqdm(jobs, "calibrate", file=sys.stderr, disable=not show_progress)
+    return [sample(rung, grid) for rung, grid in bar]
 
 
 def load_costs(
@@ -152,7 +164,7 @@ def _full(encoder: SupportsEncoderCudaGraph, rung: RungLimits) -> list[list[Grid
 
 
 def _time(device: torch.device, work: Callable[[], object]) -> float:
-    """Microseconds of `work` until the device is done, the median of three calls or more."""
+    """Microseconds of `work` until the device is done, the median of calls."""
 
     def once() -> float:
         start = time.perf_counter()
@@ -164,7 +176,9 @@ def _time(device: torch.device, work: Callable[[], object]) -> float:
 
     once()
     times = [once()]
-    repeats = min(15, max(3, int(_SECONDS_PER_SAMPLE / max(times[0], 1e-6))))
+    seconds = max(times[0], 1e-6)
+    least = min(3, ceil(_SECONDS_ENOUGH / seconds))
+    repeats = min(15, max(least, int(_SECONDS_PER_SAMPLE / seconds)))
     times += [once() for _ in range(repeats - 1)]
     return median(times) * 1e6
 

@@ -1,17 +1,24 @@
 """One call, planned: its items, where their rows are, and the batches that compute them."""
 
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from .cost import Costs, Load
 from .dispatch import Dispatcher
-from .packing import CHEAPER, LIMITS, Batch, exceeded, room_of
-from .protocol import EncoderItemSpec, Pruning, Rows, RungLimits, SupportsEncoderCudaGraph
+from .packing import CHEAPER, LIMITS, Batch, exceeded, room_of, total_of
+from .protocol import (
+    BufferSpec,
+    EncoderItemSpec,
+    Pruning,
+    Rows,
+    RungLimits,
+    SupportsEncoderCudaGraph,
+)
 from .rows import RowOffsets, Run, runs_of
-from .staging import Grid, table_for
+from .staging import Grid, live_views, table_for
 
 _REMEMBERED = 1024  # plans
 
@@ -24,6 +31,7 @@ class PlannedBatch:
     runs: tuple[Run, ...]
     rung: RungLimits | None
     reasons: Counter[str]
+    load: Load
     _tables: dict[int, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -41,7 +49,8 @@ class PlannedBatch:
             room = room_of(largest)
             shared = batch.reason if batch.reason not in LIMITS else CHEAPER
             reasons.update(exceeded(Load.of(item), room) or shared or CHEAPER for item in own)
-        return cls(own, tuple(runs_of(batch.indices)), batch.rung, reasons)
+        load = total_of([Load.of(item) for item in own])
+        return cls(own, tuple(runs_of(batch.indices)), batch.rung, reasons, load)
 
     def rows(self, grid: Sequence[Grid]) -> list[Grid]:
         """The rows of the grid table that belong to this batch."""
@@ -62,6 +71,19 @@ class PlannedCall:
     items: tuple[EncoderItemSpec, ...]
     offsets: RowOffsets
     batches: tuple[PlannedBatch, ...]
+    # the live rows of static outputs, by slot: made once, as the sources of copies only
+    _sources: dict[int, dict[str, torch.Tensor]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    def sources(
+        self, slot: int, packed: Mapping[str, torch.Tensor], specs: Mapping[str, BufferSpec]
+    ) -> dict[str, torch.Tensor]:
+        """The live rows of all outputs `packed` of `slot`, for a call that is one replay."""
+        sources = self._sources.get(slot)
+        if sources is None:
+            sources = self._sources[slot] = live_views(packed, specs, specs, self.offsets)
+        return sources
 
 
 class Planner:

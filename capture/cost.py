@@ -23,6 +23,9 @@ _NEVER = 1e6
 # predictions add up, between rungs that were not all measured, and are off by a few per cent each.
 _EXACT_MARGIN = 0.01
 _MEASURED_MARGIN = 0.1
+# Of a replay and an eager call that are predicted to take as long, to within half of what the fit
+# errs, the replay is taken: it leaves the host free.
+_EAGER_MARGIN = 0.005
 
 
 class Load(NamedTuple):
@@ -74,14 +77,16 @@ class Terms(NamedTuple):
 
 @dataclass(frozen=True)
 class EagerCurve:
-    """Microseconds of an eager call: the larger of `floor` and a GPU time.
+    """Microseconds of an eager call: the larger of the time of the host and a GPU time.
 
     Attributes:
-        floor: time in which the host launches everything.
+        floor: time in which the host launches everything, at least.
         tokens, us: knots of the GPU time without attention pairs, the first at 0 tokens, linear
             between them, not falling.
         per_pair: GPU time of an attention pair, at least.
         pair_rise: what a pair takes above that at each knot, linear between them; () for nothing.
+        floor_steps: (tokens, us), ascending in both: from so many tokens on the floor is `us`. More
+            rows take other kernels, and some of them keep the host longer.
     """
 
     floor: float
@@ -89,6 +94,7 @@ class EagerCurve:
     us: tuple[float, ...]
     per_pair: float
     pair_rise: tuple[float, ...] = ()
+    floor_steps: tuple[tuple[int, float], ...] = ()
     end_slope: float = field(init=False, compare=False, repr=False)
 
     def __post_init__(self):
@@ -98,15 +104,24 @@ class EagerCurve:
 
     def of(self, load: Load) -> float:
         """Microseconds of `load`."""
-        per_pair = self.per_pair
-        if self.pair_rise:
-            per_pair += self._between(self.pair_rise, load.tokens, self.pair_rise[-1])
-        return max(self.floor, self.gpu(load.tokens) + per_pair * load.pairs)
+        return max(self.host(load.tokens), self.gpu(load))
 
-    def gpu(self, tokens: int) -> float:
-        """GPU time of `tokens` without attention pairs."""
+    def host(self, tokens: int) -> float:
+        """Time in which the host launches what `tokens` take."""
+        floor = self.floor
+        for first, us in self.floor_steps:
+            if tokens < first:
+                break
+            floor = us
+        return floor
+
+    def gpu(self, load: Load) -> float:
+        """GPU time of `load`."""
+        tokens, per_pair = load.tokens, self.per_pair
+        if self.pair_rise:
+            per_pair += self._between(self.pair_rise, tokens, self.pair_rise[-1])
         past = self.us[-1] + (tokens - self.tokens[-1]) * self.end_slope
-        return self._between(self.us, tokens, past)
+        return self._between(self.us, tokens, past) + per_pair * load.pairs
 
     def _between(self, values: tuple[float, ...], tokens: int, past: float) -> float:
         """`values` at the knots, interpolated at `tokens`; `past` from the last knot on."""
@@ -129,6 +144,11 @@ class Costs(Protocol):
     @property
     def split_margin(self) -> float:
         """The part of the cost of a single call that a split has to promise to save."""
+        ...
+
+    @property
+    def eager_margin(self) -> float:
+        """The part of the cost of a replay that an eager call has to promise to save."""
         ...
 
     def terms(self, rung: RungLimits) -> Terms:
@@ -163,6 +183,11 @@ class AssumedCosts:
     def split_margin(self) -> float:
         """Small: an assumption is taken at its word."""
         return _EXACT_MARGIN
+
+    @property
+    def eager_margin(self) -> float:
+        """None: eager calls are out of reach anyway."""
+        return 0.0
 
     def terms(self, rung: RungLimits) -> Terms:
         """The budget and the overhead, whatever the load."""
@@ -204,6 +229,11 @@ class MeasuredCosts:
         """More than the errors of several predictions together."""
         return _MEASURED_MARGIN
 
+    @property
+    def eager_margin(self) -> float:
+        """About the error of a prediction."""
+        return _EAGER_MARGIN
+
     def terms(self, rung: RungLimits) -> Terms:
         """The terms of `rung`, interpolated where it was not measured."""
         known = self._known.get(rung.token_budget)
@@ -243,6 +273,7 @@ class MeasuredCosts:
                 "us": list(curve.us),
                 "per_pair": curve.per_pair,
                 "pair_rise": list(curve.pair_rise),
+                "floor_steps": [{"tokens": first, "us": us} for first, us in curve.floor_steps],
             },
         }
 
@@ -279,8 +310,20 @@ class MeasuredCosts:
         floor, per_pair = (number(eager, k, float, "eager.") for k in ("floor", "per_pair"))
         if len(rise) not in (0, len(tokens)):
             raise refused("eager.pair_rise", rise, f"{len(tokens)} numbers, or none")
+        steps = [(0, floor)]
+        for place, row in enumerate(entry(eager, "floor_steps", list, "eager.")):
+            where = f"eager.floor_steps[{place}]."
+            step = number(row, "tokens", int, where), number(row, "us", float, where)
+            if step[0] <= steps[-1][0] or step[1] <= steps[-1][1]:
+                raise refused(where[:-1], row, f"above {steps[-1]} in both")
+            steps.append(step)
         curve = EagerCurve(
-            floor, tuple(tokens), tuple(map(float, us)), per_pair, tuple(map(float, rise))
+            floor,
+            tuple(tokens),
+            tuple(map(float, us)),
+            per_pair,
+            tuple(map(float, rise)),
+            tuple(steps[1:]),
         )
         return cls(tuple(replays), curve)
 

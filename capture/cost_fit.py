@@ -1,16 +1,25 @@
 """Costs from measurements: least squares on relative errors, no coefficient negative."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from .cost import CostSample, EagerCurve, MeasuredCosts, Terms
+from .cost import CostSample, EagerCurve, Load, MeasuredCosts, Terms
+from .packing import room_of, within
 from .protocol import RungLimits
 
 # Weight, in relative error, of the wish that a coefficient the samples say nothing about be zero.
 _WISH = 1e-2
 # The same for what the samples should insist on: chosen on made-up and on measured times.
 _STRONG_WISH = 0.3
+# Times this close are one plateau, which tells of the host if its tokens differ by more than that.
+_PLATEAU = 1.1
+_PLATEAU_RATIO = 1.25
+# The GPU time of a load is that of a replay which it fills so far; an eager call that takes more
+# than so many times that waits for the host.
+_FILLED = 0.8
+_WAITS = 1.05
 # Knots of the eager curve lie at least this far apart: closer ones would fit noise.
 _KNOT_RATIO = 1.15
 
@@ -46,8 +55,13 @@ def fit_costs(samples: Sequence[CostSample], rungs: Sequence[RungLimits]) -> Mea
             f"fit_costs: {len(by_rung)} rungs and {len(eager)} eager calls are measured; "
             "at least 1 of each is needed"
         )
-    replays = tuple((budget, _fit_rung(by_rung[budget])) for budget in sorted(by_rung))
-    return MeasuredCosts(replays, _fit_eager(eager))
+    replays = {
+        rung: _fit_rung(by_rung[rung.token_budget])
+        for rung in sorted(rungs, key=lambda rung: rung.token_budget)
+        if rung.token_budget in by_rung
+    }
+    by_budget = tuple((rung.token_budget, terms) for rung, terms in replays.items())
+    return MeasuredCosts(by_budget, _fit_eager(eager, tuple(replays.items())))
 
 
 def _fit_rung(samples: Sequence[CostSample]) -> Terms:
@@ -55,24 +69,58 @@ def _fit_rung(samples: Sequence[CostSample]) -> Terms:
     return Terms(*_fit(np.array(columns, float), samples, (0.0, _WISH, _WISH)).tolist())
 
 
-def _fit_eager(samples: Sequence[CostSample]) -> EagerCurve:
-    """Try every division into calls bound by the host and by the GPU; keep the best."""
-    ordered = sorted(samples, key=lambda sample: sample.us)
-    times = np.array([sample.us for sample in ordered])
-    curves = []
-    for host_bound in range(len(ordered)):
-        weights = 1 / times[:host_bound]
-        # no call is taken to cost less than the fastest that was measured
-        floor = float(weights.sum() / (weights**2).sum()) if host_bound else float(times[0])
-        curves.append(_fit_curve(floor, ordered[host_bound:]))
+def _fit_eager(
+    samples: Sequence[CostSample], replays: Sequence[tuple[RungLimits, Terms]]
+) -> EagerCurve:
+    replayed = [_replayed(sample.load, replays) for sample in samples]
+    waits = [
+        gpu is None or sample.us > _WAITS * gpu
+        for sample, gpu in zip(samples, replayed, strict=True)
+    ]
+    floors = _floors(samples, waits)
+    bound_by_gpu = []
+    for sample, gpu in zip(samples, replayed, strict=True):
+        host = max(us for first, us in floors if first <= sample.load.tokens)
+        if sample.us > _PLATEAU * host:
+            bound_by_gpu.append(sample)
+        elif gpu is not None:  # it waited for the host
+            bound_by_gpu.append(replace(sample, us=min(sample.us, gpu)))
+    slowest = max(samples, key=lambda sample: sample.us)
+    return _fit_curve(floors, bound_by_gpu or [slowest])
 
-    def error(curve: EagerCurve) -> float:
-        return sum((curve.of(sample.load) / sample.us - 1) ** 2 for sample in ordered)
 
-    return min(curves, key=error)
+def _replayed(load: Load, replays: Sequence[tuple[RungLimits, Terms]]) -> float | None:
+    """Time of a replay that `load` fills, which is its GPU time; None if there is none."""
+    for rung, terms in replays:
+        if within(load, room_of(rung)):
+            return terms.of(load) if load.tokens >= _FILLED * rung.token_budget else None
+    return None
 
 
-def _fit_curve(floor: float, samples: Sequence[CostSample]) -> EagerCurve:
+def _floors(samples: Sequence[CostSample], waits: Sequence[bool]) -> list[tuple[int, float]]:
+    """(tokens, us), ascending in both: what the host needs from so many tokens on.
+
+    Where more tokens take no longer, calls wait for the host. The first is from 0 on: no call is
+    taken to cost less than the fastest that was measured. `waits` says which calls may have waited.
+    """
+    pairs = zip(samples, waits, strict=True)
+    ordered = sorted(pairs, key=lambda pair: pair[0].load.tokens)
+    # the least time of a call of at least so many tokens: it rises by steps and by slopes
+    least = np.minimum.accumulate([sample.us for sample, _ in ordered][::-1])[::-1]
+    floors = [(0, float(least[0]))]
+    start = 0
+    while start < len(ordered):
+        most = _PLATEAU * least[start]
+        level = [sample for sample, may_wait in ordered[start:] if may_wait and sample.us <= most]
+        tokens = [sample.load.tokens for sample in level]
+        if level and (start == 0 or tokens[-1] >= _PLATEAU_RATIO * tokens[0]):
+            step = tokens[0], float(np.median([sample.us for sample in level]))
+            floors = [(0, step[1])] if start == 0 else [*floors, step]
+        start = int(np.searchsorted(least, most, side="right"))
+    return floors
+
+
+def _fit_curve(floors: Sequence[tuple[int, float]], samples: Sequence[CostSample]) -> EagerCurve:
     knots = _knots([sample.load.tokens for sample in samples])
     tokens = np.array([[sample.load.tokens] for sample in samples], float)
     low, high = np.array(knots[:-1], float), np.array(knots[1:], float)
@@ -88,7 +136,8 @@ def _fit_curve(floor: float, samples: Sequence[CostSample]) -> EagerCurve:
     found = _fit(np.concatenate(columns, axis=1), samples, wishes).tolist()
     start_and_rises, per_pair, added = found[: len(knots)], found[len(knots)], found[-len(low) :]
     us = tuple(np.cumsum(start_and_rises).tolist())
-    return EagerCurve(floor, knots, us, per_pair, (added[0], *added))
+    (_, floor), *steps = floors
+    return EagerCurve(floor, knots, us, per_pair, (added[0], *added), tuple(steps))
 
 
 def _knots(tokens: Sequence[int]) -> tuple[int, ...]:

@@ -70,6 +70,7 @@ class Dispatcher:
         self._columns = tuple(zip(*rooms, strict=True))
         self._eager = costs.eager_curve
         self._margin = costs.split_margin
+        self._eager_share = 1 - costs.eager_margin
         terms = np.array([costs.terms(rung) for rung in rungs], dtype=float)
         self._runs = Runs(rooms, terms)
         # For each rung its terms, and the least of all from it on: where to stop looking.
@@ -82,7 +83,7 @@ class Dispatcher:
 
         Where a bound shows that no split can win, this takes microseconds, else up to milliseconds.
         The predicted cost is never above that of the best single choice, which is any rung that
-        holds all items or one eager call.
+        holds all items or one eager call, but for the margin that an eager call has to save.
         """
         if not items:
             return []
@@ -104,7 +105,10 @@ class Dispatcher:
         return [self._batch(tuple(range(len(items))), rung, total, items)]
 
     def price(self, load: Load) -> tuple[float, int]:
-        """Cost of the cheapest single call for `load` and its rung's index, -1 for eager."""
+        """Cost of the cheapest single call for `load` and its rung's index, -1 for eager.
+
+        An eager call counts as cheapest only where it beats replays by the margin of the costs.
+        """
         tokens, pairs = load.tokens, load.pairs
         cost, rung = float("inf"), -1
         # The first rung that holds it is rarely beaten, but times are measured: look on while the
@@ -118,7 +122,7 @@ class Dispatcher:
                 cost, rung = here, index
         if cost > self._eager.floor:
             eager = self._eager.of(load)
-            if eager < cost:
+            if eager < cost * self._eager_share:
                 return eager, -1
         return cost, rung
 

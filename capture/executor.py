@@ -1,8 +1,8 @@
 """Calls on a captured ladder: staging, replays, eager batches, and who owns the results."""
 
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -66,10 +66,12 @@ class Executor:
                     f"{list(spec.shape)} for up to {limit_of(spec.rows, largest)} {spec.rows}; "
                     "its leading axis must have a row for each of them"
                 )
+        self._names = tuple(self._output_specs)
         self._kinds: set[Rows] = {"patches", "tokens"}
         self._kinds.update(spec.rows for spec in self._output_specs.values())
         self._planner: Planner | None = None
         self._last_stream: torch.cuda.Stream | None = None
+        self._last_handle: int | None = None
         self._copy_stream: torch.cuda.Stream | None = None
 
     def publish(self, ladder: CapturedLadder) -> CapturedLadder | None:
@@ -96,7 +98,8 @@ class Executor:
         with self.lock:
             if self.ladder is not None:
                 self.ladder.ring.revoke_leases()
-            self.ladder = self._planner = self._last_stream = self._copy_stream = None
+            self.ladder = self._planner = self._copy_stream = None
+            self._last_stream = self._last_handle = None
             self.costs = AssumedCosts()
             self.stats = CallStats()
 
@@ -117,7 +120,8 @@ class Executor:
         names: Collection[str] | None,
     ) -> dict[str, torch.Tensor]:
         """See `EncoderCudaGraphManager.execute`."""
-        with self._serving("execute"):
+        with self.lock, _no_grad(), self._on_device():
+            self._begin("execute")
             grid, call = self._plan(pixel_values, grid_thw, pruning)
             if pruning is not None and KEEP not in self._input_specs:
                 return self._pruned_eagerly(call, pixel_values, grid, pruning, out, names)
@@ -126,10 +130,14 @@ class Executor:
                 check_out(out, self._output_specs, call.offsets, self._encoder.device)
             if len(call.batches) == 1:
                 packed, slot = self._run(call.batches[0], call, pixel_values, grid, pruning)
+                if slot is not None:
+                    views = call.sources(slot, packed, self._output_specs)
+                    if wanted is not self._names:
+                        views = {name: views[name] for name in wanted}
+                    return copy_views(views, out)
                 views = live_views(packed, self._output_specs, wanted, call.offsets)
-                if slot is None and out is None:
-                    return views  # eager results belong to nobody else
-                return copy_views(views, out)
+                # eager results belong to nobody else
+                return views if out is None else copy_views(views, out)
             results = self._empty(wanted, call) if out is None else {n: out[n] for n in wanted}
             return self._scatter(results, call, pixel_values, grid, pruning)
 
@@ -140,12 +148,13 @@ class Executor:
         pruning: Pruning | None,
     ) -> Lease:
         """See `EncoderCudaGraphManager.lease`."""
-        with self._serving("lease") as ladder:
+        with self.lock, _no_grad(), self._on_device():
+            ladder = self._begin("lease")
             grid, call = self._plan(pixel_values, grid_thw, pruning)
             if pruning is not None and KEEP not in self._input_specs:
                 views = self._pruned_eagerly(call, pixel_values, grid, pruning, None, None)
                 return Lease(None, views)
-            names = tuple(self._output_specs)
+            names = self._names
             if len(call.batches) == 1:
                 packed, slot = self._run(call.batches[0], call, pixel_values, grid, pruning)
                 views = live_views(packed, self._output_specs, names, call.offsets)
@@ -160,14 +169,18 @@ class Executor:
 
         For measurements: does what `execute` would.
         """
-        with self._serving("run_on"):
-            if rung is None:
-                return self._encoder.eager_forward(pixel_values, list(grid))
+        with self.lock, _no_grad(), self._on_device():
+            self._begin("run_on")
             assert self._planner is not None
+            grid = grid_rows(grid)
             call = self._planner.plan(grid, None, "measured")
-            packed, _ = self._replay(rung, call.batches[0], call, pixel_values, grid, None)
-            views = live_views(packed, self._output_specs, self._output_specs, call.offsets)
-            return copy_views(views)
+            self._check(pixel_values, call)
+            wanted = self._wanted(None, None)
+            if rung is None:
+                packed = self._encoder.eager_forward(pixel_values, grid)
+                return live_views(packed, self._output_specs, wanted, call.offsets)
+            packed, slot = self._replay(rung, call.batches[0], call, pixel_values, grid, None)
+            return copy_views(call.sources(slot, packed, self._output_specs))
 
     def _plan(
         self,
@@ -181,9 +194,12 @@ class Executor:
         call = self._planner.plan(grid, pruning, "pruning" if unpruned else None)
         if pruning is not None:
             check_pruning(pruning, call.items)
-        check_pixels(pixel_values, self._input_specs[PIXELS], call.offsets.total("patches"))
+        self._check(pixel_values, call)
         self.stats.count_call(call.offsets.total("tokens"))
         return grid, call
+
+    def _check(self, pixel_values: torch.Tensor, call: PlannedCall) -> None:
+        check_pixels(pixel_values, self._input_specs[PIXELS], call.offsets.total("patches"))
 
     def _run(
         self,
@@ -196,7 +212,7 @@ class Executor:
         """Outputs of `batch`, packed, and the slot that they lie in: None for eager results."""
         if batch.rung is not None:
             outputs, index = self._replay(batch.rung, batch, call, pixel_values, grid, pruning)
-            self.stats.count_replay(batch.rung, batch.items)
+            self.stats.count_replay(batch.rung, batch.load)
             return outputs, index
         with span(f"vitgraph.eager[{','.join(batch.reasons)}]", self._nvtx):
             outputs = self._encoder.eager_forward(
@@ -217,14 +233,19 @@ class Executor:
         pruning: Pruning | None,
     ) -> tuple[Mapping[str, torch.Tensor], int]:
         """Stage `batch` and replay; the static outputs and the index of their slot."""
-        ladder = self._ladder_or_raise("execute")
+        ladder = self.ladder
+        assert ladder is not None
         index = ladder.ring.next()
         slot = ladder.ring.slots[index]
         graph = ladder.rungs[rung].graphs[index]
         graph.check_addresses()
         with span("vitgraph.stage", self._nvtx), self._staging(slot, pixel_values):
-            table = graph.inputs[GRID]
-            table.copy_(batch.table(grid, table), non_blocking=True)
+            destination = graph.inputs[GRID]
+            table = batch.table(grid, destination)
+            if slot.table is not table:  # else it is there from the last call of this layout
+                slot.table = None
+                destination.copy_(table, non_blocking=True)
+                slot.table = table
             if KEEP in graph.inputs:
                 stage_pruning(graph.inputs, pruning, call.offsets, batch.runs)
             stage_pixels(graph.inputs[PIXELS], pixel_values, call.offsets, batch.runs)
@@ -244,7 +265,9 @@ class Executor:
         self, names: Collection[str] | None, out: Mapping[str, torch.Tensor] | None
     ) -> tuple[str, ...]:
         if names is None:
-            names = self._output_specs if out is None else out
+            if out is None:
+                return self._names
+            names = out
         unknown = sorted(set(names) - self._output_specs.keys())
         if unknown:
             raise ValueError(
@@ -301,17 +324,19 @@ class Executor:
             scatter_rows(results, packed, self._output_specs, call.offsets, batch.runs)
         return results
 
-    @contextmanager
-    def _serving(self, operation: str) -> Iterator[CapturedLadder]:
-        """One call: alone, on the encoder's device, after the previous call's stream."""
-        with self.lock, torch.no_grad(), self._on_device():
-            ladder = self._ladder_or_raise(operation)
-            if self._encoder.device.type == "cuda":
+    def _begin(self, operation: str) -> CapturedLadder:
+        """The ladder that serves a call, which is ordered after the previous call's stream."""
+        if self.ladder is None:
+            raise RuntimeError(f"{operation}: nothing is captured; call capture() first")
+        if self._encoder.device.type == "cuda":
+            # asked for in every call: the handle costs less than the object
+            handle = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
+            if handle != self._last_handle:
                 stream = torch.cuda.current_stream()
                 if self._last_stream is not None and stream != self._last_stream:
                     stream.wait_stream(self._last_stream)
-                self._last_stream = stream
-            yield ladder
+                self._last_stream, self._last_handle = stream, handle
+        return self.ladder
 
     def _on_device(self) -> AbstractContextManager[object]:
         """The encoder's device as the current one; nothing to do where it is that already."""
@@ -320,7 +345,7 @@ class Executor:
             return _NOTHING
         return torch.cuda.device(device)
 
-    def _ladder_or_raise(self, operation: str) -> CapturedLadder:
-        if self.ladder is None:
-            raise RuntimeError(f"{operation}: nothing is captured; call capture() first")
-        return self.ladder
+
+def _no_grad() -> AbstractContextManager[object]:
+    """No gradients, at no cost where the caller records none."""
+    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING

@@ -19,6 +19,7 @@ class Slot:
 
     Attributes:
         inputs, outputs: the buffers; smaller rungs use their leading rows.
+        table: the grid table that was copied to `inputs` last; None if there was none.
         generation: how often the slot was taken; a lease of an earlier generation is stale.
     """
 
@@ -30,6 +31,7 @@ class Slot:
     ):
         self.inputs = allocate(input_specs, device)
         self.outputs = allocate(output_specs, device)
+        self.table: torch.Tensor | None = None
         self.generation = 0
         self._on_cuda = device.type == "cuda"
         self._replayed: torch.cuda.Event | None = None
@@ -146,7 +148,8 @@ class SlotRing:
 
     def next(self) -> int:
         """Take a slot and return its index."""
-        index = min(range(len(self.slots)), key=self._precedence)
+        several = len(self.slots) > 1
+        index = min(range(len(self.slots)), key=self._precedence) if several else 0
         self._taken_at[index] = next(self._clock)
         self._leases[index] = None
         self.slots[index].take()

@@ -73,7 +73,12 @@ def grid_rows(grid_thw: torch.Tensor | Sequence[Sequence[int]]) -> list[Grid]:
         table = grid_thw
     rows = []
     for item, row in enumerate(table):
-        if len(row) != 3:
+        if len(row) == 3:
+            t, h, w = row
+            if type(t) is type(h) is type(w) is int and t > 0 and h > 0 and w > 0:
+                rows.append((t, h, w))
+                continue
+        else:
             raise ValueError(
                 f"execute: grid_thw[{item}]={row!r} is not (t, h, w); pass [N, 3] sizes in patches"
             )
@@ -144,7 +149,7 @@ def stage_pixels(
     row = 0
     for run in runs:
         first, count = offsets.span("patches", run)
-        whole = count == len(pixel_values)
+        whole = count == pixel_values.shape[0]
         source = pixel_values if whole else pixel_values[first : first + count]
         destination[row : row + count].copy_(source, non_blocking=True)
         row += count
@@ -228,9 +233,8 @@ def copy_views(
     views: Mapping[str, torch.Tensor], out: Mapping[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
     """Copies of `views` in `out`, or in new tensors; one launch if all have one dtype."""
-    copies = {
-        name: torch.empty_like(view) if out is None else out[name] for name, view in views.items()
-    }
+    sources = list(views.values())
+    copies = list(map(torch.empty_like, sources)) if out is None else [out[name] for name in views]
     if copies:
-        torch._foreach_copy_(list(copies.values()), list(views.values()))
-    return copies
+        torch._foreach_copy_(copies, sources)
+    return dict(zip(views, copies, strict=True))

@@ -1,11 +1,11 @@
 """What a manager has done since it captured: counted in items, rows and replays."""
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .protocol import EncoderItemSpec, RungLimits
+from .cost import Load
+from .protocol import RungLimits
 
 # Sizes counted apart before they are merged into coarser steps, so that counting is bounded.
 _EXACT_UP_TO = 4096
@@ -43,19 +43,20 @@ class CallStats:
         step = 1 if tokens <= _EXACT_UP_TO else 64
         self.histogram[-(-tokens // step) * step] += 1
 
-    def count_replay(self, rung: RungLimits, items: Sequence[EncoderItemSpec]) -> None:
-        """A replay of `rung` that carried `items`."""
-        tokens = sum([item.output_tokens for item in items])
-        self.hits += len(items)
+    def count_replay(self, rung: RungLimits, load: Load) -> None:
+        """A replay of `rung` that carried `load`."""
+        self.hits += load.items
         self.replays += 1
-        self.live_tokens += tokens
+        self.live_tokens += load.tokens
         self.padded_tokens += rung.token_budget
-        self.live_patches += sum([item.input_size for item in items])
+        self.live_patches += load.patches
         self.padded_patches += rung.max_patches
-        own = self.rungs.setdefault(rung.token_budget, RungStats())
+        own = self.rungs.get(rung.token_budget)
+        if own is None:
+            own = self.rungs[rung.token_budget] = RungStats()
         own.replays += 1
-        own.items += len(items)
-        own.live_tokens += tokens
+        own.items += load.items
+        own.live_tokens += load.tokens
 
     def count_eager(self, reasons: Counter[str]) -> None:
         """Items computed without a graph, by reason."""

@@ -50,6 +50,8 @@ def session(monkeypatch, tmp_path, rerun_recorder):
     monkeypatch.setattr("vitgraph.capture.calibration._MEASURED_RUNGS", 4)
     monkeypatch.setattr(Session, "squares", lambda self, count: [(1, 4, 8)] * count)
     monkeypatch.setattr(capture_calls, "_OVERLAPPED_CALLS", 2)
+    monkeypatch.setattr(capture_calls, "_SETTLE_S", 0.0)
+    monkeypatch.setattr(capture_calls, "_COUNT_S", 0.0)
     monkeypatch.setattr(capture_ladder, "_REPLAYED_TOKENS", 1)
     tower = build_tower("tiny-qwen3-vl", device="cpu", dtype=torch.float32)
     encoder = VisionEncoder.from_hf(tower)
@@ -81,6 +83,28 @@ def test_a_section_runs_alone_and_prints(session, name):
         assert len(row["layouts"]) == 4
         assert row["layouts"][-1]["tokens"] > BUDGETS[-1]
         assert sum(row["ways"].values()) == 4
+
+
+def test_a_call_is_timed_among_calls_of_its_own_kind(monkeypatch):
+    events, clock, since = [], [0.0], [0.0]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(capture_calls.time, "perf_counter", lambda: clock[0])
+
+    def call(name, ms):
+        if events[-1:] != [name]:
+            since[0] = clock[0]
+        events.append(name)
+        # what ran before shows for 90 ms
+        clock[0] += ms * 1e-3 * (1.5 if clock[0] - since[0] < 0.09 else 1)
+
+    calls = {name: lambda n=name, ms=ms: call(n, ms) for name, ms in (("a", 1), ("b", 40))}
+    times = capture_calls.settled_ms(calls, 20, 0)
+    assert times == {"a": pytest.approx(1), "b": pytest.approx(40)}
+    # in random order, and a short call more often than a long one
+    assert events.count("a") > 5 * events.count("b") > 5 * 20 * 3
+    starts = "".join(name for name, before in zip(events, ["", *events], strict=False)
+                     if name != before)  # fmt: skip
+    assert 20 < len(starts) < 40
 
 
 def test_a_failing_section_spares_the_others(session):

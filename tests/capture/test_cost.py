@@ -20,6 +20,7 @@ COSTS = MeasuredCosts(
     replays=((64, Terms(1500.0, 0.5, 2e-4)), (256, Terms(3500.0, 0.25, 1e-4))),
     eager_curve=EagerCurve(8000.0, (0, 1000, 4000), (1000.0, 11000.0, 38000.0), 2e-4),
 )
+STEPS = EagerCurve(800.0, (0, 100), (0.0, 100.0), 0.0, (), ((50, 900.0), (70, 950.0)))
 
 
 def rung(budget):
@@ -62,6 +63,13 @@ def test_rungs_that_were_not_measured_are_interpolated(budget, expected):
 )
 def test_eager_is_a_floor_and_then_a_curve(tokens, pairs, us):
     assert COSTS.eager(load(tokens, pairs)) == pytest.approx(us)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "us"), [(1, 800), (49, 800), (50, 900), (69, 900), (70, 950), (2000, 2000)]
+)
+def test_the_floor_rises_by_steps(tokens, us):
+    assert STEPS.of(load(tokens)) == us
 
 
 def test_assumed_costs_prefer_any_number_of_replays_to_eager():
@@ -114,6 +122,11 @@ def changed(data, path, value):
         (["eager", "us"], [1.0, 2.0], "eager.us"),
         (["eager", "us"], [1.0, 3.0, 2.0], "eager.us"),
         (["eager", "us", 2], None, r"eager.us\[2\]"),
+        (["eager", "floor_steps"], KeyError, "eager.floor_steps is 'missing'"),
+        (["eager", "floor_steps"], [[9, 9000.0]], r"eager.floor_steps\[0\].tokens"),
+        (["eager", "floor_steps"], [{"tokens": 9, "us": 8000.0}], r"eager.floor_steps\[0\] is"),
+        (["eager", "floor_steps"], [{"tokens": 0, "us": 9000.0}], r"eager.floor_steps\[0\] is"),
+        (["eager", "floor_steps"], [{"tokens": 9, "us": "9"}], r"eager.floor_steps\[0\].us"),
     ],
 )
 def test_malformed_costs_are_refused_by_name(path, value, named):
@@ -197,9 +210,36 @@ def test_one_sample_of_each_is_enough_for_a_rough_fit():
     fitted = fit_costs(
         [CostSample(64, load(64, 9), 1500.0), CostSample(None, load(64, 9), 8000.0)], [rung(64)]
     )
-    # With nothing to tell them apart, a replay costs its base and an eager call its tokens.
+    # With nothing to tell them apart, a replay costs its base. The eager call waited for the host;
+    # the GPU takes for it what it takes in the replay, and that in proportion to tokens.
     assert fitted.replay(rung(64), load(1)) == pytest.approx(1500, rel=1e-3)
-    assert fitted.eager(load(128)) == pytest.approx(16000, rel=1e-3)
+    assert fitted.eager(load(128)) == pytest.approx(8000)
+    assert fitted.eager(load(640)) == pytest.approx(15000, rel=1e-3)
+
+
+def test_fit_finds_where_the_host_needs_longer():
+    curve = EagerCurve(
+        8000.0, (0, 1000, 8000), (500.0, 8000.0, 64000.0), 2e-4, (), ((800, 12000.0),)
+    )
+    replays = tuple((b, Terms(300 + 7.0 * b, 0.5, 2e-4)) for b in (64, 256, 512, 768, 1024))
+    costs = MeasuredCosts(replays, curve)
+    rungs = [rung(budget) for budget, _ in replays]
+    samples = []
+    for budget in (64, 128, 256, 400, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048, 4096):
+        for at in (load(budget, 16 * budget**2), load(budget, budget**2)):
+            samples.append(CostSample(None, at, costs.eager(at)))
+            if budget in dict(replays):
+                samples.append(CostSample(budget, at, costs.replay(rung(budget), at)))
+    fitted = fit_costs(samples, rungs)
+    assert fitted.eager_curve.floor == pytest.approx(8000)
+    ((first, us),) = fitted.eager_curve.floor_steps
+    assert (first, us) == (896, pytest.approx(12000))
+    assert MeasuredCosts.from_json(json.loads(json.dumps(fitted.to_json()))) == fitted
+    for sample in samples:
+        if sample.token_budget is None:
+            # of a call that waited, the GPU time is known only from a replay that pads
+            rel = 0.02 if sample.us > 13_000 else 0.07
+            assert fitted.eager(sample.load) == pytest.approx(sample.us, rel=rel)
 
 
 @pytest.mark.parametrize(

@@ -74,18 +74,19 @@ class TrueTimes:
         return self._measured(90 + staging + self._gpu(rung.max_patches, load))
 
     def eager(self, load):
-        return self._measured(
-            max(self._host_us + 5 * load.items, 120 + self._gpu(load.patches, load))
-        )
+        # from so many rows on some kernels are others, which take longer to launch
+        host_us = self._host_us * (1.4 if load.patches >= 3136 else 1) + 5 * load.items
+        return self._measured(max(host_us, 120 + self._gpu(load.patches, load)))
 
 
-def calibrated(truth, rungs, count=16):
+def calibrated(truth, rungs, count=12):
     """Samples as calibration takes them: each rung with few large and many small images.
 
     Replays of all small rungs and of some of the others; eager calls of some of both.
     """
-    small = [rung for rung in rungs if rung.token_budget <= 1024]
-    some = [*some_of(small, count), *some_of(rungs[len(small) :], count)]
+    small = [rung for rung in rungs if rung.token_budget <= 2048]
+    some_large = some_of(rungs[len(small) :], count)
+    some = [*some_of(small, 2 * count), *some_large]
     samples = []
     for rung in dict.fromkeys([*small, *some]):
         for share, images in ((1.0, 1), (1.0, rung.max_items), (0.6, 4), (0.3, 2)):
@@ -94,6 +95,9 @@ def calibrated(truth, rungs, count=16):
             samples.append(CostSample(rung.token_budget, load, truth.replay(rung, load)))
             if rung in some:
                 samples.append(CostSample(None, load, truth.eager(load)))
+    for rung in some_large:
+        load = load_of([image(rung.token_budget // 8)] * 8)
+        samples.append(CostSample(None, load, truth.eager(load)))
     # Eager calls also serve what no rung holds.
     for share, images in ((2, 8), (2, 32), (4, 16), (4, 64)):
         load = load_of([image(rungs[-1].token_budget * share // images)] * images)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from vitgraph.capture import EncoderCudaGraphManager, MeasuredCosts
+from vitgraph.capture import EncoderCudaGraphManager, MeasuredCosts, calibration
 from vitgraph.capture.calibration import cache_path
 from vitgraph.capture.cost import EagerCurve, Terms
 
@@ -107,6 +107,62 @@ def test_no_names_at_all(manager, pixels_for):
 def test_refused_outputs(manager, pixels_for, arguments, error, message):
     with pytest.raises(error, match=message):
         manager.execute(pixels_for([IMAGE]), [IMAGE], **arguments)
+
+
+# what is kept from call to call
+
+
+@pytest.mark.parametrize("num_slots", [1, 2])
+def test_a_layout_is_served_again_after_others(encoder, make, pixels_for, num_slots):
+    manager = make(num_slots=num_slots)
+    # on rungs of 16, 64 and 128 tokens, whose tables are the leading rows of one
+    layouts = [[SMALL], [IMAGE, SMALL], [SMALL, IMAGE], [IMAGE] * 5, [(2, 4, 4), SMALL]]
+    order = [0, 0, 1, 0, 2, 2, 1, 3, 3, 0, 4, 1, 1, 4, 4, 3, 2]
+    for seed, index in enumerate(order):
+        pixels = pixels_for(layouts[index], seed)
+        expected = encoder.eager_forward(pixels, layouts[index])
+        assert_same(manager.execute(pixels, layouts[index]), expected)
+    assert manager.stats()["replays"] == len(order)
+
+
+def test_a_table_that_lies_in_its_slot_is_not_copied_again(manager, pixels_for, monkeypatch):
+    copied = []
+    copy = torch.Tensor.copy_
+
+    def counting(self, source, non_blocking=False):
+        if self.dtype == torch.int32:
+            copied.append(source.tolist())
+        return copy(self, source, non_blocking)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", counting)
+    for grid in ([SMALL], [SMALL], [IMAGE], [SMALL], [SMALL]):
+        manager.execute(pixels_for(grid), grid)
+    assert [rows[0] for rows in copied] == [list(SMALL), list(IMAGE), list(SMALL)]
+
+
+def test_what_a_caller_does_to_leased_tensors_stays_there(encoder, manager, pixels_for):
+    pixels = pixels_for([IMAGE])
+    expected = encoder.eager_forward(pixels, [IMAGE])
+    for _ in range(2):
+        assert_same(manager.execute(pixels, [IMAGE]), expected)
+        with manager.lease(pixels, [IMAGE]) as lease:
+            for tensor in lease.outputs.values():
+                tensor.t_().unsqueeze_(0)
+
+
+def test_a_call_on_a_given_rung_is_checked_and_not_counted(encoder, manager, pixels_for):
+    pixels = pixels_for([IMAGE, SMALL])
+    expected = encoder.eager_forward(pixels, [IMAGE, SMALL])
+    for rung in (None, *manager.rungs[1:], manager.rungs[1]):
+        results = manager.run_on(rung, pixels, [IMAGE, SMALL])
+        assert_same(results, expected)
+        # the caller's own: a later call leaves them alone
+        manager.run_on(manager.rungs[-1], pixels + 1, [IMAGE, SMALL])
+        assert_same(results, expected)
+        with pytest.raises(ValueError, match="ask for"):
+            manager.run_on(rung, pixels[1:], [IMAGE, SMALL])
+    assert manager.stats()["items"] == 0
+    assert manager.stats()["histogram"] == {}
 
 
 # leases
@@ -382,6 +438,34 @@ def test_what_is_cheaper_runs_eagerly(encoder, manager, pixels_for):
     manager.clear()
     manager.capture()
     assert not isinstance(manager.costs, MeasuredCosts)
+
+
+def test_what_calibration_runs(encoder, monkeypatch):
+    clock = [0.0]
+    runs = []
+    monkeypatch.setattr(calibration.time, "perf_counter", lambda: clock[0])
+    seconds = {16: 0.002, 2048: 0.02, 4096: 0.06, None: 0.3}
+
+    def run_on(rung, pixels, grid):
+        budget = None if rung is None else rung.token_budget
+        patches = sum(t * h * w for t, h, w in grid)
+        assert pixels.shape == (patches, 6)
+        runs.append((budget, len(grid), patches // 4))
+        # the first calls after a while find everything idle
+        clock[0] += seconds[budget] * (3 if clock[0] < 0.4 else 1)
+
+    rungs = [encoder.rung_limits(budget, 16, 16) for budget in (16, 2048, 4096)]
+    samples = calibration.calibrate(encoder, rungs, run_on)
+    for sample in samples:
+        assert sample.us == pytest.approx(1e6 * seconds[sample.token_budget])
+    # large rungs also in eight images; up to four times the largest
+    eager = {run for run in runs if run[0] is None}
+    assert {(8, 4048), (16, 2 * 4048), (32, 4 * 4048)} <= {run[1:] for run in eager}
+    assert {tokens for _, count, tokens in eager if count == 8} == {4048}
+    # one call that is not counted, and then as many as long and short ones need
+    assert runs.count((None, 8, 4048)) == 2
+    full = max(run for run in runs if run[0] == 4096)
+    assert runs.count(full) == 4
 
 
 def test_calibration_is_kept_in_a_file(encoder, make, tmp_path, monkeypatch):

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from vitgraph.capture import BufferSpec, EncoderItemSpec, rows, staging
@@ -55,10 +56,14 @@ def test_refuses_other_names():
         torch.tensor([[1, 4, 6], [2, 2, 2]], dtype=torch.int32),
         [(1, 4, 6), (2, 2, 2)],
         [[1, 4, 6], [2, 2, 2]],
+        [(True, 4, 6), (np.int64(2), 2, 2)],
+        np.array([[1, 4, 6], [2, 2, 2]]),
     ],
 )
 def test_grid_rows(grid):
-    assert staging.grid_rows(grid) == [(1, 4, 6), (2, 2, 2)]
+    rows_found = staging.grid_rows(grid)
+    assert rows_found == [(1, 4, 6), (2, 2, 2)]
+    assert {type(size) for row in rows_found for size in row} == {int}
 
 
 @pytest.mark.parametrize("grid", [torch.empty(0, 3), torch.empty(0, dtype=torch.int64), []])
@@ -75,6 +80,8 @@ def test_grid_rows_of_nothing(grid):
         ([(1, 4, 4), (1, 0, 4)], ValueError, r"grid_thw\[1\]=\(1, 0, 4\) must be at least 1"),
         (torch.ones(1, 3), TypeError, "whole numbers"),
         ([(1, 2.5, 4)], TypeError, "whole numbers"),
+        ([(1, 4.0, 4)], TypeError, "whole numbers"),
+        ([(1, 4, 4), (-1, 4, 4)], ValueError, r"grid_thw\[1\]=\(-1, 4, 4\) must be at least 1"),
     ],
 )
 def test_refuses_grid(grid, error, message):
