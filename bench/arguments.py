@@ -56,6 +56,14 @@ def parser() -> argparse.ArgumentParser:
     tune.add_argument(
         "--print", action="store_true", help="print the literal of kernels/gemm_tuning.py instead"
     )
+    few_rows = add("few-rows", "tiles of products of few rows, by the time of whole towers")
+    few_rows.add_argument("--towers", nargs="+", metavar="NAME")
+    few_rows.add_argument(
+        "--rows", nargs="+", type=int, metavar="N", help="patches of an image; default: 128 256"
+    )
+    few_rows.add_argument(
+        "--turns", type=int, default=2, metavar="N", help="of each layer; default: 2"
+    )
 
     for command in (towers, peers, scaling):
         command.add_argument("--towers", nargs="+", metavar="NAME")
@@ -68,17 +76,19 @@ def parser() -> argparse.ArgumentParser:
             action="store_true",
             help="`ours` as it is without any package of FlashAttention",
         )
-    for command in (towers, peers, scaling, tune):
+    for command in (towers, peers, scaling, tune, few_rows):
         command.add_argument(
             "--budget-s", type=float, metavar="SECONDS", help="start nothing new after that"
         )
     for command in (towers, peers, scaling, kernels):
         command.add_argument("--dtype", choices=DTYPES, default="bfloat16")
         command.add_argument("--device", help="default: the GPU if there is one")
+    few_rows.add_argument("--seed", type=int, default=0)
     for command in (towers, peers, scaling, kernels, capture, breakdown):
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--quick", action="store_true", help="fewer repetitions and points")
-    for command in (towers, peers, scaling, kernels, capture, breakdown, packing, tune):
+    measured = (towers, peers, scaling, kernels, capture, breakdown, packing, tune, few_rows)
+    for command in measured:
         command.add_argument("--json", metavar="FILE", help="write conditions and rows")
 
     plot = add("plot", "SVG plots of results of `scaling` and `kernels`")

@@ -5,6 +5,7 @@ Kernels on a side stream overlap others, so the busy time is the union of all, n
 call, the replay and the host's part of the call are measured without a profiler, which slows them.
 """
 
+import inspect
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -171,7 +172,7 @@ def summary(rows: Sequence[Row], most: int = 12) -> str:
 def _profile(replay: Callable[[], object]) -> list[Span]:
     """What ran on the device in `_PROFILED` replays, each after the one before was done."""
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+    with torch.profiler.profile(**_profiler_options()) as profiler:
         for _ in range(_PROFILED):
             replay()
             torch.cuda.synchronize()
@@ -181,6 +182,13 @@ def _profile(replay: Callable[[], object]) -> list[Span]:
         for event in profiler.events() or ()
         if event.device_type == torch.autograd.DeviceType.CUDA
     ]
+
+
+def _profiler_options() -> dict[str, Any]:
+    options: dict[str, Any] = {"activities": [torch.profiler.ProfilerActivity.CUDA]}
+    if "acc_events" in inspect.signature(torch.profiler.profile).parameters:
+        options["acc_events"] = True  # without it, releases that know it warn of dropped events
+    return options
 
 
 def _walls(

@@ -148,6 +148,23 @@ def run_tune(arguments: argparse.Namespace) -> Outcome:
     return result.rows, {**tune.settings(result, patches), **time_budget.to_json()}, text
 
 
+def run_few_rows(arguments: argparse.Namespace) -> Outcome:
+    """`few-rows`."""
+    from . import few_rows
+    from .towers_config import DEFAULT_TOWERS
+
+    time_budget = TimeBudget(arguments.budget_s)
+    rows = few_rows.run(
+        arguments.towers or DEFAULT_TOWERS,
+        arguments.rows or few_rows.DEFAULT_ROWS,
+        turns=arguments.turns,
+        seed=arguments.seed,
+        time_budget=time_budget,
+    )
+    settings = {"dtype": "bfloat16", "seed": arguments.seed, **time_budget.to_json()}
+    return rows, settings, "\n".join(filter(None, [few_rows.summary(rows), time_budget.note()]))
+
+
 MEASURING: Mapping[str, Callable[[argparse.Namespace], Outcome]] = {
     "towers": run_towers,
     "peers": run_peers,
@@ -157,6 +174,7 @@ MEASURING: Mapping[str, Callable[[argparse.Namespace], Outcome]] = {
     "breakdown": run_breakdown,
     "packing": run_packing,
     "tune": run_tune,
+    "few-rows": run_few_rows,
 }
 
 

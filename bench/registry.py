@@ -290,7 +290,7 @@ _CASES = [
         _linear_inputs, _linear_ref, _linear_cost,
         {
             "torch": _linear_torch,
-            **{name: partial(_linear, backend=name) for name in _LINEAR_BACKENDS},
+            **{name: partial(_linear, backend=name) for name in (*_LINEAR_BACKENDS, "few_rows")},
         },
     ),
     Case(
@@ -321,7 +321,7 @@ _CASES = [
             "eager": gated_linear.gated_linear_ref,
             **{
                 name: partial(gated_linear.gated_linear, backend=name)
-                for name in ("library", "hopper", "auto")
+                for name in ("library", "hopper", "few_rows", "auto")
             },
         },
     ),

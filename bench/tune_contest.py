@@ -103,7 +103,7 @@ def contest_linear(
     dtype: torch.dtype = torch.bfloat16,
 ) -> Outcome:
     """The library against each tile of gemm_hopper.py that is shipped for the epilogue."""
-    operands = _LinearOperands(shape, M, device, dtype)
+    operands = LinearOperands(shape, M, device, dtype)
     is_gated = shape.epilogue == GATED
     functions: dict[str, Callable[..., object]] = {
         LIBRARY: partial(gated_linear if is_gated else linear, backend=LIBRARY)
@@ -120,7 +120,7 @@ def contest_linear(
     )
 
 
-class _LinearOperands:
+class LinearOperands:
     """Several sets of operands of one product, as a tower has them: weights that L2 has dropped."""
 
     def __init__(self, shape: LinearShape, M: int, device: torch.device, dtype: torch.dtype):

@@ -21,7 +21,12 @@ def _side_stream(main: torch.cuda.Stream) -> torch.cuda.Stream:
     # one for all graphs recorded on `main`: memory of a pool is only reused on the stream it was
     # allocated on. Not one for all streams: a stream cannot be in two captures at once, and two
     # towers may be captured by two threads.
-    return torch.cuda.Stream(main.device)
+    while True:
+        # PyTorch hands out a few streams in turn, also to those who record graphs: the next one may
+        # be `main` itself, and the branch would be in line
+        side = torch.cuda.Stream(main.device)
+        if side.cuda_stream != main.cuda_stream:
+            return side
 
 
 class Branch:

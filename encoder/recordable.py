@@ -8,6 +8,7 @@ from ..capture import BufferSpec, EncoderItemSpec, Pruning, RungLimits
 from ..capture.protocol import Rows
 from ..capture.staging import leading_slices
 from ..kernels.attention import LONG_SEGMENT, check_backend, choose_backend
+from ..kernels.few_rows_tuning import table_digest
 from ..kernels.gemm_tuning import tuning
 from ..kernels.launch import compiling
 from ..kernels.layout import num_windows
@@ -151,11 +152,11 @@ class RecordableTower:
 
     def fingerprint(self) -> str:
         """What this tower's speed depends on."""
-        table = tuning(self.device).digest
+        tables = f"gemm={tuning(self.device).digest} few_rows={table_digest()}"
         attention = f"{self.attention} {self.attention_for(LONG_SEGMENT)}"
         tower = f"{self.spec} {self.dtype} {attention} pruning={self._records_pruning}"
         plan = self.weights.fp8.plan
-        return f"{tower} gemm={table}" + ("" if plan is None else f" {plan}")
+        return f"{tower} {tables}" + ("" if plan is None else f" {plan}")
 
     def _before_pruning(
         self, outputs: Mapping[str, torch.Tensor], num_patches: int

@@ -219,8 +219,8 @@ def choose_backend(
     """Backend to use when the user names none.
 
     reference on a CPU. For 16-bit dtypes, measured on an H200: hopper, or fa4 where a segment may
-    have `LONG_SEGMENT` rows or more and heads are not of `HOPPER_HEAD_DIMS`; or whichever of them is
-    usable. Else triton.
+    have `LONG_SEGMENT` rows or more and heads are none of `HOPPER_HEAD_DIMS`; or whichever of them
+    is usable. Else triton.
 
     Args:
         device, dtype, head_dim: of q, k and v.

@@ -7,8 +7,11 @@ exchanged, twice over, at 224 (Qwen3-VL) or 256 rows; where two towers share a s
 for both. Up to 128 rows, and from 257 on, a product was measured behind or before its norm. Past
 the last entry, and in shapes without one, gemm_tuning.py and the library decide: from some 500 rows
 on, tiles that share operands between multiprocessors, as only the library has them, are faster.
+
+To measure again: `python -m vitgraph.bench few-rows` exchanges tiles in a captured tower.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -71,6 +74,11 @@ TABLE: Table = {
     ),
     (1280, 5120, RESIDUAL): ((128, _DEEP_THIRDS), (256, _WIDE_THIRDS)),
 }
+
+
+def table_digest() -> str:
+    """Changes with the table."""
+    return hashlib.sha256(repr(sorted(TABLE.items())).encode()).hexdigest()[:16]
 
 
 def few_rows_tile(M: int, N: int, K: int, epilogue: str) -> FewRowsConfig | None:

@@ -77,7 +77,8 @@ def gated_linear(
 
     Raises:
         ValueError: shapes disagree, an odd number of rows in `weight`, an unknown backend, a
-            `config` for another backend or without two halves, or a kernel where it cannot run.
+            `config` for another backend, in parts or without two halves, or a kernel where it
+            cannot run.
         TypeError: dtypes or devices disagree.
     """
     if backend not in BACKENDS:
@@ -88,6 +89,11 @@ def gated_linear(
             raise ValueError(
                 f"gated_linear: config={config} needs backend={owner!r}, not {backend!r}"
             )
+    if isinstance(config, FewRowsConfig) and config.splits != 1:
+        raise ValueError(
+            f"gated_linear: config={config} cuts K into {config.splits} parts, and only whole sums "
+            "can be gated; use splits=1"
+        )
     if config is not None and config.block_n not in (128, 256):
         raise ValueError(
             f"gated_linear: config={config} has no two halves of 64 or 128 columns, one for the "

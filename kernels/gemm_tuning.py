@@ -13,6 +13,8 @@ tile names the library. A new tile goes into `SHIPPED` as well, which is what th
 A user's own GPU may differ: `vitgraph tune` measures there, and keeps the entries in the file of
 tuning_cache.py. They stand before the shipped ones of the same shape. `tuning` reads that file
 once in a process, when a GPU is first asked for, so the choice cannot change under a graph.
+
+Up to some 256 rows few_rows_tuning.py is asked before either.
 """
 
 import functools

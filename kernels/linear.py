@@ -5,10 +5,11 @@
 
 x [T, K], weight [N, K], bias [N], y and residual [T, N], all of one dtype.
 
-`backend="library"` is cuBLAS: fastest for few rows, with bias and tanh-GELU in its epilogue. It
-computes all T rows whatever `live_rows` says; other activations are a second pass, over live rows
-only. Through PyTorch it cannot add a bias and a residual in one call: leave the bias out and add
-the sum of the biases left out to what reads the residual, or use another backend.
+`backend="library"` is cuBLAS: fastest between the ranges of the two kernels below, with bias and
+tanh-GELU in its epilogue. It computes all T rows whatever `live_rows` says; other activations are a
+second pass, over live rows only. Through PyTorch it cannot add a bias and a residual in one call:
+leave the bias out and add the sum of the biases left out to what reads the residual, or use another
+backend.
 `backend="triton"` is `gemm.gemm`: every epilogue, and only live rows are computed.
 `backend="hopper"` is the kernel of gemm_hopper.py, for fp16 and bf16 on compute capability 9.0:
 every epilogue, only live rows, and faster than the others from some 1,600 to 16,000 rows on, by
@@ -169,6 +170,12 @@ def linear(
         from .gemm_few_rows import launch
 
         y = x.new_empty(M, N) if out is None else out
+        if K == 0 or not is_aligned(x, weight, y):
+            raise ValueError(
+                "linear: backend='few_rows' needs columns to sum over, and rows that start at "
+                f"multiples of 16 bytes, got x {tuple(x.shape)} and strides {x.stride()}, "
+                f"{weight.stride()} and {y.stride()}; use 'auto'"
+            )
         if y.numel():
             launch(x, weight, bias, y, live_rows, activation=activation, config=tile)
         return y

@@ -7,10 +7,10 @@
 Shapes: x and y [T, D], rows contiguous; weight, bias [D]; offset [D] fp32 or None: the sum of the
 biases that the residual stream has left out so far. With `partials` [S, T, D] fp32 the stream lacks
 the sum of a product as well (gemm_few_rows.py): x += sum(partials), rounded to x's dtype and
-written back, comes first. Statistics and arithmetic are fp32 (fp64 for
-fp64). Rows at or past the live ones are written as zeros and never read: whatever stale values the
-stream holds there, what the next kernels read is finite. With `destination` [T] int32, row r goes
-to row destination[r] of y.
+written back, comes first. Statistics and arithmetic are fp32 (fp64 for fp64). Rows at or past the
+live ones are written as zeros and never read: whatever stale values the stream holds there, what
+the next kernels read is finite. With `destination` [T] int32, row r goes to row destination[r] of
+y.
 
 Memory-bound: 2*T*D elements moved. https://arxiv.org/abs/1607.06450, https://arxiv.org/abs/1910.07467
 """

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from vitgraph.bench import breakdown
 from vitgraph.bench.__main__ import main
 from vitgraph.bench.breakdown import (
     Share,
@@ -79,6 +80,12 @@ def test_parts_of_a_call():
 def test_needs_a_gpu(capsys):
     assert main(["breakdown"]) == 2
     assert "breakdown needs a CUDA device" in capsys.readouterr().err
+
+
+def test_the_profiler_is_asked_to_keep_its_events_where_it_can(monkeypatch):
+    assert breakdown._profiler_options()["acc_events"] is True
+    monkeypatch.setattr(torch.profiler, "profile", lambda *, activities: None)
+    assert list(breakdown._profiler_options()) == ["activities"]
 
 
 @pytest.mark.gpu

@@ -280,6 +280,8 @@ def test_vitgraph_tune_refuses_where_there_is_no_choice(imaginary_gpu, monkeypat
 def test_kernel_bench_knows_every_backend_of_a_linear_layer():
     for case in ("linear", "linear_residual"):
         assert {"library", "triton", "hopper", "auto"} <= set(REGISTRY[case].providers)
+    for case in ("linear", "gated_linear"):
+        assert {"library", "hopper", "few_rows", "auto"} <= set(REGISTRY[case].providers)
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):

@@ -1,5 +1,8 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
+from vitgraph.encoder import branch
 from vitgraph.encoder.branch import MOST_ROWS, Branch
 
 
@@ -10,6 +13,32 @@ def test_in_line_on_a_cpu():
         x += 1
     branch.join()
     assert (x == 1).all()
+
+
+class FakeStream:
+    """One of the few streams that are handed out in turn."""
+
+    pool = (11, 12, 13)
+    handed_out = 0
+
+    def __init__(self, device):
+        self.device = device
+        self.cuda_stream = self.pool[FakeStream.handed_out % len(self.pool)]
+        FakeStream.handed_out += 1
+
+
+@pytest.mark.parametrize("main_is", FakeStream.pool)
+def test_the_branch_is_never_the_main_line_itself(main_is, monkeypatch):
+    """A graph may be recorded on the very stream that would be handed out next."""
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(FakeStream, "handed_out", 0)
+    main = SimpleNamespace(device=torch.device("cuda", 1), cuda_stream=main_is)
+    find = branch._side_stream.__wrapped__
+    side = find(main)
+    assert side.cuda_stream != main_is
+    assert side.device == main.device
+    monkeypatch.setattr(FakeStream, "handed_out", FakeStream.pool.index(main_is))
+    assert find(main).cuda_stream != main_is
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ import pytest
 import torch
 import vitgraph.bench.towers_config as towers
 from vitgraph.capture import RungLimits
-from vitgraph.encoder import VisionEncoder, forward
+from vitgraph.encoder import VisionEncoder, forward, stream
 
 GRIDS = [(1, 4, 6), (2, 2, 4)]
 LIVE = 40
@@ -66,7 +66,8 @@ def test_padding_stays_finite(encoder, mixed, monkeypatch, poison_empty):
         by_library = mixed and options.get("residual") is not None
         return (library_linear if by_library else partial_linear)(x, weight, bias, **options)
 
-    monkeypatch.setattr(forward, "linear", linear)
+    for module in (forward, stream):
+        monkeypatch.setattr(module, "linear", linear)
     monkeypatch.setattr(forward, "varlen_attention", checked_attention)
     monkeypatch.setattr(forward, "choose_backend", lambda *_, **__: ("hopper", None))
     poison_empty()

@@ -183,15 +183,16 @@ def test_no_product_is_lost_between_two():
     g = torch.Generator().manual_seed(0)
     x, rows = torch.randn(8, 32, generator=g), torch.randn(8, 16, generator=g)
     layer = fp8.Fp8Layer(*quantize_ref(torch.randn(32, 16, generator=g)))
-    alone = fp8.Stream(torch.zeros(8, 32), torch.tensor([8], dtype=torch.int32))
-    alone.add_linear(rows, layer)
+    live = torch.tensor([8], dtype=torch.int32)
+    alone = stream.Stream(torch.zeros(8, 32), live, in_fp8=True)
+    alone.add_linear_fp8(rows, layer)
     product = alone.settled().clone()
     assert product.abs().max() > 1
     assert torch.equal(alone.settled(), product), "it is added once"
-    stream = fp8.Stream(x.clone(), torch.tensor([8], dtype=torch.int32))
-    stream.add_linear(rows, layer)
-    stream.add_linear(rows, layer)
-    torch.testing.assert_close(stream.settled(), x + 2 * product)
+    both = stream.Stream(x.clone(), live, in_fp8=True)
+    both.add_linear_fp8(rows, layer)
+    both.add_linear_fp8(rows, layer)
+    torch.testing.assert_close(both.settled(), x + 2 * product)
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -84,7 +84,7 @@ def test_elementwise_kernels_use_wide_accesses():
     activation = inspect(
         _activation_kernel,
         {"x_ptr": "*bf16", "stride_xt": "i32"} | rows,
-        {"ACTIVATION": "quick_gelu"} | blocks,
+        {"ACTIVATION": "quick_gelu", "PDL": False} | blocks,
         divisible=("F", "stride_xt"),
     )
     swiglu = inspect(

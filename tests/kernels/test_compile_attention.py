@@ -30,7 +30,7 @@ def inspect_window(D, max_window):
     return inspect(
         window_attention._window_attention_kernel,
         POINTERS | {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "cu_ptr": "*i32", "scale_log2": "fp32"},
-        window_attention.kernel_constants(*views(D), config),
+        window_attention.kernel_constants(*views(D), config) | {"PDL": False},
         num_warps=config.num_warps,
     )
 

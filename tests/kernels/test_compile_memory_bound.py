@@ -69,14 +69,18 @@ def test_patch_embed(T, P, D, side):
     assert info.count("HGMMA") > 0
 
 
-def test_residual():
+@pytest.mark.parametrize("splits", [0, 3])
+def test_residual(splits):
+    partials = {"partials_ptr": "*fp32"} if splits else {}
     info = inspect(
         residual._residual_kernel,
         {
             "x_ptr": "*bf16", "offset_ptr": "*fp32", "live_ptr": "*i32", "out_ptr": "*bf16",
-            "T": "i32", "D": "i32",
+            "T": "i32", "D": "i32", **partials,
         },
-        {"BLOCK_T": residual.BLOCK_T, "BLOCK_D": 2048},
+        ({} if splits else {"partials_ptr": None}) | {
+            "SPLITS": splits, "BLOCK_T": residual.BLOCK_T, "BLOCK_D": 2048, "PDL": False,
+        },
         divisible=["D"],
     )  # fmt: skip
     assert info.spill_bytes == 0

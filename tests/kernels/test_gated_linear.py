@@ -1,6 +1,9 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from vitgraph.kernels import gated_linear as module
+from vitgraph.kernels.few_rows_tuning import FewRowsConfig, few_rows_tile
 from vitgraph.kernels.gated_linear import (
     choose_gated_backend,
     gated_linear,
@@ -10,6 +13,8 @@ from vitgraph.kernels.gated_linear import (
 from vitgraph.kernels.gemm_tuning import GATED, SQUARE, TABLE, WIDE
 from vitgraph.kernels.linear import linear
 from vitgraph.kernels.testing import assert_as_accurate
+
+FEW = FewRowsConfig(64, 128, num_stages=4)
 
 
 def operands(device, dtype, T=19, F=24, K=40):
@@ -59,6 +64,12 @@ def test_rows_past_the_live_ones_are_left_alone(device):
         ({"backend": "hopper"}, "cannot run here"),
         ({"config": SQUARE}, "needs backend='hopper'"),
         ({"config": WIDE, "backend": "hopper"}, "no two halves"),
+        ({"backend": "few_rows"}, "cannot run here"),
+        ({"config": FEW}, "needs backend='few_rows', not 'auto'"),
+        ({"config": FEW, "backend": "hopper"}, "needs backend='few_rows'"),
+        ({"config": SQUARE, "backend": "few_rows"}, "needs backend='hopper'"),
+        ({"config": replace(FEW, block_n=192), "backend": "few_rows"}, "no two halves"),
+        ({"config": replace(FEW, splits=3), "backend": "few_rows"}, "cuts K into 3 parts"),
         ({"weight": torch.zeros(7, 8)}, r"must be \[2F, K\]"),
         ({"weight": torch.zeros(8, 9)}, "must share K"),
         ({"weight": torch.zeros(8)}, r"must be \[2F, K\]"),
@@ -79,10 +90,12 @@ def test_backend_by_measurement(monkeypatch):
     monkeypatch.setattr(module, "hopper_reason", lambda device, dtype: None)
     choose = lambda M, N=6912: choose_gated_backend(M, N, 1280, torch.bfloat16, cuda)  # noqa: E731
     assert (6912, 1280, GATED) in TABLE
-    assert choose(256) == ("hopper", SQUARE)
-    assert choose(256, N=6840) == ("library", None)
+    assert choose(257) == ("hopper", SQUARE)
+    assert choose(256) == ("few_rows", few_rows_tile(256, 6912, 1280, GATED))
+    assert choose(256) != choose(128)
+    assert choose(257, N=6840) == choose(256, N=6840) == ("library", None)
     monkeypatch.setattr(module, "hopper_reason", lambda device, dtype: "no")
-    assert choose(256) == ("library", None)
+    assert choose(257) == choose(256) == ("library", None)
 
 
 @pytest.mark.parametrize(
@@ -98,8 +111,11 @@ def test_shapes_and_devices_of_the_one_kernel(N, K, place, backend, monkeypatch)
     monkeypatch.setattr(module, "num_sms", lambda device: 132)
     monkeypatch.setattr(module, "hopper_reason", lambda device, dtype: None)
     monkeypatch.setattr(module, "hopper_tile", lambda *_: SQUARE)
-    chosen, _ = choose_gated_backend(256, N, K, torch.bfloat16, torch.device(place))
+    chosen, _ = choose_gated_backend(257, N, K, torch.bfloat16, torch.device(place))
     assert chosen == backend
+    monkeypatch.setattr(module, "few_rows_tile", lambda *_: FewRowsConfig(64, 128, 4))
+    chosen, _ = choose_gated_backend(257, N, K, torch.bfloat16, torch.device(place))
+    assert chosen == backend.replace("hopper", "few_rows")
 
 
 def test_rows_that_start_anywhere(monkeypatch):

@@ -2,13 +2,14 @@
 
 import json
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
+from vitgraph.kernels import few_rows_tuning, gemm_tuning, tuning_cache
 from vitgraph.kernels import gemm as gemm_module
-from vitgraph.kernels import gemm_tuning, tuning_cache
 from vitgraph.kernels import linear as linear_module
+from vitgraph.kernels.few_rows_tuning import few_rows_tile
 from vitgraph.kernels.gemm_tuning import (
     RESIDUAL,
     SHIPPED,
@@ -26,7 +27,7 @@ from vitgraph.kernels.tuning_cache import cache_folder, read_tuning, tuning_path
 GPU, OTHER = "NVIDIA Imaginary 80GB", "NVIDIA Other"
 DEVICE = torch.device("cuda", 0)
 QKV = (3456, 1152, "")
-MEASURED = {QKV: ((100, WIDE),), (1536, 5120, RESIDUAL): (), (64, 64, "gelu_erf"): ((1, SQUARE),)}
+MEASURED = {QKV: ((1000, WIDE),), (1536, 5120, RESIDUAL): (), (64, 64, "gelu_erf"): ((1, SQUARE),)}
 
 
 @pytest.fixture(autouse=True)
@@ -64,20 +65,29 @@ def test_without_a_file_the_shipped_table_stands():
     assert tuning(DEVICE).path is None
     assert tuning_report(DEVICE) == "shipped"
     assert chosen() == ("hopper", SQUARE)
-    assert chosen(M=100) == ("library", None)
+    assert chosen(M=1000) == ("library", None)
 
 
 def test_measured_entries_stand_before_shipped_ones():
     path = keep(MEASURED)
     assert tuning(DEVICE).table == {**TABLE, **MEASURED}
     assert tuning_report(DEVICE) == f"measured on this GPU: {path}"
-    assert chosen(M=100) == chosen() == ("hopper", WIDE)
-    assert chosen(M=99) == ("library", None)
+    assert chosen(M=1000) == chosen() == ("hopper", WIDE)
+    assert chosen(M=999) == ("library", None)
     assert chosen(N=3840, K=1280) == ("hopper", SQUARE)  # shipped
     # an empty entry is the library, also where the rule between measurements would have a tile
     library = choose_backend(65536, 1536, 5120, torch.bfloat16, DEVICE, None, True)
     assert library == ("library", None)
     assert choose_backend(65536, 1536, 5120, torch.bfloat16, DEVICE, None, False)[0] == "hopper"
+
+
+def test_measured_entries_leave_few_rows_as_they_are():
+    """They were measured against the library alone."""
+    keep({QKV: ((1, WIDE),)})
+    tile = few_rows_tile(256, *QKV)
+    assert tile is not None
+    assert chosen(M=256) == ("few_rows", tile)
+    assert chosen(M=257) == ("hopper", WIDE)
 
 
 def test_the_named_backend_goes_by_the_same_table(monkeypatch):
@@ -105,22 +115,22 @@ def test_the_file_is_read_once_in_a_process(monkeypatch):
     reads = []
     read = gemm_tuning.read_tuning
     monkeypatch.setattr(gemm_tuning, "read_tuning", lambda gpu: (reads.append(gpu), read(gpu))[1])
-    first = chosen(M=100)
+    first = chosen(M=1000)
     path.unlink()
-    assert chosen(M=100) == first == ("hopper", WIDE)
+    assert chosen(M=1000) == first == ("hopper", WIDE)
     # the second GPU of that name was not asked for before the file went
-    assert chosen(M=100, device=torch.device("cuda", 1)) == first
+    assert chosen(M=1000, device=torch.device("cuda", 1)) == first
     assert reads == [GPU]
     keep({QKV: ()})
-    assert chosen(M=100) == first
+    assert chosen(M=1000) == first
     forget()
     assert chosen() == ("library", None)
 
 
 def test_a_file_that_comes_later_changes_nothing():
-    before = chosen(M=100)
+    before = chosen(M=1000)
     keep(MEASURED)
-    assert chosen(M=100) == before == ("library", None)
+    assert chosen(M=1000) == before == ("library", None)
     assert tuning_report(DEVICE) == "shipped"
 
 
@@ -183,6 +193,23 @@ def test_the_fingerprint_of_an_encoder_changes_with_the_table(monkeypatch):
     assert encoder.fingerprint() == shipped
     forget()
     assert encoder.fingerprint() != shipped
+
+
+def test_the_fingerprint_of_an_encoder_changes_with_the_table_of_few_rows(monkeypatch):
+    from vitgraph.encoder.demo import demo_encoder
+
+    encoder = demo_encoder("cpu")
+    shipped = encoder.fingerprint()
+    (last, tile), *later = few_rows_tuning.TABLE[QKV]
+    for entry in (
+        ((last + 1, tile), *later),
+        ((last, replace(tile, num_stages=tile.num_stages - 1)), *later),
+        (),
+    ):
+        monkeypatch.setitem(few_rows_tuning.TABLE, QKV, entry)
+        assert encoder.fingerprint() != shipped
+    monkeypatch.undo()
+    assert encoder.fingerprint() == shipped
 
 
 # the file

@@ -1,0 +1,133 @@
+"""Which tiles of gemm_few_rows.py are tried for a tower's layers, and in what order.
+
+A product of few rows runs under its neighbours, so the time of the whole tower decides: layer after
+layer takes the candidate with which that is least while the others stay as they are, several times
+over. The clock is an argument.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..kernels.few_rows_tuning import FewRowsConfig, few_rows_tile
+from ..kernels.gemm_few_rows import BLOCK_K, STORE_N
+from ..kernels.gemm_tuning import GATED, RESIDUAL
+from ..kernels.rows import ceil_div
+from .timing import TimeBudget
+from .tune_shapes import LinearShape
+
+Tile = FewRowsConfig | None  # None: what gemm_tuning.py names, as a rule the library
+Choice = Mapping[str, Tile]  # by layer
+
+_BLOCKS_M = (64, 128)
+_BLOCKS_N = (64, 128, 192, 256)
+_MOST_STAGES = 12
+_MOST_PARTS = 8
+_LEAST_STEPS = 3  # of a part
+_WAVES = (0.5, 0.8, 1.0, 1.6)  # programs for each multiprocessor that cutting K aims at
+_MOST_WAVES = 2  # programs for each multiprocessor, of a product in one part
+_KIB = 1024
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One layer's turn.
+
+    Attributes:
+        layer: Its name.
+        turn: Counted from 1.
+        us: Microseconds of the tower with each candidate.
+        reasons: Why the others have none.
+        chosen: What the layer keeps until its next turn.
+    """
+
+    layer: str
+    turn: int
+    us: Mapping[Tile, float]
+    reasons: Mapping[Tile, str]
+    chosen: Tile
+
+
+def tile_name(tile: Tile) -> str:
+    """Rows x columns, stages and parts; "-" for no tile."""
+    if tile is None:
+        return "-"
+    name = f"{tile.block_m}x{tile.block_n} s{tile.num_stages}"
+    return name if tile.splits == 1 else f"{name} in {tile.splits}"
+
+
+def candidates(shape: LinearShape, rows: int, num_sms: int) -> list[Tile]:
+    """None, the tile of the table, and every tile that could be of use for so many rows.
+
+    Pipelines are as deep as leaves room for one, two or three programs on a multiprocessor.
+    """
+    found: list[Tile] = [None, few_rows_tile(rows, *shape.key)]
+    for block_m in _BLOCKS_M[: ceil_div(rows, 64)]:
+        for block_n in _BLOCKS_N:
+            if shape.epilogue == GATED and block_n not in (128, 256):
+                continue  # no two halves
+            tiles = ceil_div(rows, block_m) * ceil_div(shape.N, block_n)
+            for splits in _parts(shape, tiles, num_sms):
+                for programs in (1, 2, 3):
+                    stages = _stages(shape, block_m, block_n, splits, programs)
+                    if stages >= 2:
+                        found.append(FewRowsConfig(block_m, block_n, stages, splits))
+    return list(dict.fromkeys(found))
+
+
+def descend(
+    layers: Mapping[str, Sequence[Tile]],
+    measure: Callable[[Choice], float],
+    *,
+    turns: int,
+    time_budget: TimeBudget,
+    label: str = "",
+    log: Callable[[Sweep], None] = lambda sweep: None,
+) -> list[Sweep]:
+    """Exchange one layer after another, from no tile at all.
+
+    Args:
+        layers: Candidates by layer.
+        measure: Microseconds of the tower with a tile for each layer. What it raises is the reason
+            why the candidate has no time.
+        turns: Of each layer.
+        time_budget: Asked before each turn of a layer.
+        label: What `time_budget` is told, before the layer.
+        log: Takes each sweep.
+    """
+    current: dict[str, Tile] = dict.fromkeys(layers)
+    sweeps: list[Sweep] = []
+    for turn in range(1, turns + 1):
+        for layer, tiles in layers.items():
+            if not time_budget.allows(f"{label} {layer} turn {turn}".strip()):
+                continue
+            us: dict[Tile, float] = {}
+            reasons: dict[Tile, str] = {}
+            for tile in tiles:
+                # a table of many goes on when one fails, and its row carries the failure
+                try:
+                    us[tile] = measure({**current, layer: tile})
+                except Exception as error:
+                    reasons[tile] = f"{type(error).__name__}: {error}".partition("\n")[0]
+            current[layer] = min(us, key=us.__getitem__, default=current[layer])
+            sweeps.append(Sweep(layer, turn, us, reasons, current[layer]))
+            log(sweeps[-1])
+    return sweeps
+
+
+def _parts(shape: LinearShape, tiles: int, num_sms: int) -> list[int]:
+    """Numbers of parts of K that are worth a try with so many tiles."""
+    if shape.epilogue != RESIDUAL:
+        return [1] if tiles <= _MOST_WAVES * num_sms else []
+    most = max(1, min(_MOST_PARTS, ceil_div(shape.K, BLOCK_K) // _LEAST_STEPS))
+    return sorted({min(most, max(1, round(waves * num_sms / tiles))) for waves in _WAVES})
+
+
+def _stages(shape: LinearShape, block_m: int, block_n: int, splits: int, programs: int) -> int:
+    """The deepest ring with which so many programs fit a multiprocessor of 228 KiB."""
+    room = (228 // programs - 1) * _KIB  # each program takes one more
+    room -= _KIB  # barriers
+    if shape.epilogue != RESIDUAL:
+        columns = block_n // 2 if shape.epilogue == GATED else block_n
+        room -= min(columns // STORE_N, 2) * block_m * STORE_N * 2
+    steps = ceil_div(ceil_div(shape.K, BLOCK_K), splits)
+    return min(room // ((block_m + block_n) * BLOCK_K * 2), steps, _MOST_STAGES)

@@ -1,0 +1,326 @@
+"""The search for tiles of few rows: what is tried, by a made-up clock, and what is said of it."""
+
+import json
+
+import pytest
+import torch
+import vitgraph.bench.towers_config as towers
+from vitgraph.bench import few_rows, report
+from vitgraph.bench.__main__ import main
+from vitgraph.bench.few_rows import CapturedTower, image_of, row_of, summary
+from vitgraph.bench.few_rows_search import Sweep, candidates, descend, tile_name
+from vitgraph.bench.timing import TimeBudget
+from vitgraph.bench.tune_shapes import LinearShape, layers, tower_specs
+from vitgraph.encoder import VisionEncoder
+from vitgraph.kernels import few_rows_tuning
+from vitgraph.kernels.few_rows_tuning import TABLE, FewRowsConfig, few_rows_tile
+from vitgraph.kernels.gated_linear import gated_linear_ref
+from vitgraph.kernels.gemm_few_rows import partials_ref
+from vitgraph.kernels.gemm_tuning import GATED, RESIDUAL
+from vitgraph.kernels.linear import linear_ref
+
+SMALL = FewRowsConfig(64, 64, 4)
+WIDE = FewRowsConfig(64, 128, 4)
+PARTS = FewRowsConfig(64, 64, 4, splits=3)
+
+# what is tried
+
+SHAPES = [
+    (name, layers(spec)[layer])
+    for name, spec in tower_specs().items()
+    for layer in few_rows.LAYERS
+    if name in ("qwen3-vl-8b", "qwen2.5-vl-7b", "qwen2-vl-7b")
+]
+
+
+@pytest.mark.parametrize("rows", [64, 128, 256, 512])
+@pytest.mark.parametrize(
+    "shape", [shape for _, shape in SHAPES], ids=[f"{n} {s.label}" for n, s in SHAPES]
+)
+def test_candidates_can_run(shape, rows):
+    tried = candidates(shape, rows, num_sms=132)
+    assert tried[0] is None
+    assert len(tried) == len(set(tried)) > 1
+    assert few_rows_tile(rows, *shape.key) in tried
+    for tile in tried[1:]:
+        assert tile is not None
+        assert tile.block_m in (64, 128)
+        assert rows > 64 or tile.block_m == 64
+        assert tile.splits == 1 or shape.epilogue == RESIDUAL
+        assert tile.splits <= -(-shape.K // 64)
+        assert shape.epilogue != GATED or tile.block_n in (128, 256)
+        ring = tile.num_stages * (tile.block_m + tile.block_n) * 64 * 2
+        columns = tile.block_n // (2 if shape.epilogue == GATED else 1)
+        staged = 0 if shape.epilogue == RESIDUAL else min(columns, 128) * tile.block_m * 2
+        assert ring + staged < 227 << 10
+    assert {tile.block_m for tile in tried[1:] if tile} == ({64} if rows == 64 else {64, 128})
+
+
+def test_k_is_cut_where_tiles_are_few():
+    def parts(N, K, rows):
+        tried = candidates(LinearShape("", N, K, RESIDUAL), rows, num_sms=132)
+        return {t.splits for t in tried if t and (t.block_m, t.block_n) == (64, 64)}
+
+    # 18 tiles for 132 multiprocessors, in 19 steps along K: three steps a part at least
+    assert parts(1152, 1216, 64) == {4, 6}
+    assert parts(1152, 4304, 256) == {1, 2, 3}
+    assert parts(8192, 4304, 256) == {1}
+
+
+def test_a_product_of_many_waves_is_left_alone():
+    shape = LinearShape("", 65536, 1152, "")
+    assert candidates(shape, 256, num_sms=132) == [None]
+
+
+# the descent
+
+
+US = {
+    ("qkv", None): 30.0, ("qkv", SMALL): 25.0, ("qkv", WIDE): 24.0,
+    ("proj", None): 10.0, ("proj", SMALL): 11.0, ("proj", PARTS): 12.0,
+}  # fmt: skip
+
+
+class Clock:
+    """A tower whose layers take what a table says; `proj` is faster beside a wide `qkv`."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, choice):
+        self.asked.append(dict(choice))
+        if choice["qkv"] == SMALL and choice["proj"] == PARTS:
+            raise RuntimeError("does not fit\nand more")
+        gain = 4.0 if choice["qkv"] == WIDE and choice["proj"] == PARTS else 0.0
+        return sum(US[layer, tile] for layer, tile in choice.items()) - gain
+
+
+LAYERS = {"qkv": [None, SMALL, WIDE], "proj": [None, SMALL, PARTS]}
+
+
+def test_one_layer_after_another_takes_its_best():
+    clock = Clock()
+    logged = []
+    sweeps = descend(LAYERS, clock, turns=2, time_budget=TimeBudget(), log=logged.append)
+    assert [(s.layer, s.turn, s.chosen) for s in sweeps] == [
+        ("qkv", 1, WIDE), ("proj", 1, PARTS), ("qkv", 2, WIDE), ("proj", 2, PARTS),
+    ]  # fmt: skip
+    assert logged == sweeps
+    assert sweeps[0].us == {None: 40.0, SMALL: 35.0, WIDE: 34.0}
+    assert sweeps[1].us == {None: 34.0, SMALL: 35.0, PARTS: 32.0}
+    # the others stay as they are meanwhile
+    assert clock.asked[:2] == [{"qkv": None, "proj": None}, {"qkv": SMALL, "proj": None}]
+    assert clock.asked[3] == {"qkv": WIDE, "proj": None}
+    assert sweeps[2].reasons == {SMALL: "RuntimeError: does not fit"}
+
+
+def test_a_layer_without_any_time_stays():
+    def fails(choice):
+        raise ValueError("no GPU today")
+
+    (sweep,) = descend({"qkv": [None, WIDE]}, fails, turns=1, time_budget=TimeBudget())
+    assert sweep.us == {}
+    assert sweep.chosen is None
+    assert set(sweep.reasons) == {None, WIDE}
+
+
+class Hurried(TimeBudget):
+    """Time for so many turns of a layer."""
+
+    def __init__(self, left):
+        super().__init__(1.0)
+        self.left = left
+
+    def allows(self, label):
+        self.left -= 1
+        if self.left < 0:
+            self.skipped.append(label)
+        return self.left >= 0
+
+
+def test_without_time_the_rest_is_named():
+    budget = Hurried(3)
+    sweeps = descend(LAYERS, Clock(), turns=2, time_budget=budget, label="tower 64 rows")
+    assert len(sweeps) == 3
+    assert budget.skipped == ["tower 64 rows proj turn 2"]
+
+
+# the tower
+
+
+@pytest.mark.parametrize(
+    ("rows", "grid"), [(256, (1, 16, 16)), (128, (1, 8, 16)), (4, (1, 2, 2)), (28, (1, 2, 14))]
+)
+def test_one_image_fills_the_rows(rows, grid):
+    assert image_of(rows, 2) == grid
+
+
+@pytest.fixture
+def encoder():
+    config = towers.tower_config("tiny-qwen2.5-vl")
+    hf = towers.empty_tower(config, device="cpu", dtype=torch.bfloat16)
+    return VisionEncoder.from_hf(towers.boost_(hf, seed=0))
+
+
+@pytest.fixture
+def tower(encoder):
+    return CapturedTower(encoder, rows=32, seed=0)
+
+
+def test_an_image_too_thin_for_its_graph_is_refused(encoder):
+    with pytest.raises(ValueError, match=r"2036 patches, 2 x 1018, has 128 windows, .* holds 65"):
+        CapturedTower(encoder, rows=2036, seed=0)
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """The kernel by its definition, and a clock that shows what table the tower was run with."""
+    seen = []
+
+    def linear_partials(x, weight, *, config, live_rows):
+        return partials_ref(x, weight, config.splits)
+
+    def launch(x, weight, bias, out, live_rows, *, activation, config):
+        out.copy_(linear_ref(x, weight, bias, activation=activation))
+
+    def gated_linear(x, weight, bias, *, out, live_rows, backend, config):
+        assert backend == "few_rows"
+        # `SMALL` stands for a tile that computes something else
+        out.copy_(gated_linear_ref(x, weight, bias) * (2 if config == SMALL else 1))
+
+    def record(work):
+        seen.append(dict(few_rows_tuning.TABLE))
+        work()
+        return "graph", None
+
+    class Ms:
+        ms = 0.25
+
+    monkeypatch.setattr(few_rows, "linear_partials", linear_partials)
+    monkeypatch.setattr(few_rows, "launch", launch)
+    monkeypatch.setattr(few_rows, "gated_linear", gated_linear)
+    monkeypatch.setattr(few_rows, "record", record)
+    monkeypatch.setattr(few_rows, "time_graphs", lambda graphs, effort: {"tower": Ms})
+    return seen
+
+
+def test_a_choice_stands_in_for_the_shipped_table(tower, stand_ins):
+    keys = {name: shape.key for name, shape in tower.shapes.items()}
+    choice = {"qkv": WIDE, "proj": PARTS, "up": None, "down": None}
+    assert tower.us(choice) == 250.0
+    (table,) = stand_ins
+    assert {key: [tile for _, tile in entry] for key, entry in table.items()} == {
+        keys["qkv"]: [WIDE],
+        keys["proj"]: [PARTS],
+    }
+    assert few_rows_tuning.TABLE is TABLE
+    tower.compile({"qkv": [None, WIDE]})
+    assert few_rows_tuning.TABLE is TABLE
+
+
+def test_the_shipped_table_is_back_after_an_error(tower, stand_ins, monkeypatch):
+    def fails(work):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(few_rows, "record", fails)
+    with pytest.raises(RuntimeError, match="no memory"):
+        tower.us({"qkv": WIDE})
+    assert few_rows_tuning.TABLE is TABLE
+
+
+def test_a_wrong_tile_gets_no_time(tower, stand_ins):
+    assert tower.us({"up": WIDE}) == 250.0
+    with pytest.raises(ValueError, match=r"error is .* times plain PyTorch's own"):
+        tower.us({"up": SMALL})
+    assert len(stand_ins) == 1
+
+
+# the command
+
+
+def measured_rows():
+    shape = LinearShape("proj", 1152, 1152, RESIDUAL)
+    first = Sweep("proj", 1, {None: 400.0, SMALL: 390.0}, {}, SMALL)
+    last = Sweep("proj", 2, {None: 380.0, SMALL: 371.0, PARTS: 360.0}, {WIDE: "too wide"}, PARTS)
+    return [row_of("qwen3-vl-8b", 128, shape, sweep) for sweep in (first, last)]
+
+
+def test_the_last_turn_of_a_layer_is_told():
+    lines = summary(measured_rows()).splitlines()
+    assert len(lines) == 3
+    cells = lines[1].split()
+    assert cells[:6] == ["qwen3-vl-8b", "128", "rows", "proj", "2", "380"]
+    assert lines[1].index("64x64 s4 in 3") < lines[1].index("360") < lines[1].rindex("64x64 s4")
+    assert lines[2] == "qwen3-vl-8b 128 rows proj 64x128 s4: too wide"
+
+
+def test_rows_are_plain_data():
+    row = json.loads(json.dumps(measured_rows()[1]))
+    assert row["us"] == {"-": 380.0, "64x64 s4": 371.0, "64x64 s4 in 3": 360.0}
+    assert FewRowsConfig(**row["config"]) == PARTS
+    assert row["chosen"] == tile_name(PARTS)
+    assert (row["N"], row["K"], row["epilogue"]) == (1152, 1152, RESIDUAL)
+
+
+def test_bench_few_rows(monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def run(towers, rows, *, turns, seed, time_budget):
+        asked.append((towers, rows, turns, seed))
+        assert not Hurried(0).allows("x")
+        time_budget.skipped.append("qwen2-vl-7b 128 rows qkv turn 1")
+        return measured_rows()
+
+    monkeypatch.setattr(few_rows, "run", run)
+    monkeypatch.setattr(report, "_query_gpu", dict)
+    monkeypatch.delenv("VITGRAPH_COMMIT", raising=False)
+    path = tmp_path / "few.json"
+    command = ["few-rows", "--towers", "qwen3-vl-8b", "--rows", "128", "--budget-s", "60"]
+    assert main([*command, "--turns", "3", "--json", str(path)]) == 0
+    assert asked == [(["qwen3-vl-8b"], [128], 3, 0)]
+    content = json.loads(path.read_text())
+    assert content["rows"] == measured_rows()
+    assert content["meta"]["budget_s"] == 60
+    assert content["meta"]["not_run"] == ["qwen2-vl-7b 128 rows qkv turn 1"]
+    assert {"gpu", "torch", "date"} <= set(content["meta"])
+    out = capsys.readouterr().out
+    assert "64x64 s4 in 3" in out
+    assert "not run: qwen2-vl-7b 128 rows qkv turn 1" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rows", "130"], "rows [130] must be multiples of 4, from 4 to 2047"),
+        (["--rows", "128", "4096"], "rows [4096] must be multiples of 4"),
+        (["--turns", "0"], "turns = 0 must be at least 1"),
+        (["--towers", "gpt"], "tower 'gpt' is not known"),
+        (["--budget-s", "0"], "must be more than 0"),
+        ([], "few-rows: measuring needs a CUDA device, and there is none"),
+    ],
+)
+def test_bench_few_rows_refuses(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["few-rows", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_other_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    with pytest.raises(ValueError, match="nothing to measure here, as our kernel: it needs"):
+        few_rows.run(["qwen3-vl-8b"])
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_one_tower_on_a_gpu(monkeypatch):
+    device = torch.device("cuda", torch.cuda.current_device())
+    if reason := few_rows.hopper_reason(device, torch.bfloat16):
+        pytest.skip(reason)
+    monkeypatch.setattr(few_rows, "candidates", lambda *_: [None, WIDE])
+    rows = few_rows.run(["qwen3-vl-2b"], [128], turns=1)
+    assert [row["layer"] for row in rows] == list(few_rows.LAYERS)
+    assert all(set(row["us"]) == {"-", tile_name(WIDE)} for row in rows), summary(rows)
+    assert few_rows_tuning.TABLE is TABLE

@@ -1,0 +1,104 @@
+"""What the compiler makes of the matrix product of few rows for the H200, without one."""
+
+import pytest
+from vitgraph.kernels import gemm_few_rows
+from vitgraph.kernels.compiled import inspect
+from vitgraph.kernels.few_rows_tuning import TABLE, FewRowsConfig
+from vitgraph.kernels.gemm_tuning import GATED, RESIDUAL
+
+kernel_module = pytest.importorskip("vitgraph.kernels.gemm_few_rows_kernel")
+gl = kernel_module.gl
+
+# those of the table, and what `linear` and `gated_linear` take without an entry
+LAUNCHES = {
+    *((tile, epilogue) for (_, _, epilogue), tiles in TABLE.items() for _, tile in tiles),
+    *((FewRowsConfig(64, 64, 6), name) for name in ("", "gelu_tanh", "gelu_erf", "quick_gelu")),
+    (FewRowsConfig(64, 64, 6), "silu"),
+    (FewRowsConfig(64, 128, 4), GATED),
+}
+
+
+def name_of(launch):
+    tile, epilogue = launch
+    name = f"{tile.block_m}x{tile.block_n}s{tile.num_stages}"
+    return f"{name}-{epilogue or 'bias'}"
+
+
+def inspect_few_rows(tile: FewRowsConfig, epilogue: str):
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    m, n, k = tile.block_m, tile.block_n, gemm_few_rows.BLOCK_K
+    head = 1 << (n.bit_length() - 1)
+    is_gated, is_partial = epilogue == GATED, epilogue == RESIDUAL
+
+    def descriptor(rows, columns):
+        return f"tensordesc<bf16[{rows}, {columns}],{layout!r}>"
+
+    signature = {
+        "x": descriptor(m, k),
+        "weight": descriptor(head // 2 if is_gated else head, k),
+        "live_ptr": "*i32",
+        **dict.fromkeys(("M", "N", "K", "splits"), "i32"),
+    }
+    activation = "silu" if is_gated else "" if is_partial else epilogue
+    constexprs = {
+        "ACTIVATION": activation, "IS_GATED": is_gated, "STAGES": tile.num_stages,
+        "num_warps": m // 16,
+    }  # fmt: skip
+    for name, is_given, kind in (
+        ("bias_ptr", not is_partial, "*bf16"),
+        ("out", not is_partial, descriptor(m, gemm_few_rows.STORE_N)),
+        ("partial_ptr", is_partial, "*fp32"),
+        ("weight_tail", n > head, descriptor(n - head, k)),
+    ):
+        if is_given:
+            signature[name] = kind
+        else:
+            constexprs[name] = None
+    return inspect(
+        kernel_module.gemm_few_rows_kernel,
+        signature,
+        constexprs,
+        divisible=("N", "K"),
+        num_warps=m // 16,
+        maxnreg=tile.max_registers,
+        launch_pdl=True,
+    )
+
+
+@pytest.mark.parametrize("launch", sorted(LAUNCHES, key=name_of), ids=name_of)
+def test_tile(launch):
+    tile, epilogue = launch
+    info = inspect_few_rows(tile, epilogue)
+    assert info.spill_bytes == 0
+    assert info.count("HGMMA") > 0
+    assert info.shared_bytes <= 227 << 10
+    # TMA stores of rounded tiles, plain ones of partial sums
+    assert (info.count("UTMASTG") > 0) == (epilogue != RESIDUAL)
+    # the group of the loads and that of the products wait each, and let the next kernel start
+    assert info.count("ACQBULK") == info.count("PREEXIT") == 2
+    lines = info.sass.splitlines()
+    waits = [i for i, line in enumerate(lines) if "ACQBULK" in line]
+    loads = [i for i, line in enumerate(lines) if "UTMALDG" in line]
+    # releases of Triton put the two groups in either order, and only one of them loads
+    wait = min(i for i in waits if i > loads[0])
+    early = [i for i in loads if i < wait]
+    has_tail = tile.block_n & (tile.block_n - 1) != 0
+    assert len(early) == 1 + (epilogue == GATED) + has_tail, "weights, and x only after the wait"
+    assert len(loads) > 2 * len(early)
+
+
+def registers_of_two(tile):
+    # the group of the loads counts as four warps
+    return 2 * 32 * (tile.block_m // 16 + 4) * tile.max_registers
+
+
+@pytest.mark.parametrize("tile", sorted({t for t, _ in LAUNCHES}, key=str), ids=str)
+def test_a_small_tile_leaves_room_for_another_program(tile):
+    assert (registers_of_two(tile) <= 1 << 16) == (tile.max_registers == 128)
+
+
+def test_small_tiles_with_short_rings_share_a_multiprocessor():
+    for tile, epilogue in LAUNCHES:
+        if tile.max_registers == 128 and tile.num_stages <= 6 and tile.block_n == 64:
+            # 228 KiB, of which each program takes one more
+            assert 2 * (inspect_few_rows(tile, epilogue).shared_bytes + 1024) <= 228 << 10
