@@ -113,6 +113,29 @@ def run_capture(arguments: argparse.Namespace) -> Outcome:
     return rows, settings, capture.summary(rows)
 
 
+def run_step(arguments: argparse.Namespace) -> Outcome:
+    """`step`."""
+    from . import step
+
+    names = arguments.workloads or tuple(step.WORKLOADS)
+    if unknown := sorted(set(names) - set(step.WORKLOADS)):
+        raise ValueError(
+            f"bench: workload {', '.join(unknown)} is not known; use {', '.join(step.WORKLOADS)}"
+        )
+    time_budget = TimeBudget(arguments.budget_s)
+    rows = step.run(
+        {name: step.WORKLOADS[name] for name in names},
+        arguments.providers or step.PROVIDERS,
+        device=_place(arguments),
+        dtype=getattr(torch, arguments.dtype),
+        effort=QUICK if arguments.quick else Effort(),
+        seed=arguments.seed,
+        time_budget=time_budget,
+    )
+    settings = {"dtype": arguments.dtype, "seed": arguments.seed, **time_budget.to_json()}
+    return rows, settings, "\n".join(filter(None, [step.summary(rows), time_budget.note()]))
+
+
 def run_breakdown(arguments: argparse.Namespace) -> Outcome:
     """`breakdown`."""
     from . import breakdown
@@ -172,6 +195,7 @@ MEASURING: Mapping[str, Callable[[argparse.Namespace], Outcome]] = {
     "kernels": run_kernels,
     "capture": run_capture,
     "breakdown": run_breakdown,
+    "step": run_step,
     "packing": run_packing,
     "tune": run_tune,
     "few-rows": run_few_rows,

@@ -42,6 +42,7 @@ class TowerShape:
         merge: Patches in a merged token.
         num_mergers: The last one and the deepstack ones.
         full_layers: Blocks with attention over whole frames; the others use windows.
+        merger_mlp: Width of the gated MLP of GLM's merger, 0 for other mergers.
     """
 
     hidden: int
@@ -54,30 +55,40 @@ class TowerShape:
     merge: int
     num_mergers: int
     full_layers: int
+    merger_mlp: int = 0
 
     @classmethod
     def of(cls, config: Any) -> "TowerShape":
-        """Read a Hugging Face vision configuration of the Qwen-VL families."""
+        """Read a Hugging Face vision configuration of the Qwen-VL and GLM families."""
         is_qwen2 = hasattr(config, "embed_dim")
         hidden = config.embed_dim if is_qwen2 else config.hidden_size
         full = getattr(config, "fullatt_block_indexes", None)
+        mlp = hidden * config.mlp_ratio if is_qwen2 else config.intermediate_size
+        merger_mlp = 0
+        if config.model_type == "glm4v_vision":
+            mlp, merger_mlp = config.out_hidden_size, mlp
+        elif config.model_type == "glm_ocr_vision":
+            merger_mlp = config.out_hidden_size * config.in_channels
+        elif config.model_type == "glm5_next_vision":
+            merger_mlp = config.projection_intermediate_size
         return cls(
             hidden=hidden,
             heads=config.num_heads,
             depth=config.depth,
-            mlp=hidden * config.mlp_ratio if is_qwen2 else config.intermediate_size,
-            is_gated=full is not None,
+            mlp=mlp,
+            is_gated=full is not None or merger_mlp > 0,
             patch_values=config.in_channels * config.temporal_patch_size * config.patch_size**2,
             out=config.hidden_size if is_qwen2 else config.out_hidden_size,
             merge=config.spatial_merge_size**2,
             num_mergers=1 + len(getattr(config, "deepstack_visual_indexes", ())),
             full_layers=config.depth if full is None else len(full),
+            merger_mlp=merger_mlp,
         )
 
 
 @dataclass(frozen=True)
 class Gemm:
-    """`count` products x [M, K] @ weight [N, K]^T with a bias."""
+    """`count` products x [M, K] @ weight [N, K]^T, timed with a bias."""
 
     name: str
     M: int
@@ -105,29 +116,44 @@ def gemms(shape: TowerShape, patches: int, alignment: int = 16) -> list[Gemm]:
     """Every GEMM of one forward of `patches` patches; an odd MLP width is padded with zeros."""
     D, mlp, joined = shape.hidden, aligned(shape.mlp, alignment), shape.hidden * shape.merge
     up = 2 * mlp if shape.is_gated else mlp
-    tokens = patches // shape.merge
+    tokens, out = patches // shape.merge, shape.out
+    merger = [
+        Gemm("merger_fc1", tokens, joined, joined, shape.num_mergers),
+        Gemm("merger_fc2", tokens, out, joined, shape.num_mergers),
+    ]
+    if shape.merger_mlp:
+        merger = [
+            Gemm("merger_join", tokens, out, joined, 1),
+            Gemm("merger_proj", tokens, out, out, 1),
+            Gemm("merger_up", tokens, 2 * shape.merger_mlp, out, 1),
+            Gemm("merger_down", tokens, out, shape.merger_mlp, 1),
+        ]
     return [
         Gemm("patch_embed", patches, D, shape.patch_values, 1),
         Gemm("qkv", patches, 3 * D, D, shape.depth),
         Gemm("proj", patches, D, D, shape.depth),
         Gemm("up", patches, up, D, shape.depth),
         Gemm("down", patches, D, mlp, shape.depth),
-        Gemm("merger_fc1", tokens, joined, joined, shape.num_mergers),
-        Gemm("merger_fc2", tokens, shape.out, joined, shape.num_mergers),
+        *merger,
     ]
 
 
 def num_kernels(shape: TowerShape) -> int:
     """Kernels of a perfect forward.
 
-    Two norms, four GEMMs and attention a block; norm, two GEMMs and a gather for each merger;
-    patch embedding and layout.
+    Two norms, four GEMMs and attention a block; norm, two GEMMs and a gather for each merger, or
+    two norms and four GEMMs for GLM's; patch embedding and layout.
     """
+    if shape.merger_mlp:
+        return 7 * shape.depth + 8
     return 7 * shape.depth + 4 * shape.num_mergers + 2
 
 
 def num_untimed_kernels(shape: TowerShape) -> int:
-    """Kernels among `num_kernels` that no measured time covers: merger gathers and the layout."""
+    """Kernels among `num_kernels` that no measured time covers: merger gathers and the layout.
+
+    And the norm of GLM's merged tokens.
+    """
     return shape.num_mergers + 1
 
 

@@ -22,6 +22,7 @@ from transformers.vision_utils import (
 
 from .provider import Builders, Job, Provider, UnavailableError, features_of, require_cuda
 from .timing import record
+from .towers_config import hf_grid
 
 # towers hand over the packed sequence only where the name of the attention contains "flash"
 FLASH = "vitgraph_torch_flash"
@@ -109,10 +110,12 @@ def hf_builders(tower: Any) -> Builders:
             if implementation == FLASH:
                 require_cuda(device, "torch's FlashAttention-2")
 
+            grid_thw = hf_grid(tower, job.grid_thw)
+
             @torch.inference_mode()
             def call() -> Any:
                 tower.config._attn_implementation = implementation
-                return tower(job.pixel_values, grid_thw=job.grid_thw)
+                return tower(job.pixel_values, grid_thw=grid_thw)
 
             return Provider(call, lambda: features_of(call()), len(job.pixel_values))
 
@@ -140,12 +143,13 @@ def hf_builders(tower: Any) -> Builders:
 
 
 def _exact_graph(tower: Any, job: Job) -> Provider:
-    kwargs = precomputed_kwargs(tower, job.grid_thw)
+    grid_thw = hf_grid(tower, job.grid_thw)
+    kwargs = precomputed_kwargs(tower, grid_thw)
     tower.config._attn_implementation = FLASH
 
     @torch.inference_mode()
     def forward() -> Any:
-        return tower(job.pixel_values, grid_thw=job.grid_thw, **kwargs)
+        return tower(job.pixel_values, grid_thw=grid_thw, **kwargs)
 
     try:
         graph, output = record(forward)

@@ -6,24 +6,25 @@ every matrix is scaled by its fan-in, q and k are doubled, and norms and biases 
 dropping the rotary embedding or a segment boundary changes the output by tens of per cent.
 """
 
-from dataclasses import dataclass
+import importlib
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers.initialization import no_init_weights
-from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-    Qwen2_5_VisionTransformerPretrainedModel,
-)
-from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
-from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
-from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
-_FAMILIES: dict[str, tuple[Any, Any]] = {
-    "qwen2_vl": (Qwen2VisionTransformerPretrainedModel, Qwen2VLVisionConfig),
-    "qwen2_5_vl": (Qwen2_5_VisionTransformerPretrainedModel, Qwen2_5_VLVisionConfig),
-    "qwen3_vl": (Qwen3VLVisionModel, Qwen3VLVisionConfig),
+# family: tower and configuration in the module of that name of transformers; imported when needed,
+# as an older release may lack some
+_FAMILIES = {
+    "qwen2_vl": ("Qwen2VisionTransformerPretrainedModel", "Qwen2VLVisionConfig"),
+    "qwen2_5_vl": ("Qwen2_5_VisionTransformerPretrainedModel", "Qwen2_5_VLVisionConfig"),
+    "qwen2_5_omni": ("Qwen2_5OmniVisionEncoder", "Qwen2_5OmniVisionEncoderConfig"),
+    "qwen3_vl": ("Qwen3VLVisionModel", "Qwen3VLVisionConfig"),
+    "qwen3_omni_moe": ("Qwen3OmniMoeVisionEncoder", "Qwen3OmniMoeVisionEncoderConfig"),
+    "qwen3_5": ("Qwen3_5VisionModel", "Qwen3_5VisionConfig"),
+    "glm4v": ("Glm4vVisionModel", "Glm4vVisionConfig"),
+    "glm_ocr": ("GlmOcrVisionModel", "GlmOcrVisionConfig"),
+    "glm5_next": ("Glm5NextVisionModel", "Glm5NextVisionConfig"),
 }
 # projections that add to the residual stream, by the end of their path in each family
 _INTO_STREAM = ("attn.proj", "mlp.linear_fc2", "mlp.fc2", "mlp.down_proj")
@@ -39,7 +40,13 @@ class TowerConfig:
 
     def vision_config(self) -> Any:
         """A fresh Hugging Face configuration (towers change theirs when attention is switched)."""
-        return _FAMILIES[self.family][1](**self.arguments)
+        home = f"transformers.models.{self.family}.configuration_{self.family}"
+        return getattr(importlib.import_module(home), _FAMILIES[self.family][1])(**self.arguments)
+
+    def tower_class(self) -> Any:
+        """Its class in transformers."""
+        home = f"transformers.models.{self.family}.modeling_{self.family}"
+        return getattr(importlib.import_module(home), _FAMILIES[self.family][0])
 
 
 def _qwen3(depth: int, hidden: int, mlp: int, out: int, deepstack: list[int]) -> TowerConfig:
@@ -51,6 +58,12 @@ def _qwen3(depth: int, hidden: int, mlp: int, out: int, deepstack: list[int]) ->
             "num_position_embeddings": 2304, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh",
         },
     )  # fmt: skip
+
+
+def _qwen3_5(out: int, **sizes: int) -> TowerConfig:
+    arguments = _qwen3(27, 1152, 4304, out, []).arguments | sizes
+    del arguments["deepstack_visual_indexes"]
+    return TowerConfig("qwen3_5", arguments)
 
 
 def _qwen2_5(mlp: int, out: int) -> TowerConfig:
@@ -74,6 +87,19 @@ def _qwen2(out: int) -> TowerConfig:
     )  # fmt: skip
 
 
+def _glm4v(merger: int) -> TowerConfig:
+    return TowerConfig(
+        "glm4v",
+        {
+            "depth": 24, "hidden_size": 1536, "num_heads": 12, "out_hidden_size": 4096,
+            "intermediate_size": merger, "image_size": 336, "patch_size": 14,
+        },
+    )  # fmt: skip
+
+
+_GLM_OCR = {
+    "depth": 24, "hidden_size": 1024, "num_heads": 16, "intermediate_size": 4096, "patch_size": 14,
+}  # fmt: skip
 _TINY = {"hidden_size": 64, "num_heads": 2, "intermediate_size": 96, "out_hidden_size": 64}
 
 TOWERS: dict[str, TowerConfig] = {
@@ -81,17 +107,45 @@ TOWERS: dict[str, TowerConfig] = {
     "qwen3-vl-4b": _qwen3(24, 1024, 4096, 2560, [5, 11, 17]),
     "qwen3-vl-8b": _qwen3(27, 1152, 4304, 4096, [8, 16, 24]),
     "qwen3-vl-32b": _qwen3(27, 1152, 4304, 5120, [8, 16, 24]),
+    "qwen3-omni-30b": replace(
+        _qwen3(27, 1152, 4304, 2048, [8, 16, 24]), family="qwen3_omni_moe"
+    ),
+    "qwen3.5-0.8b": _qwen3_5(
+        1024, depth=12, hidden_size=768, num_heads=12, intermediate_size=3072
+    ),
+    "qwen3.5-9b": _qwen3_5(4096),
+    "qwen3.5-27b": _qwen3_5(5120),
+    "qwen3.5-35b": _qwen3_5(2048),
     "qwen2.5-vl-3b": _qwen2_5(3420, 2048),
     "qwen2.5-vl-7b": _qwen2_5(3420, 3584),
     "qwen2.5-vl-32b": _qwen2_5(3456, 5120),
     "qwen2.5-vl-72b": _qwen2_5(3456, 8192),
+    "qwen2.5-omni-7b": replace(_qwen2_5(3420, 3584), family="qwen2_5_omni"),
+    "mimo-vl-7b": _qwen2_5(3456, 4096),
     "qwen2-vl-2b": _qwen2(1536),
     "qwen2-vl-7b": _qwen2(3584),
     "qwen2-vl-72b": _qwen2(8192),
+    "glm-4.1v-9b": _glm4v(13696),
+    "glm-4.5v": _glm4v(10944),
+    "glm-ocr": TowerConfig("glm_ocr", {**_GLM_OCR, "out_hidden_size": 1536}),
+    "glm-5.3-flash": TowerConfig(
+        "glm5_next",
+        {**_GLM_OCR, "out_hidden_size": 4096, "projection_intermediate_size": 10240},
+    ),
     # seconds on a CPU, for trying the benchmark itself
     "tiny-qwen3-vl": TowerConfig(
         "qwen3_vl",
         {**_TINY, "depth": 4, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 2]},
+    ),
+    "tiny-qwen3.5": TowerConfig(
+        "qwen3_5", {**_TINY, "depth": 3, "num_position_embeddings": 64}
+    ),
+    "tiny-qwen3-omni": TowerConfig(
+        "qwen3_omni_moe",
+        {**_TINY, "depth": 3, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
+    ),
+    "tiny-qwen2.5-omni": TowerConfig(
+        "qwen2_5_omni", {**_TINY, "depth": 3, "fullatt_block_indexes": [1]}
     ),
     "tiny-qwen2.5-vl": TowerConfig(
         "qwen2_5_vl", {**_TINY, "depth": 4, "fullatt_block_indexes": [1, 3]}
@@ -100,7 +154,13 @@ TOWERS: dict[str, TowerConfig] = {
         "qwen2_vl",
         {"depth": 3, "embed_dim": 64, "num_heads": 2, "mlp_ratio": 2, "hidden_size": 64},
     ),
-}
+    "tiny-glm-4v": TowerConfig("glm4v", {**_TINY, "depth": 3, "image_size": 112}),
+    "tiny-glm-ocr": TowerConfig("glm_ocr", {**_TINY, "depth": 3}),
+    "tiny-glm-5": TowerConfig(
+        "glm5_next",
+        {**_TINY, "depth": 3, "projection_intermediate_size": 96, "swiglu_limit": 0.5},
+    ),
+}  # fmt: skip
 DEFAULT_TOWERS = ("qwen3-vl-8b", "qwen2.5-vl-7b", "qwen2-vl-7b")
 
 
@@ -124,8 +184,7 @@ def empty_tower(
     every dtype of the tower) are computed by the constructor, while weights cost no time.
     """
     with torch.device(device), no_init_weights():
-        model_class = _FAMILIES[config.family][0]
-        tower = model_class._from_config(
+        tower = config.tower_class()._from_config(
             config.vision_config(), dtype=dtype, attn_implementation="sdpa"
         )
     return tower.eval().requires_grad_(False)
@@ -159,6 +218,19 @@ def boost_(tower: torch.nn.Module, seed: int) -> torch.nn.Module:
                 value = noise(parameter) * 0.05 + (1 if is_norm and name == "weight" else 0)
             parameter.copy_(value)
     return tower
+
+
+def hf_grid(tower: torch.nn.Module, grid_thw: torch.Tensor) -> torch.Tensor:
+    """`grid_thw` as Hugging Face's tower takes it: for GLM-4V each frame an image of its own.
+
+    That tower looks a frame's grid up by the number of the frame. The models that own one call it
+    with such grids.
+    """
+    if type(tower).__name__ != "Glm4vVisionModel":
+        return grid_thw
+    frames = grid_thw.repeat_interleave(grid_thw[:, 0], 0)
+    frames[:, 0] = 1
+    return frames
 
 
 @torch.no_grad()

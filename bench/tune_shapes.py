@@ -10,7 +10,9 @@ from typing import TypeVar
 
 from ..encoder.families import FAMILIES
 from ..encoder.spec import EncoderSpec
+from ..encoder.step_spec import StepSpec
 from ..kernels.gemm_tuning import GATED, RESIDUAL
+from .step_config import STEP_TOWERS
 from .towers_config import TOWERS
 
 PATCHES = (256, 784, 1568, 3136, 6272, 8192, 16384, 32768, 65536)
@@ -49,31 +51,66 @@ class AttentionShape:
     head_dim: int
 
 
-def layers(spec: EncoderSpec) -> dict[str, LinearShape]:
+def layers(spec: EncoderSpec | StepSpec) -> dict[str, LinearShape]:
     """Linear layers of a tower by name, as its prepared weights have them."""
+    if isinstance(spec, StepSpec):
+        return _step_layers(spec)
     D, F, group = spec.hidden_size, spec.padded_mlp_size, spec.patches_per_token
     is_gated = spec.mlp == "gated"
+    # bounded gates are a kernel of their own
+    gated = GATED if spec.gate_limit is None else ""
     found = {
         "qkv": (3 * D, D, "", 1),
         "proj": (D, D, RESIDUAL, 1),
-        "up": (2 * F, D, GATED, 1) if is_gated else (F, D, spec.activation, 1),
+        "up": (2 * F, D, gated, 1) if is_gated else (F, D, spec.activation, 1),
         "down": (D, F, RESIDUAL, 1),
-        "merger fc1": (group * D, group * D, "gelu_erf", group),
-        "merger fc2": (spec.out_size, group * D, "", group),
     }
+    out = spec.out_size
+    if spec.merger == "glm":
+        found |= {
+            "merger join": (out, group * D, "", group),
+            "merger proj": (out, out, "", group),
+            "merger up": (2 * spec.merger_size, out, gated, group),
+            "merger down": (out, spec.merger_size, "", group),
+        }
+    else:
+        found |= {
+            "merger fc1": (group * D, group * D, "gelu_erf", group),
+            "merger fc2": (out, group * D, "", group),
+        }
     return {name: LinearShape(name, *shape) for name, shape in found.items()}
 
 
-def tower_specs() -> dict[str, EncoderSpec]:
+def _step_layers(spec: StepSpec) -> dict[str, LinearShape]:
+    """Of a tower of whole images: each convolution leaves a quarter of the rows before it."""
+    D, F = spec.hidden_size, spec.mlp_size
+    into = RESIDUAL if spec.block == "pre_norm" else ""
+    found = {
+        "qkv": (3 * D, D, "", 1),
+        "proj": (D, D, into, 1),
+        "up": (F, D, "quick_gelu", 1),
+        "down": (D, F, into, 1),
+    }
+    width, group = D, 1
+    for j, conv in enumerate(spec.downsamples):
+        group *= conv.stride**2
+        found[f"convolution {j + 1}"] = (conv.width, conv.kernel**2 * width, "", group)
+        width = conv.width
+    found["projector"] = (spec.out_size, width, "", group)
+    return {name: LinearShape(name, *shape) for name, shape in found.items()}
+
+
+def tower_specs() -> dict[str, EncoderSpec | StepSpec]:
     """Specs of the published towers; without those that are made for trying out."""
-    return {
+    packed = {
         name: FAMILIES[config.family].spec(config.vision_config())
         for name, config in TOWERS.items()
         if not name.startswith("tiny-")
     }
+    return {**packed, **STEP_TOWERS}
 
 
-def linear_shapes(specs: Mapping[str, EncoderSpec] | None = None) -> list[LinearShape]:
+def linear_shapes(specs: Mapping[str, EncoderSpec | StepSpec] | None = None) -> list[LinearShape]:
     """Every shape of the linear layers of `specs`, of all published towers by default, once.
 
     Labels name the layer and the towers that have it.
@@ -91,7 +128,9 @@ def linear_shapes(specs: Mapping[str, EncoderSpec] | None = None) -> list[Linear
     ]
 
 
-def attention_shapes(specs: Mapping[str, EncoderSpec] | None = None) -> list[AttentionShape]:
+def attention_shapes(
+    specs: Mapping[str, EncoderSpec | StepSpec] | None = None,
+) -> list[AttentionShape]:
     """Every class of lengths with every number of heads and head dim of `specs`."""
     specs = tower_specs() if specs is None else specs
     heads = sorted({(spec.num_heads, spec.head_dim) for spec in specs.values()})

@@ -9,7 +9,7 @@ import torch
 from .calls import PlannedBatch, PlannedCall, Planner
 from .captured import CapturedLadder
 from .cost import AssumedCosts, Costs
-from .protocol import Pruning, Rows, RungLimits, SupportsEncoderCudaGraph
+from .protocol import Pruning, Rows, RungLimits, StagesInputs, SupportsEncoderCudaGraph
 from .pruning import KEEP, KEEP_MASK, check_pruning, select_pruning, stage_pruning
 from .ranges import span
 from .rows import limit_of
@@ -53,7 +53,9 @@ class Executor:
         self._nvtx = nvtx
         self._input_specs = encoder.input_specs(largest)
         self._output_specs = encoder.output_specs(largest)
-        if self._input_specs.keys() not in _INPUTS:
+        self._stage = encoder.stage if isinstance(encoder, StagesInputs) else None
+        known = PIXELS in self._input_specs if self._stage else self._input_specs.keys() in _INPUTS
+        if not known:
             raise ValueError(
                 f"EncoderCudaGraphManager: {type(encoder).__name__}.input_specs names "
                 f"{sorted(self._input_specs)}; it must name exactly {GRID} and {PIXELS}, or these "
@@ -240,12 +242,16 @@ class Executor:
         graph = ladder.rungs[rung].graphs[index]
         graph.check_addresses()
         with span("vitgraph.stage", self._nvtx), self._staging(slot, pixel_values):
-            destination = graph.inputs[GRID]
-            table = batch.table(grid, destination)
-            if slot.table is not table:  # else it is there from the last call of this layout
-                slot.table = None
-                destination.copy_(table, non_blocking=True)
-                slot.table = table
+            if self._stage is not None:
+                for name, value in self._stage(batch.rows(grid), rung).items():
+                    graph.inputs[name].copy_(value, non_blocking=True)
+            else:
+                destination = graph.inputs[GRID]
+                table = batch.table(grid, destination)
+                if slot.table is not table:  # else it is there from the last call of this layout
+                    slot.table = None
+                    destination.copy_(table, non_blocking=True)
+                    slot.table = table
             if KEEP in graph.inputs:
                 stage_pruning(graph.inputs, pruning, call.offsets, batch.runs)
             stage_pixels(graph.inputs[PIXELS], pixel_values, call.offsets, batch.runs)

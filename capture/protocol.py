@@ -6,11 +6,11 @@ patch of an item, which is one attention segment. Window: one segment of a windo
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 
-Rows = Literal["patches", "tokens", "kept", "items", "frames"]
+Rows = Literal["patches", "tokens", "kept", "items", "frames", "windows"]
 
 
 @dataclass(frozen=True)
@@ -151,4 +151,32 @@ class SupportsEncoderCudaGraph(Protocol):
 
     def fingerprint(self) -> str:
         """What determines this encoder's speed, besides machine and versions: names a cache."""
+        ...
+
+
+@runtime_checkable
+class HasFixedGrid(Protocol):
+    """An encoder all of whose items have one grid, such as a path for images of one size."""
+
+    @property
+    def fixed_grid(self) -> tuple[int, int, int]:
+        """That grid, (t, h, w) in patches."""
+        ...
+
+
+@runtime_checkable
+class StagesInputs(Protocol):
+    """An encoder whose static inputs, but for the pixels, are not the grid table.
+
+    `input_specs` may then name any tensors beside `pixel_values`.
+    """
+
+    def stage(
+        self, grid_thw: Sequence[tuple[int, int, int]], limits: RungLimits
+    ) -> Mapping[str, torch.Tensor]:
+        """These inputs of a rung for the items of one batch: whole tables, padding included.
+
+        On the host, and pinned where the encoder is on a GPU. They are copied without waiting and
+        must not be written afterwards, so an encoder may keep and return them again.
+        """
         ...

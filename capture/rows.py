@@ -25,6 +25,8 @@ def row_counts(
         return [item.output_tokens for item in items]
     if kind == "frames":
         return [item.num_frames for item in items]
+    if kind == "windows":
+        return [item.num_windows for item in items]
     return [1] * len(items)
 
 
@@ -36,6 +38,7 @@ def limit_of(kind: Rows, limits: RungLimits) -> int:
         "kept": limits.token_budget,
         "items": limits.max_items,
         "frames": limits.max_frames,
+        "windows": limits.max_windows,
     }
     return by_kind[kind]
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from math import isqrt
 
 from .packing import fits
-from .protocol import EncoderItemSpec, RungLimits, SupportsEncoderCudaGraph
+from .protocol import EncoderItemSpec, HasFixedGrid, RungLimits, SupportsEncoderCudaGraph
 from .staging import Grid
 
 
@@ -48,6 +48,11 @@ def _images(
     encoder: SupportsEncoderCudaGraph, limits: RungLimits, tokens: int
 ) -> Iterator[tuple[Grid, EncoderItemSpec]]:
     """Images of at most `tokens` tokens that the encoder takes, the fullest and squarest first."""
+    if isinstance(encoder, HasFixedGrid):
+        (item,) = encoder.item_specs([encoder.fixed_grid])
+        if item.output_tokens <= tokens:
+            yield encoder.fixed_grid, item
+        return
     # The side of a token in patches; max_patches may have been rounded up, so smaller ones follow.
     for side in range(isqrt(limits.max_patches // limits.token_budget), 0, -1):
         for height in range(isqrt(tokens), 0, -1):

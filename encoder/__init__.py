@@ -8,9 +8,13 @@ if TYPE_CHECKING:
     from .checkpoint import CheckpointError
     from .embedder import Embedder
     from .fp8 import Fp8Plan
+    from .generic import GenericEncoder
     from .media import MediaError
     from .spec import EncoderSpec
+    from .step_encoder import StepEncoder, StepOutput
+    from .step_preprocess import StepPreprocessor
     from .swap import SwappedTower, swap_vision_tower
+    from .towers import encoder_for
     from .vision_encoder import VisionEncoder, VisionOutput
 
 _HOMES = {
@@ -19,10 +23,15 @@ _HOMES = {
     "EncoderCudaGraphConfig": "..capture",
     "EncoderSpec": ".spec",
     "Fp8Plan": ".fp8",
+    "GenericEncoder": ".generic",
     "MediaError": ".media",
+    "StepEncoder": ".step_encoder",
+    "StepOutput": ".step_encoder",
+    "StepPreprocessor": ".step_preprocess",
     "SwappedTower": ".swap",
     "VisionEncoder": ".vision_encoder",
     "VisionOutput": ".vision_encoder",
+    "encoder_for": ".towers",
     "swap_vision_tower": ".swap",
 }
 
@@ -32,10 +41,15 @@ __all__ = [
     "EncoderCudaGraphConfig",
     "EncoderSpec",
     "Fp8Plan",
+    "GenericEncoder",
     "MediaError",
+    "StepEncoder",
+    "StepOutput",
+    "StepPreprocessor",
     "SwappedTower",
     "VisionEncoder",
     "VisionOutput",
+    "encoder_for",
     "swap_vision_tower",
 ]
 

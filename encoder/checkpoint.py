@@ -1,8 +1,7 @@
 """Local folders and Hub repositories: the config of a model, and the tensors of its tower alone."""
 
 import json
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from .families import Family, family_of_model
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIGS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
-TOWER_KEY = re.compile(r"^(?:model\.)?visual\.(.+)$")
 
 
 class CheckpointError(ValueError):
@@ -117,24 +115,46 @@ class Checkpoint:
 
         path = self.folder / "config.json"
         try:
-            model_type = json.loads(path.read_text()).get("model_type")
-        except (ValueError, AttributeError) as error:
+            raw = json.loads(path.read_text())
+        except ValueError as error:
             raise CheckpointError(f"{path}: not a JSON object: {error}") from error
-        family = family_of_model(model_type)
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"{path}: not a JSON object but a {type(raw).__name__}")
+        family, inner = family_of_model(raw)
         config = AutoConfig.from_pretrained(self.folder)
+        for name in inner:
+            config = getattr(config, name)
         return family, config.vision_config
 
-    def tower_tensors(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """The tower's tensors on `device`, by name without the tower's prefix.
-
-        Only shards that hold tensors of the tower are opened (and fetched), and only those tensors
-        are read.
+    def tower_tensors(self, family: Family, device: torch.device) -> dict[str, torch.Tensor]:
+        """The tower's tensors on `device`, by Hugging Face's names without the tower's prefix.
 
         Raises:
             CheckpointError: no safetensors file, a missing or corrupt shard, or no tower inside.
         """
+        return self.named_tensors(family.tower_key, family.prefixes, device)
+
+    def named_tensors(
+        self,
+        tower_key: Callable[[str], str | None],
+        prefixes: Sequence[str],
+        device: torch.device,
+    ) -> dict[str, torch.Tensor]:
+        """The tensors on `device` for which `tower_key` gives a name, by that name.
+
+        Only shards that hold such tensors are opened (and fetched), and only those tensors are
+        read.
+
+        Args:
+            tower_key: A tensor's name to the one wanted, None for tensors that are not.
+            prefixes: How the wanted ones begin, for messages.
+            device: Where to.
+
+        Raises:
+            CheckpointError: no safetensors file, a missing or corrupt shard, or no such tensor.
+        """
         tensors = {}
-        for shard in self._shards():
+        for shard in self._shards(tower_key):
             path = self.fetch(shard)
             if path is None:
                 raise CheckpointError(
@@ -143,26 +163,26 @@ class Checkpoint:
             try:
                 with safe_open(path, framework="pt", device=str(device)) as file:
                     for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                        if match := TOWER_KEY.match(key):
-                            tensors[match[1]] = file.get_tensor(key)
+                        if (name := tower_key(key)) is not None:
+                            tensors[name] = file.get_tensor(key)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(
                     f"{path}: not a readable safetensors file ({error}); download it again"
                 ) from error
         if not tensors:
             raise CheckpointError(
-                f"{self.name}: no tensor named visual.* or model.visual.*; this checkpoint holds "
-                "no vision tower"
+                f"{self.name}: no tensor named {'* or '.join(prefixes)}*; this checkpoint "
+                "holds no vision tower"
             )
         return tensors
 
-    def _shards(self) -> list[str]:
+    def _shards(self, tower_key: Callable[[str], str | None]) -> list[str]:
         if (index := self.fetch(INDEX)) is not None:
             try:
                 weight_map = json.loads(index.read_text())["weight_map"]
             except (ValueError, KeyError) as error:
                 raise CheckpointError(f"{index}: not a safetensors index ({error!r})") from error
-            return sorted({shard for key, shard in weight_map.items() if TOWER_KEY.match(key)})
+            return sorted({s for key, s in weight_map.items() if tower_key(key) is not None})
         if self.fetch(SINGLE) is not None:
             return [SINGLE]
         raise CheckpointError(

@@ -199,7 +199,7 @@ def info(
     local_files_only: Annotated[bool, typer.Option(help="Never ask the Hub.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Show the device, versions, attention backends, and what a model's tower is."""
+    """Show the device, versions, attention backends, families, and what a model's tower is."""
     with _usage_errors():
         from .writers import package_versions
 
@@ -207,8 +207,10 @@ def info(
             "device": _device_name(),
             "versions": package_versions(),
             "attention": _attention_backends(),
+            "families": _families(),
             "extras": EXTRAS,
             "matrix_products": _launch_table(),
+            "towers": _towers(),
         }
         if model is not None:
             report["model"] = model
@@ -222,10 +224,16 @@ def info(
     typer.echo("attention backends")
     for name, reason in report["attention"].items():
         typer.echo(f"  {name}  {'available' if reason is None else reason}")
+    typer.echo("families with fused kernels")
+    for name, models in report["families"].items():
+        typer.echo(f"  {name}  {models}")
     typer.echo("what an extra gains")
     for name, gain in EXTRAS.items():
         typer.echo(f"  vitgraph[{name}]  {gain}")
     typer.echo(f"launch table of matrix products  {report['matrix_products']}")
+    typer.echo("vision towers")
+    for name, tier in report["towers"].items():
+        typer.echo(f"  {name}  {tier}")
     if model is not None:
         typer.echo(f"{model}")
         for name, value in report["spec"].items():
@@ -333,6 +341,23 @@ def _attention_backends() -> dict[str, str | None]:
     from ..kernels.attention import backend_report
 
     return backend_report()
+
+
+def _towers() -> dict[str, str]:
+    from .towers import tower_report
+
+    return {
+        support.tower_class: support.tier
+        if support.reason is None
+        else f"{support.tier}: {support.reason}"
+        for support in tower_report()
+    }
+
+
+def _families() -> dict[str, str]:
+    from .families import FAMILIES
+
+    return {name: family.models for name, family in FAMILIES.items()}
 
 
 def _launch_table() -> str:

@@ -19,10 +19,11 @@ from tqdm.auto import tqdm
 
 from .checkpoint import Checkpoint
 from .demo import demo_encoder
+from .families import FAMILIES
 from .forward import check_layers
 from .fp8 import Fp8Plan
 from .media import MediaError, Video
-from .preprocess import Grid, ImagePreprocessor, preprocess_named
+from .preprocess import Grid, Preprocessor, preprocess_named
 from .pruning import check_rate
 from .vision_encoder import VisionEncoder, pick_device
 
@@ -67,21 +68,21 @@ class Embedder:
         errors: Inputs that the last `encode` skipped.
     """
 
-    def __init__(self, encoder: VisionEncoder, preprocessor: ImagePreprocessor | None = None):
+    def __init__(self, encoder: VisionEncoder, preprocessor: Preprocessor | None = None):
         """`preprocessor` is by default the one that the tower's family was released with.
 
         Raises:
             ValueError: the preprocessor cuts other patches than the tower reads.
         """
-        preprocessor = preprocessor or ImagePreprocessor.for_family(encoder.spec)
+        own: Preprocessor = preprocessor or _preprocessor_class(encoder).for_family(encoder.spec)
         for key in ("patch_size", "temporal_patch_size", "merge_size"):
-            if getattr(preprocessor, key) != getattr(encoder.spec, key):
+            if getattr(own, key) != getattr(encoder.spec, key):
                 raise ValueError(
-                    f"Embedder: the preprocessor has {key} = {getattr(preprocessor, key)}, the "
-                    f"tower {getattr(encoder.spec, key)}; use ImagePreprocessor.for_family"
+                    f"Embedder: the preprocessor has {key} = {getattr(own, key)}, the "
+                    f"tower {getattr(encoder.spec, key)}; use that of the tower's family"
                 )
         self.encoder = encoder
-        self.preprocessor = preprocessor
+        self.preprocessor = own
         self.errors: list[SkippedInput] = []
 
     @classmethod
@@ -138,7 +139,8 @@ class Embedder:
             encoder = VisionEncoder.from_checkpoint(
                 checkpoint, dtype=dtype, device=place, attention=attention, precision=precision
             )
-            embedder = cls(encoder, ImagePreprocessor.from_folder(checkpoint.folder, encoder.spec))
+            read = _preprocessor_class(encoder).from_folder
+            embedder = cls(encoder, read(checkpoint.folder, encoder.spec))
         if graphs is not False:
             encoder.capture(
                 None if graphs is True else graphs,
@@ -317,6 +319,10 @@ class Embedder:
                 states = states[order.to(states.device)]
             results[layer] = _pooled(states, patches, pool)
         return results
+
+
+def _preprocessor_class(encoder: VisionEncoder) -> Any:
+    return FAMILIES[encoder.spec.family].preprocessor_class()
 
 
 def _pooled(rows: torch.Tensor, counts: Sequence[int], pool: Pool) -> list[torch.Tensor]:

@@ -19,13 +19,16 @@ from ..kernels.attention import varlen_attention
 from ..kernels.gated_linear import choose_gated_backend, gated_linear
 from ..kernels.layout import Layout, layout
 from ..kernels.linear import choose_backend, linear
+from ..kernels.norm import norm
 from ..kernels.patch_embed import patch_embed
 from ..kernels.pdl import kernel_chain
+from ..kernels.positions import add_positions_
 from ..kernels.rope import rope_
 from ..kernels.swiglu import swiglu
 from ..kernels.window_attention import window_attention
 from .branch import Branch
 from .fp8 import Fp8Block, linear_of_rows
+from .glm_merger import glm_merge
 from .spec import EncoderSpec
 from .stream import Stream
 from .weights import BlockWeights, MergerWeights, TowerWeights
@@ -68,6 +71,7 @@ class _Workspace:
             backend, _ = choose_gated_backend(T, N, K, x.dtype, x.device)
             # not needed by one kernel; two of them read and write live rows only
             is_needed = backend == "library" or weights.fp8.plan is not None
+            is_needed = is_needed or spec.gate_limit is not None
             self.up = x.new_empty(T if is_needed else 0, N)
             self.gated = x.new_zeros(T, block.down_weight.shape[1])
         else:
@@ -94,9 +98,10 @@ def tower_forward(
     Args:
         weights: Prepared weights.
         batch: What to encode.
-        outputs: "last_hidden_state" [T, D], "pooler_output" [T/4, out] and, for each deepstack
-            merger, "deepstack_0".. [T/4, out]; live rows first. Padding rows are finite, or as
-            they were where a large matrix product leaves them alone.
+        outputs: "last_hidden_state" [T, D] (with a "glm" merger [T/4, out]), "pooler_output"
+            [T/4, out] and, for each deepstack merger, "deepstack_0".. [T/4, out]; live rows first.
+            Padding rows are finite, or as they were where a large matrix product leaves them
+            alone.
         attention: Backend of the blocks that attend over whole frames.
         states: Block index to [T, D] tensors that take the stream after those blocks.
     """
@@ -125,15 +130,7 @@ def _forward(
         window=spec.window_size,
     )
     reordered = plan.source if spec.window_size else None
-    x = patch_embed(
-        batch.pixel_values,
-        weights.tensors["patch.weight"],
-        weights.tensors.get("patch.bias"),
-        source=reordered,
-        table=weights.tensors.get("position.table"),
-        position=plan.position,
-        live_rows=plan.live_rows,
-    )
+    x = _embed(weights, batch.pixel_values, plan, reordered)
     work = _Workspace(weights, x)
     fp8 = weights.fp8
     stream = Stream(x, plan.live_rows, in_fp8=fp8.plan is not None)
@@ -152,13 +149,40 @@ def _forward(
             with branch.after_main(normed):
                 _merge(merger, fp8.deepstack[j], normed, plan.live_tokens, out)
         if i in states:
-            stream.state(weights.offsets[i + 1], states[i])
-    stream.state(weights.offsets[-1], outputs["last_hidden_state"])
-    # back to the order of the pixels in a tower with one of its own
-    normed = stream.norm(weights.merger.norm, spec, destination=reordered)
-    joined = normed.view(-1, spec.hidden_size * spec.patches_per_token)
-    _merge(weights.merger, fp8.merger, joined, plan.live_tokens, outputs["pooler_output"])
+            stream.state(weights.offset_after(i), states[i])
+    last, out = outputs["last_hidden_state"], outputs["pooler_output"]
+    if weights.glm_merger is not None:
+        glm_merge(spec, weights.glm_merger, stream, plan, last, out)
+    elif weights.merger is not None:
+        stream.state(weights.offset_after(spec.depth - 1), last)
+        # back to the order of the pixels in a tower with one of its own
+        normed = stream.norm(weights.merger.norm, spec, destination=reordered)
+        joined = normed.view(-1, spec.hidden_size * spec.patches_per_token)
+        _merge(weights.merger, fp8.merger, joined, plan.live_tokens, out)
     branch.join()
+
+
+def _embed(
+    weights: TowerWeights, pixels: torch.Tensor, plan: Layout, source: torch.Tensor | None
+) -> torch.Tensor:
+    """The residual stream in front of the blocks."""
+    spec, tensors, live = weights.spec, weights.tensors, plan.live_rows
+    table = tensors.get("position.table")
+    has_norm = spec.embed_norm != "none"
+    x = patch_embed(
+        pixels, tensors["patch.weight"], tensors.get("patch.bias"),
+        source=source, table=None if has_norm else table, position=plan.position,
+        sampling=spec.position_sampling, live_rows=live,
+    )  # fmt: skip
+    if has_norm:
+        norm(
+            x, tensors["embed_norm.weight"], tensors.get("embed_norm.bias"), spec.eps,
+            kind=spec.embed_norm, live_rows=live, out=x,
+        )  # fmt: skip
+        # what comes between them keeps positions out of the epilogue of the product
+        if table is not None:
+            add_positions_(x, table, plan.position, spec.position_sampling, live)
+    return x
 
 
 def _attend(
@@ -190,7 +214,7 @@ def _attend(
             scale=scale, max_window=spec.window_size**2, out=work.attended,
         )  # fmt: skip
     else:
-        rope_(work.qkv, plan.cos, plan.sin, live)
+        rope_(work.qkv, plan.cos, plan.sin, live, block.qk_norm_weight, spec.eps)
         varlen_attention(
             q, k, v, plan.cu_seqlens,
             max_seqlen=max_seqlen, scale=scale, out=work.attended, backend=attention,
@@ -220,7 +244,7 @@ def _mlp(
             activation_(work.up, activation, live)
     else:
         stream.norm(block.norm2, spec, out=work.normed)
-        if is_gated and in_fp8.down is None:
+        if is_gated and in_fp8.down is None and spec.gate_limit is None:
             gated_linear(
                 work.normed, block.up_weight, block.up_bias,
                 out=work.gated, scratch=work.up if len(work.up) else None, live_rows=live,
@@ -233,8 +257,8 @@ def _mlp(
     if in_fp8.down is not None:
         stream.add_linear_fp8(work.up, in_fp8.down, "swiglu" if is_gated else spec.activation)
         return
-    if is_gated and in_fp8.up is not None:
-        swiglu(work.up, out=work.gated, live_rows=live)
+    if is_gated and (in_fp8.up is not None or spec.gate_limit is not None):
+        swiglu(work.up, out=work.gated, live_rows=live, limit=spec.gate_limit)
     stream.add_linear(work.gated, block.down_weight)
 
 
@@ -262,7 +286,10 @@ def output_shapes(spec: EncoderSpec, num_patches: int) -> dict[str, tuple[int, i
     """Names and shapes of the outputs for `num_patches` rows."""
     tokens = num_patches // spec.patches_per_token
     shapes = {
-        "last_hidden_state": (num_patches, spec.hidden_size),
+        "last_hidden_state": (
+            tokens if spec.merger == "glm" else num_patches,
+            spec.state_size,
+        ),
         "pooler_output": (tokens, spec.out_size),
     }
     for j in range(len(spec.deepstack_layers)):

@@ -182,6 +182,17 @@ class Fp8Weights:
 def _names(plan: Fp8Plan, spec: EncoderSpec, parameter: torch.Tensor) -> list[str]:
     """`plan.names`, once they are known to be some, and computable where `parameter` is."""
     check_place(parameter.device, parameter.dtype)
+    if plan.mergers and spec.merger == "glm":
+        raise ValueError(
+            f"precision = {plan}: the merger of {spec.family} has no fp8 layers; use "
+            "Fp8Plan(mergers=False)"
+        )
+    if spec.gate_limit is not None and "down" in plan.layers:
+        rest = tuple(layer for layer in plan.layers if layer != "down")
+        raise ValueError(
+            f"precision = {plan}: the gate of {spec.family} is bounded by {spec.gate_limit}, which "
+            f"the kernel that quantises for 'down' does not do; use Fp8Plan(layers={rest})"
+        )
     names = plan.names(spec)
     if not names:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Hugging Face's arithmetic for Qwen towers: resized sides, and which frames of a video count."""
+"""Hugging Face's arithmetic for Qwen and GLM: resized sides, and which frames of a video count."""
 
 import math
 from typing import Literal
@@ -6,7 +6,9 @@ from typing import Literal
 import numpy as np
 import torch
 
-VideoRule = Literal["qwen2", "qwen3"]
+from .glm_frames import glm4v_frames, glm5_frames, glm46v_frames
+
+VideoRule = Literal["qwen2", "qwen3", "glm4v", "glm46v", "glm5"]
 
 
 def resized_image(
@@ -38,7 +40,10 @@ def resized_clip(
     min_pixels: int,
     max_pixels: int,
 ) -> tuple[int, int]:
-    """Sides of a Qwen3-VL video, whose limits count the pixels of all frames together."""
+    """Sides of a Qwen3-VL or GLM video, whose limits count the pixels of all frames together.
+
+    Also the rule for a GLM image, which counts as `temporal_factor` frames.
+    """
     if height < factor or width < factor:
         scale = max(factor / height, factor / width)
         height, width = int(height * scale), int(width * scale)
@@ -81,14 +86,21 @@ def sampled_frames(
     min_frames: int,
     max_frames: int,
     temporal_factor: int,
+    max_seconds: float = 300.0,
 ) -> list[int]:
-    """Indices of the frames that are encoded, ascending.
+    """Indices of the frames that are encoded, none below the one before.
 
     Every frame where either rate is unknown, up to `max_frames` of them; Qwen2's rule also takes
     every frame of clips shorter than `temporal_factor`.
     """
     if source_fps is None or fps is None:
         return np.linspace(0, total - 1, min(total, max_frames)).round().astype(int).tolist()
+    if rule == "glm4v":
+        return glm4v_frames(total, source_fps, fps, max_seconds)
+    if rule == "glm46v":
+        return glm46v_frames(total, source_fps, temporal_factor)
+    if rule == "glm5":
+        return glm5_frames(total, source_fps, fps, max_frames, max_seconds)
     if rule == "qwen3":
         count = min(max(int(total / source_fps * fps), min_frames), max_frames, total)
         return np.linspace(0, total - 1, count).round().astype(int).tolist()

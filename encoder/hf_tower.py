@@ -10,8 +10,9 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -19,7 +20,13 @@ from ..capture import EncoderCudaGraphConfig
 from .families import family_of_tower
 from .fp8 import Fp8Plan
 from .tower_contents import TowerContents
+from .towers import Tier, encoder_for, is_fused
 from .vision_encoder import VisionEncoder, VisionOutput
+
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
+
+    from .generic import GenericEncoder
 
 logger = logging.getLogger("vitgraph")
 
@@ -33,9 +40,10 @@ class SwapStats:
     """What the calls of a swapped tower did.
 
     Attributes:
-        fused_calls: Calls of the fused encoder.
+        fused_calls: Calls of our encoder, fused or generic.
         hf_calls: Calls of Hugging Face's own forward, by reason: "training", "grad", "autocast",
-            "output_hidden_states", "output_attentions", "no grid_thw", "module replaced".
+            "output_hidden_states", "output_attentions", "no grid_thw", "module replaced", or the
+            name of an argument that only that forward knows.
         refreshes: Times the weights were read again into the same memory.
         rebuilds: Times the encoder was built anew, because the tower's storage had moved.
     """
@@ -47,7 +55,7 @@ class SwapStats:
 
 
 class SwappedTower:
-    """A tower whose calls go to a fused encoder; also the handle of the swap.
+    """A tower whose calls go to an encoder of ours; also the handle of the swap.
 
     Calls go to Hugging Face's forward instead, with a reason counted in `stats()`:
         in training mode; with grad enabled when the pixels or any parameter require grad; under an
@@ -63,7 +71,7 @@ class SwappedTower:
 
     Attributes:
         tower: The Hugging Face tower.
-        encoder: The fused encoder; another object after a rebuild.
+        encoder: The encoder, fused or generic; another object after a rebuild.
         is_active: False once restored.
     """
 
@@ -74,8 +82,10 @@ class SwappedTower:
         graphs: GraphChoice,
         attention: str | None,
         precision: str | Fp8Plan = "native",
+        tier: Tier = "auto",
     ):
-        _check_tower(tower)
+        self._is_generic = tier == "generic" or (tier == "auto" and not is_fused(tower))
+        _check_tower(tower, self._is_generic)
         self.tower = tower
         self.is_active = False
         self._graphs = graphs
@@ -83,7 +93,8 @@ class SwappedTower:
         self._precision = precision
         self._hf_forward = tower.forward
         self._patched_before = tower.__dict__.get("forward")
-        self._output_class = _output_class(tower)
+        self._tier: Tier = tier
+        self._output_class = None if self._is_generic else _output_class(tower)
         self._fused_calls = 0
         self._hf_calls: Counter[str] = Counter()
         self._refreshes = 0
@@ -117,7 +128,8 @@ class SwappedTower:
         self._note(str(reason))
         # an optimizer may step after this call, in ways that versions do not show
         self._is_dirty |= reason in ("grad", "training")
-        return self._hf_forward(hidden_states, grid_thw, **kwargs)
+        with self._own_attention():
+            return self._hf_forward(hidden_states, grid_thw=grid_thw, **kwargs)
 
     def refresh(self) -> None:
         """Read all weights from the tower again.
@@ -127,7 +139,7 @@ class SwappedTower:
         """
         change = self._seen.change()
         if change == "modules":
-            _check_tower(self.tower)
+            _check_tower(self.tower, self._is_generic)
         self._is_dirty = True
         self._follow("storage" if change == "modules" else change)
 
@@ -191,6 +203,10 @@ class SwappedTower:
             return "no grid_thw"
         if change == "modules":
             return "module replaced"
+        if not isinstance(self.encoder, VisionEncoder) and (
+            name := self.encoder.unserved_argument(kwargs)
+        ):
+            return name
         kind, dtype = self._seen.place()
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype:
             return "autocast"
@@ -223,10 +239,19 @@ class SwappedTower:
         self._seen = TowerContents(self.tower)
         self._is_dirty = False
 
-    def _build(self) -> VisionEncoder:
+    def _own_attention(self) -> AbstractContextManager[object]:
+        """While Hugging Face's forward runs: no other thread gives the tower our attention."""
+        if isinstance(self.encoder, VisionEncoder):
+            return nullcontext()
+        return self.encoder.switch.lock
+
+    def _build(self) -> "VisionEncoder | GenericEncoder":
         with torch.inference_mode(False), torch.no_grad():
-            encoder = VisionEncoder.from_hf(
-                self.tower, attention=self._attention, precision=self._precision
+            encoder = encoder_for(
+                self.tower,
+                tier=self._tier,
+                attention=self._attention,
+                precision=self._precision,
             )
             if self._graphs is False:
                 return encoder
@@ -238,26 +263,31 @@ class SwappedTower:
                 self._said_no_graphs = True
         return encoder
 
-    def _pack(self, features: VisionOutput, kwargs: Mapping[str, Any]) -> Any:
+    def _pack(self, features: "VisionOutput | ModelOutput", kwargs: Mapping[str, Any]) -> Any:
         """The tower's own output object, new for each call: the parent writes into it."""
-        fields: dict[str, Any] = {
-            "last_hidden_state": features.last_hidden_state,
-            "pooler_output": features.pooler_output,
-        }
-        if self._output_class.__name__ == "BaseModelOutputWithDeepstackFeatures":
-            fields["deepstack_features"] = features.deepstack_features or []
-        output = self._output_class(**fields)
+        output: Any = features
+        if isinstance(features, VisionOutput):
+            assert self._output_class is not None
+            fields: dict[str, Any] = {
+                "last_hidden_state": features.last_hidden_state,
+                "pooler_output": features.pooler_output,
+            }
+            if self._output_class.__name__ == "BaseModelOutputWithDeepstackFeatures":
+                fields["deepstack_features"] = features.deepstack_features or []
+            output = self._output_class(**fields)
         return_dict = kwargs.get("return_dict", getattr(self.tower.config, "return_dict", True))
         return output.to_tuple() if return_dict is False else output
 
 
-def _check_tower(tower: torch.nn.Module) -> None:
+def _check_tower(tower: torch.nn.Module, is_generic: bool) -> None:
     """Refuse a tower whose own forward does more than ours would.
 
     Raises:
-        ValueError: unknown class, a module of another library inside, or a quantised parameter.
+        ValueError: unknown class (unless generic), a module of another library inside, or a
+            quantised parameter.
     """
-    family_of_tower(tower)
+    if not is_generic:
+        family_of_tower(tower)
     for name, module in tower.named_modules():
         home = type(module).__module__
         if not f"{home}.".startswith(PLAIN_MODULES):

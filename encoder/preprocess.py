@@ -5,21 +5,45 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self
 
 import numpy as np
 import PIL.Image
 
+from .families import FAMILIES
 from .frame_rules import VideoRule, capped_pixels, resized_clip, resized_image, sampled_frames
 from .media import MAX_SOURCE_PIXELS, MediaError, load_image, media_kind
 from .spec import EncoderSpec
 from .video import OpenVideo, open_video
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-HALF = (0.5, 0.5, 0.5)
-
 Grid = tuple[int, int, int]
+
+
+class Preprocessor(Protocol):
+    """What turns inputs into pixel rows; `Family.preprocessor` names a class of it.
+
+    The classmethods `for_family(spec)` and `from_folder(folder, spec)` of that class build it.
+    Calls come from several threads at once.
+    """
+
+    @property
+    def patch_size(self) -> int:
+        """As in `EncoderSpec`."""
+        ...
+
+    @property
+    def temporal_patch_size(self) -> int:
+        """As in `EncoderSpec`."""
+        ...
+
+    @property
+    def merge_size(self) -> int:
+        """As in `EncoderSpec`."""
+        ...
+
+    def __call__(self, source: Any) -> tuple[np.ndarray, Grid]:
+        """Rows [t*h*w, C*tp*P*P] fp32 and (t, h, w) of one image or video."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -34,9 +58,11 @@ class ImagePreprocessor:
         image_mean, image_std: Of each channel, for pixels from 0 to 1.
         min_pixels, max_pixels: Limits of images.
         video_min_pixels, video_max_pixels: Limits of videos.
-        video_rule: Whose arithmetic samples and resizes videos.
+        video_rule: Whose arithmetic samples and resizes videos, and GLM's images.
         video_fps: Frames taken a second; None takes all, up to `max_frames`.
-        min_frames, max_frames: Bounds of the frames that are taken.
+        min_frames, max_frames: Bounds of the frames that are taken; GLM's rules have none.
+        video_max_seconds: Length of a video from which the rules "glm4v" and "glm5" take no more
+            frames; 0 is none for the latter.
         video_token_cap: `max_video_tokens` where `cap_pixels_per_frame` is on; None is off.
         resample: PIL's filter.
         rescale_factor: From stored values to 0..1.
@@ -56,6 +82,7 @@ class ImagePreprocessor:
     video_fps: float | None = 2.0
     min_frames: int = 4
     max_frames: int = 768
+    video_max_seconds: float = 300.0
     video_token_cap: int | None = None
     resample: int = int(PIL.Image.Resampling.BICUBIC)
     rescale_factor: float = 1 / 255
@@ -83,24 +110,17 @@ class ImagePreprocessor:
             )
 
     @classmethod
-    def for_family(cls, spec: EncoderSpec) -> "ImagePreprocessor":
+    def for_family(cls, spec: EncoderSpec) -> Self:
         """The settings that the family's checkpoints were released with."""
-        is_qwen2 = spec.family in ("qwen2_vl", "qwen2_5_vl")
         return cls(
             patch_size=spec.patch_size,
             temporal_patch_size=spec.temporal_patch_size,
             merge_size=spec.merge_size,
-            image_mean=CLIP_MEAN if is_qwen2 else HALF,
-            image_std=CLIP_STD if is_qwen2 else HALF,
-            min_pixels=3136 if is_qwen2 else 65536,
-            max_pixels=12845056 if is_qwen2 else 16777216,
-            video_min_pixels=128 * 28 * 28 if is_qwen2 else 4096,
-            video_max_pixels=768 * 28 * 28 if is_qwen2 else 25165824,
-            video_rule="qwen2" if is_qwen2 else "qwen3",
+            **vars(FAMILIES[spec.family].preset),
         )
 
     @classmethod
-    def from_folder(cls, folder: str | Path, spec: EncoderSpec) -> "ImagePreprocessor":
+    def from_folder(cls, folder: str | Path, spec: EncoderSpec) -> Self:
         """The settings in a model folder, and the family's where it has none.
 
         Reads, in transformers' order, processor_config.json (nested settings),
@@ -122,7 +142,7 @@ class ImagePreprocessor:
     @classmethod
     def from_configs(
         cls, spec: EncoderSpec, image: Mapping[str, Any], video: Mapping[str, Any]
-    ) -> "ImagePreprocessor":
+    ) -> Self:
         """The family's settings, changed by those of an image and of a video processor.
 
         Raises:
@@ -165,9 +185,16 @@ class ImagePreprocessor:
             ("fps", "video_fps"),
             ("min_frames", "min_frames"),
             ("max_frames", "max_frames"),
+            ("max_duration", "video_max_seconds"),
         ):
             if video.get(key) is not None:
                 changes[name] = video[key]
+        if preset.video_rule in ("glm4v", "glm46v"):
+            # checkpoints of one model type came with either processor
+            kind = video.get("video_processor_type") or image.get("image_processor_type") or ""
+            for beginning, rule in (("Glm4v", "glm4v"), ("Glm46V", "glm46v")):
+                if kind.startswith(beginning):
+                    changes["video_rule"] = rule
         if video.get("cap_pixels_per_frame"):
             default = 128000 if preset.video_rule == "qwen2" else 768
             changes["video_token_cap"] = int(video.get("max_video_tokens") or default)
@@ -188,9 +215,12 @@ class ImagePreprocessor:
 
     def image(self, image: PIL.Image.Image) -> tuple[np.ndarray, Grid]:
         """Rows and grid of an RGB image; both temporal slices of a row are the same."""
-        height, width = resized_image(
-            image.height, image.width, self._factor, self.min_pixels, self.max_pixels
-        )
+        sides, limits = (image.height, image.width), (self.min_pixels, self.max_pixels)
+        if self.video_rule in ("glm4v", "glm46v"):
+            count = self.temporal_patch_size
+            height, width = resized_clip(count, *sides, self._factor, count, *limits)
+        else:
+            height, width = resized_image(*sides, self._factor, *limits)
         return self._rows(self._resize(image, height, width)[None])
 
     def video(self, video: OpenVideo) -> tuple[np.ndarray, Grid]:
@@ -201,7 +231,7 @@ class ImagePreprocessor:
         """
         indices = sampled_frames(
             self.video_rule, video.num_frames, video.fps, self.video_fps,
-            self.min_frames, self.max_frames, self.temporal_patch_size,
+            self.min_frames, self.max_frames, self.temporal_patch_size, self.video_max_seconds,
         )  # fmt: skip
         # a clip shorter than a patch is filled up before its size is chosen
         count = max(len(indices), self.temporal_patch_size)
@@ -211,7 +241,7 @@ class ImagePreprocessor:
                 self.video_rule, count, self._factor, self.temporal_patch_size, low, high,
                 self.video_token_cap,
             )  # fmt: skip
-        if self.video_rule == "qwen3":
+        if self.video_rule != "qwen2":
             height, width = resized_clip(
                 count, video.height, video.width, self._factor, self.temporal_patch_size, low, high
             )
@@ -259,7 +289,7 @@ class ImagePreprocessor:
 
 
 def preprocess_named(
-    preprocessor: ImagePreprocessor, source: Any, index: int
+    preprocessor: Preprocessor, source: Any, index: int
 ) -> tuple[np.ndarray, Grid]:
     """`preprocessor(source)`; errors of inputs without a path say which one of many it was.
 

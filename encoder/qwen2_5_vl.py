@@ -3,6 +3,7 @@
 from typing import Any
 
 from .spec import EncoderSpec
+from .transformers_compat import rope_theta
 from .weight_map import Rule, linear, merger, norm
 
 
@@ -14,7 +15,8 @@ def spec(config: Any) -> EncoderSpec:
     """
     if config.hidden_act != "silu":
         raise ValueError(
-            f"qwen2_5_vl: hidden_act = {config.hidden_act!r} is not supported; only 'silu' is"
+            f"{config.model_type}: hidden_act = {config.hidden_act!r} is not supported; only "
+            "'silu' is"
         )
     token_side = config.patch_size * config.spatial_merge_size
     return EncoderSpec(
@@ -35,6 +37,7 @@ def spec(config: Any) -> EncoderSpec:
         window_size=config.window_size // token_side * config.spatial_merge_size,
         # a shallow tower may keep the default indices of a deep one
         full_attention_layers=tuple(i for i in config.fullatt_block_indexes if i < config.depth),
+        rope_theta=rope_theta(config),
     )
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from .spec import EncoderSpec
+from .transformers_compat import rope_theta
 from .weight_map import Rule, linear, merger, norm
 
 
@@ -22,6 +23,7 @@ def spec(config: Any) -> EncoderSpec:
         norm="layer",
         mlp="plain",
         activation="quick_gelu",
+        rope_theta=rope_theta(config),
     )
 
 

@@ -91,10 +91,9 @@ class RecordableTower:
     def output_specs(self, limits: RungLimits) -> dict[str, BufferSpec]:
         """Static outputs of a rung."""
         merged: Rows = "kept" if self._records_pruning else "tokens"
+        last: Rows = "tokens" if self.spec.merger == "glm" else "patches"
         specs = {
-            name: BufferSpec(
-                shape, self.dtype, "patches" if name == "last_hidden_state" else merged
-            )
+            name: BufferSpec(shape, self.dtype, last if name == "last_hidden_state" else merged)
             for name, shape in output_shapes(self.spec, limits.max_patches).items()
         }
         if self._records_pruning:

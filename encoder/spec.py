@@ -23,11 +23,23 @@ class EncoderSpec:
         mlp: "plain" is fc2(act(fc1(x))), "gated" is down(act(gate(x)) * up(x)).
         activation: Activation of the MLP. The mergers use the exact (erf) GELU.
         patch_bias: Whether the patch embedding has a bias.
+        qkv_bias, proj_bias, mlp_bias: Whether these linear layers of a block have biases.
+        qk_norm: Whether each head of q and k goes through an RMSNorm before the rotation.
+        gate_limit: Bound of both halves of a gated MLP: gate from above, up on both sides; None
+            for none. That of a "glm" merger as well.
+        embed_norm: Norm of the embedded patches, with `eps`, before learned positions are added.
         position_grid: Side of the learned position table, 0 for none.
+        position_sampling: How the table is resampled to a grid: "bilinear_corners" puts its
+            corners on those of the grid, "bilinear" and "bicubic" put the edges of its cells on
+            those of the grid's patches, and repeat it past its border.
         window_size: Patches along a side of an attention window, 0 for none.
         full_attention_layers: Blocks that attend over whole frames in a tower with windows.
         deepstack_layers: Blocks after which a deepstack merger reads the stream.
         rope_theta: Base of the axial rotary embedding.
+        merger: "mlp" is norm, joining, fc2(gelu(fc1(x))); "glm" is norm, a convolution that joins
+            (whose output is the tower's last hidden state), a projection, LayerNorm, GELU and a
+            gated MLP of width `merger_size`.
+        merger_size: Width of the gated MLP of a "glm" merger, 0 for others.
     """
 
     family: str
@@ -45,11 +57,20 @@ class EncoderSpec:
     in_channels: int = 3
     eps: float = 1e-6
     patch_bias: bool = False
+    qkv_bias: bool = True
+    proj_bias: bool = True
+    mlp_bias: bool = True
+    qk_norm: bool = False
+    gate_limit: float | None = None
+    embed_norm: Literal["none", "layer", "rms"] = "none"
     position_grid: int = 0
+    position_sampling: Literal["bilinear_corners", "bilinear", "bicubic"] = "bilinear_corners"
     window_size: int = 0
     full_attention_layers: tuple[int, ...] = ()
     deepstack_layers: tuple[int, ...] = ()
     rope_theta: float = 10000.0
+    merger: Literal["mlp", "glm"] = "mlp"
+    merger_size: int = 0
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads or self.head_dim % 8:
@@ -66,6 +87,28 @@ class EncoderSpec:
             raise ValueError(
                 f"EncoderSpec: window_size = {self.window_size} patches is not a multiple of "
                 f"merge_size = {self.merge_size}"
+            )
+        if self.window_size and (self.qk_norm or self.merger == "glm"):
+            what = "qk_norm" if self.qk_norm else "merger = 'glm'"
+            raise ValueError(
+                f"EncoderSpec: window_size = {self.window_size} together with {what} is not "
+                "supported: window attention rotates q and k itself, and rows leave in the order "
+                "of its windows"
+            )
+        if self.deepstack_layers and self.merger == "glm":
+            raise ValueError(
+                f"EncoderSpec: deepstack_layers = {self.deepstack_layers} need merger = 'mlp', "
+                "which each of them has a copy of"
+            )
+        if (self.merger == "glm") != (self.merger_size > 0):
+            raise ValueError(
+                f"EncoderSpec: merger_size = {self.merger_size} with merger = {self.merger!r}: the "
+                "gated MLP of a 'glm' merger needs a width, and others have none"
+            )
+        if self.gate_limit is not None and not (self.mlp == "gated" and self.gate_limit > 0):
+            raise ValueError(
+                f"EncoderSpec: gate_limit = {self.gate_limit} must be positive, and needs mlp = "
+                f"'gated', not {self.mlp!r}"
             )
         for name in ("full_attention_layers", "deepstack_layers"):
             bad = [i for i in getattr(self, name) if not 0 <= i < self.depth]
@@ -98,6 +141,16 @@ class EncoderSpec:
         the same.
         """
         return self.mlp_size if self.mlp_size % 8 == 0 else -(-self.mlp_size // 128) * 128
+
+    @property
+    def defers_biases(self) -> bool:
+        """Whether the residual stream leaves out biases that its readers add."""
+        return self.proj_bias or self.mlp_bias
+
+    @property
+    def state_size(self) -> int:
+        """Width of a row of the last hidden state: patches, or what a "glm" merger joined."""
+        return self.out_size if self.merger == "glm" else self.hidden_size
 
     def attends_in_windows(self, layer: int) -> bool:
         """Whether block `layer` attends inside windows and not over whole frames."""

@@ -16,7 +16,9 @@ from ..kernels.quantize import FP8, quantize_rows
 from ..kernels.residual import residual
 from .fp8 import Fp8Layer
 from .spec import EncoderSpec
-from .weights import NormWeights
+
+# weight, bias, and the offset that the stream lacks there
+NormWeights = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 class Stream:
@@ -70,7 +72,7 @@ class Stream:
             live_rows=self._live, live_group=joined, partials=partials, out=out,
         )  # fmt: skip
 
-    def state(self, offset: torch.Tensor, out: torch.Tensor) -> None:
+    def state(self, offset: torch.Tensor | None, out: torch.Tensor) -> None:
         """`out` = stream + offset, with zeros in the padding rows."""
         if self._is_pending:
             self.settled()
@@ -97,7 +99,7 @@ class Stream:
         self,
         weights: NormWeights,
         layer: Fp8Layer,
-        bias: torch.Tensor,
+        bias: torch.Tensor | None,
         spec: EncoderSpec,
         out: torch.Tensor,
     ) -> None:

@@ -1,18 +1,24 @@
-"""Swapping the vision tower of a live Hugging Face model for the fused encoder."""
+"""Swapping the vision tower of a live Hugging Face model for an encoder of ours."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 
-from .families import FAMILIES
-from .fp8 import Fp8Plan
+from .families import FAMILIES, WRAPPERS
+from .fp8 import Fp8Plan, pick_plan
 from .hf_tower import GraphChoice, SwappedTower, SwapStats
+from .step_spec import TOWER_CLASS, RopeAxes
+from .step_swap import SwappedStepTower
+from .towers import Tier, takes_packed_patches
 
 __all__ = ["SwapStats", "SwappedTower", "swap_vision_tower"]
 
-MODELS = (
-    "Qwen2VLForConditionalGeneration",
-    "Qwen2_5_VLForConditionalGeneration",
-    "Qwen3VLForConditionalGeneration",
-    "Qwen3VLMoeForConditionalGeneration",
+# where transformers keeps vision towers
+PATHS = tuple(
+    prefix + name
+    for name in ("visual", "vision_tower", "vision_model")
+    for prefix in ("model.", "")
 )
 
 
@@ -22,20 +28,25 @@ def swap_vision_tower(
     graphs: GraphChoice = True,
     attention: str | None = None,
     precision: str | Fp8Plan = "native",
+    tier: Tier = "auto",
+    rope_axes: RopeAxes | None = None,
 ) -> SwappedTower:
-    """Let the fused encoder compute the vision features of `model`, this instance only.
+    """Let an encoder of ours compute the vision features of `model`, this instance only.
 
     The tower object stays in place and keeps its weights, names and attributes; the encoder shares
     most of their memory. On a CUDA device, graphs are captured before this returns.
 
     Args:
-        model: A `Qwen2VL`, `Qwen2_5_VL`, `Qwen3VL` or `Qwen3VLMoe` `...ForConditionalGeneration`,
-            its inner `...Model`, or any model that has one of their towers at `visual` or
-            `model.visual`.
+        model: A full model of a supported family (`vitgraph info` lists them), its inner
+            `...Model`, or any model that has one of their towers where they have it.
         graphs: True replays CUDA graphs with an automatic ladder of budgets, a configuration says
             which, False runs the same kernels without graphs. Without CUDA, nothing is captured.
         attention: Backend for whole-frame attention; None chooses.
         precision: "native", or "fp8" for most linear layers; see `VisionEncoder.from_pretrained`.
+        tier: "auto" takes our kernels where there is such a family, else the tower's own modules
+            with our attention and graphs; "fused" and "generic" insist on one of them.
+        rope_axes: Of Step towers alone: "wh" (the default) as the released weights have it, "hw" as
+            transformers before 5.23 computes it (`step_swap`).
 
     Returns:
         The handle; `restore()` or leaving its `with` block undoes the swap.
@@ -45,30 +56,65 @@ def swap_vision_tower(
             devices (device_map); an invalid configuration; or a precision that cannot be had.
         TypeError: `graphs` is of another type.
     """
-    tower = _find_tower(model)
+    tower = _find_tower(model, tier)
     if any(isinstance(value, SwappedTower) for value in tower.__dict__.values()):
         raise ValueError(
             f"swap_vision_tower: the {type(tower).__name__} of this {type(model).__name__} is "
             "already swapped; call restore() on the handle of the first swap"
         )
-    return SwappedTower(tower, graphs=graphs, attention=attention, precision=precision)
+    if type(tower).__name__ == TOWER_CLASS:
+        if tier == "generic" or pick_plan(precision) is not None:
+            raise ValueError(
+                f"swap_vision_tower: a {TOWER_CLASS} runs with fused kernels in its own dtype; "
+                f"leave tier = {tier!r} and precision = {precision!r} out"
+            )
+        return SwappedStepTower(
+            tower, graphs=graphs, attention=attention, rope_axes=rope_axes or "wh"
+        )
+    if rope_axes is not None:
+        raise ValueError(
+            f"swap_vision_tower: rope_axes = {rope_axes!r} is for a {TOWER_CLASS}, this is a "
+            f"{type(tower).__name__}; leave it out"
+        )
+    return SwappedTower(tower, graphs=graphs, attention=attention, precision=precision, tier=tier)
 
 
-def _find_tower(model: torch.nn.Module) -> torch.nn.Module:
-    """The supported tower of a full or inner model.
+def _find_tower(model: torch.nn.Module, tier: Tier) -> torch.nn.Module:
+    """The tower of a full or inner model: of a fused family, else any, unless fused is asked for.
 
     Raises:
         ValueError: there is none; the message lists what is supported.
     """
-    supported = {family.tower_class for family in FAMILIES.values()}
-    holders = (getattr(model, "model", None), model)
-    towers = [t for t in (getattr(holder, "visual", None) for holder in holders) if t is not None]
-    for tower in towers:
-        if isinstance(tower, torch.nn.Module) and type(tower).__name__ in supported:
+    found = None
+    for family in FAMILIES.values():
+        for tower in _at_paths(model, family.tower_paths):
+            if type(tower).__name__ in family.tower_classes:
+                return tower
+            found = found or tower
+    for tower in _at_paths(model, PATHS):
+        if type(tower).__name__ == TOWER_CLASS:
             return tower
-    found = f"its vision tower is a {type(towers[0]).__name__}" if towers else "no vision tower"
+        if tier != "fused" and takes_packed_patches(tower):
+            return tower
+        found = found or tower
+    what = f"its vision tower is a {type(found).__name__}" if found else "no vision tower"
+    paths = dict.fromkeys(p for family in FAMILIES.values() for p in family.tower_paths)
+    classes = sorted(name for family in FAMILIES.values() for name in family.tower_classes)
     raise ValueError(
-        f"swap_vision_tower: model is a {type(model).__name__}, {found}; supported: "
-        f"{', '.join(MODELS)}, their inner models, and others with a tower of these classes at "
-        f"'visual' or 'model.visual': {', '.join(sorted(supported))}"
+        f"swap_vision_tower: model is a {type(model).__name__}, {what}; supported: models of "
+        f"{', '.join(family.models for family in FAMILIES.values())}, their inner models, and "
+        f"others with a tower of these classes at {' or '.join(map(repr, paths))}: "
+        f"{', '.join(classes)}; and any tower that takes packed patches and their grid_thw"
     )
+
+
+def _at_paths(model: torch.nn.Module, paths: Iterable[str]) -> Iterator[torch.nn.Module]:
+    """The modules at `paths` of a model, and of the model inside it (`WRAPPERS`)."""
+    inner = (getattr(model, wrapper.attribute, None) for wrapper in WRAPPERS.values())
+    for holder in (model, *inner):
+        for path in paths:
+            place: Any = holder
+            for name in path.split("."):
+                place = getattr(place, name, None)
+            if isinstance(place, torch.nn.Module):
+                yield place

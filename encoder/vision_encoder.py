@@ -28,7 +28,8 @@ class VisionOutput:
 
     Attributes:
         last_hidden_state: [T, D] patches before the merger, in Hugging Face's row order (that of
-            the windows in a tower with windows; see `VisionEncoder.row_order`).
+            the windows in a tower with windows; see `VisionEncoder.row_order`). In towers of GLM
+            [M, out], the tokens that their merger begins with, which is what transformers returns.
         pooler_output: [M, out] merged tokens.
         deepstack_features: [M, out] for each deepstack merger; None for towers without them.
         hidden_states: [T, D] after each block asked for, by block index.
@@ -136,7 +137,7 @@ class VisionEncoder(RecordableTower):
         pick_plan(precision)  # an unknown name is refused before the weights are read
         family, config = checkpoint.family_and_config()
         spec = family.spec(config)
-        tensors = checkpoint.tower_tensors(place)
+        tensors = checkpoint.tower_tensors(family, place)
         stored = next(iter(tensors.values())).dtype
         kind = pick_dtype(dtype, place, stored)
         weights = TowerWeights(spec, family.weight_map(spec), tensors, place, kind)

@@ -23,6 +23,7 @@ class Rule:
         sources: Hugging Face's names, without the tower's prefix.
         shape: Shape of each source.
         pad_rows, pad_columns: Zero rows and columns appended to each source.
+        axes: Order of the source's axes before all but the first are joined; () keeps it.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Rule:
     shape: tuple[int, ...]
     pad_rows: int = 0
     pad_columns: int = 0
+    axes: tuple[int, ...] = ()
 
     def pack(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The prepared tensor; sources are stacked along the rows.
@@ -52,6 +54,10 @@ class Rule:
             part = prepared[i * rows : (i + 1) * rows - self.pad_rows]
             if self.pad_columns:
                 part = part[:, : -self.pad_columns]
+            if self.axes:
+                part = part.reshape([self.shape[axis] for axis in self.axes])
+                back = sorted(range(len(self.axes)), key=self.axes.__getitem__)
+                part = part.permute(back).contiguous()
             parts[name] = part.reshape(self.shape)
         return parts
 
@@ -72,6 +78,8 @@ class Rule:
                 f"weights: tensor {name!r} is {tensor.dtype}; quantised towers are not supported, "
                 "use a checkpoint in bfloat16, float16 or float32"
             )
+        if self.axes:
+            tensor = tensor.permute(self.axes)
         # a convolution whose stride is its kernel is a matrix
         return tensor.flatten(1) if tensor.ndim > 2 else tensor
 

@@ -3,7 +3,8 @@
 Two kinds of tensors: `tensors`, exact images of Hugging Face's by the family's rules; and offsets
 derived from them. The residual stream is updated in place by library GEMMs that can add either a
 bias or the stream, not both, so the biases of `proj` and `down` are left out of it, and every
-reader of the stream adds the sum left out so far (an offset, fp32 [D]).
+reader of the stream adds the sum left out so far (an offset, fp32 [D]). A tower without them has
+no offsets.
 """
 
 from collections.abc import Mapping
@@ -12,23 +13,27 @@ from dataclasses import dataclass
 import torch
 
 from .fp8 import Fp8Plan, Fp8Weights
+from .glm_merger import GlmMergerWeights
 from .spec import EncoderSpec
+from .stream import NormWeights
 from .weight_map import Rule
-
-NormWeights = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]  # weight, bias, offset
 
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """One block; of its norms weight, bias and offset, what the stream lacks there."""
+    """One block; of its norms weight, bias and offset, what the stream lacks there.
+
+    `qk_norm_weight` [2 * head_dim] is that of q, then that of k.
+    """
 
     norm1: NormWeights
     qkv_weight: torch.Tensor
-    qkv_bias: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    qk_norm_weight: torch.Tensor | None
     proj_weight: torch.Tensor
     norm2: NormWeights
     up_weight: torch.Tensor
-    up_bias: torch.Tensor
+    up_bias: torch.Tensor | None
     down_weight: torch.Tensor
 
 
@@ -48,8 +53,10 @@ class TowerWeights:
 
     Attributes:
         tensors: Prepared tensors by our names.
-        blocks, merger, deepstack: The same tensors, grouped as the forward reads them.
-        offsets: [depth + 1, D]: what the stream lacks before block i, and after the last.
+        blocks, merger, deepstack: The same tensors, grouped as the forward reads them. `merger` is
+            that of a tower with merger "mlp", `glm_merger` that of one with merger "glm".
+        offsets: [depth + 1, D]: what the stream lacks before block i, and after the last; None if
+            nothing ever.
         inv_freq: [head_dim / 4] fp32 rope frequencies.
         fp8: Quantised copies of some of the tensors; of none unless `quantize` was called.
     """
@@ -78,10 +85,16 @@ class TowerWeights:
         # sums of many biases: wider than the stream, so that they add no rounding of their own
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         D, depth = spec.hidden_size, spec.depth
-        self.offsets = torch.zeros(depth + 1, D, dtype=wide, device=device)
-        self._middle = torch.zeros(depth, D, dtype=wide, device=device)
         joined = D * spec.patches_per_token
-        self._joined = torch.zeros(len(spec.deepstack_layers), joined, dtype=wide, device=device)
+
+        def zeros(rows: int, width: int) -> torch.Tensor | None:
+            return (
+                torch.zeros(rows, width, dtype=wide, device=device) if spec.defers_biases else None
+            )
+
+        self.offsets = zeros(depth + 1, D)
+        self._middle = zeros(depth, D)
+        self._joined = zeros(len(spec.deepstack_layers), joined)
         self._fill_offsets()
         # fp32 on the CPU, as transformers computes it
         exponent = torch.arange(0, spec.head_dim // 2, 2, dtype=torch.float32) / (
@@ -91,11 +104,17 @@ class TowerWeights:
 
         self.blocks = [self._block(i) for i in range(depth)]
         self.fp8 = Fp8Weights(None, spec, self.tensors)
-        self.merger = self._merger("merger", self.offsets[-1])
+        last = self.offset_after(depth - 1)
+        self.merger = self._merger("merger", last) if spec.merger == "mlp" else None
+        self.glm_merger = GlmMergerWeights.of(self.tensors, last) if spec.merger == "glm" else None
         self.deepstack = [
-            self._merger(f"deepstack.{j}", self._joined[j])
+            self._merger(f"deepstack.{j}", _row(self._joined, j))
             for j in range(len(spec.deepstack_layers))
         ]
+
+    def offset_after(self, block: int) -> torch.Tensor | None:
+        """What the stream lacks after `block`; None for nothing."""
+        return _row(self.offsets, block + 1)
 
     def quantize(self, plan: Fp8Plan | None) -> None:
         """Let the layers of `plan` compute in fp8, beside the tensors, which stay as they are.
@@ -126,33 +145,36 @@ class TowerWeights:
         return state
 
     def _fill_offsets(self) -> None:
+        if self.offsets is None or self._middle is None or self._joined is None:
+            return
         lacking = torch.zeros_like(self.offsets[0])
         for i in range(self.spec.depth):
             self.offsets[i] = lacking
-            lacking = lacking + self.tensors[f"blocks.{i}.proj.bias"]
+            lacking = lacking + self.tensors.get(f"blocks.{i}.proj.bias", 0)
             self._middle[i] = lacking
-            lacking = lacking + self.tensors[f"blocks.{i}.down.bias"]
+            lacking = lacking + self.tensors.get(f"blocks.{i}.down.bias", 0)
         self.offsets[-1] = lacking
         for j, layer in enumerate(self.spec.deepstack_layers):
             self._joined[j] = self.offsets[layer + 1].repeat(self.spec.patches_per_token)
 
-    def _norm(self, name: str, offset: torch.Tensor) -> NormWeights:
+    def _norm(self, name: str, offset: torch.Tensor | None) -> NormWeights:
         return self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias"), offset
 
     def _block(self, i: int) -> BlockWeights:
-        name = f"blocks.{i}"
+        get, name = self.tensors.get, f"blocks.{i}"
         return BlockWeights(
-            norm1=self._norm(f"{name}.norm1", self.offsets[i]),
+            norm1=self._norm(f"{name}.norm1", _row(self.offsets, i)),
             qkv_weight=self.tensors[f"{name}.qkv.weight"],
-            qkv_bias=self.tensors[f"{name}.qkv.bias"],
+            qkv_bias=get(f"{name}.qkv.bias"),
+            qk_norm_weight=get(f"{name}.qk_norm.weight"),
             proj_weight=self.tensors[f"{name}.proj.weight"],
-            norm2=self._norm(f"{name}.norm2", self._middle[i]),
+            norm2=self._norm(f"{name}.norm2", _row(self._middle, i)),
             up_weight=self.tensors[f"{name}.up.weight"],
-            up_bias=self.tensors[f"{name}.up.bias"],
+            up_bias=get(f"{name}.up.bias"),
             down_weight=self.tensors[f"{name}.down.weight"],
         )
 
-    def _merger(self, name: str, offset: torch.Tensor) -> MergerWeights:
+    def _merger(self, name: str, offset: torch.Tensor | None) -> MergerWeights:
         return MergerWeights(
             norm=self._norm(f"{name}.norm", offset),
             fc1_weight=self.tensors[f"{name}.fc1.weight"],
@@ -160,3 +182,7 @@ class TowerWeights:
             fc2_weight=self.tensors[f"{name}.fc2.weight"],
             fc2_bias=self.tensors[f"{name}.fc2.bias"],
         )
+
+
+def _row(offsets: torch.Tensor | None, index: int) -> torch.Tensor | None:
+    return None if offsets is None else offsets[index]

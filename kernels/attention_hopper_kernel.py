@@ -224,7 +224,7 @@ def _consume(
         m = _row_max(scores) * scale_log2
         p = gl.exp2(scores * scale_log2 - m[:, None])
         l = _partial_sums(p)
-        L_LAYOUT: gl.constexpr = gl.SliceLayout(1, l.type.layout)
+        L_LAYOUT: gl.constexpr = gl.SliceLayout(1, l.type.layout)  # pyright: ignore[reportAttributeAccessIssue]
         p = p.to(dtype)
         acc = gl.zeros([ROWS_G, D0], gl.float32, O_LAYOUT)
         acc1 = acc

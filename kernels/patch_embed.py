@@ -5,13 +5,12 @@
 
 Shapes: pixels [T, P] (P = channels * temporal * side^2 of a patch, rows contiguous), W [D, P],
 b [D], table [G*G, D], x [T, D]. With `source` [T] int32 row r takes another pixel row (towers with
-windows). `position` [T, 4] int32 holds (row, column, grid height, grid width) of each row. The
-table is resampled bilinearly with corners aligned: position i of n falls on i * (G - 1) / (n - 1).
-A convolution whose stride is its kernel is this GEMM. All of it accumulates in fp32 and is rounded
-once. Stale pixel rows are not read, so padding is finite whatever they hold.
+windows). `position` [T, 4] int32 holds (row, column, grid height, grid width) of each row, where
+the table is resampled as positions.py says. A convolution whose stride is its kernel is this GEMM.
+All of it accumulates in fp32 and is rounded once. Stale pixel rows are not read, so padding is
+finite whatever they hold.
 
-Compute-bound: 2*T*P*D FLOP, under 1 % of a tower. Source of the resampling: `F.interpolate` with
-`align_corners=True`, as in transformers' `vision_utils.py` (Apache-2.0).
+Compute-bound: 2*T*P*D FLOP, under 1 % of a tower.
 """
 
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import triton.language as tl
 
 from .dispatch import use_reference
 from .launch import launch_kernel
+from .positions import check_table, sample_table, sample_table_ref
 from .roofline import Cost
 
 
@@ -36,30 +36,15 @@ class PatchEmbedConfig:
     num_stages: int
 
 
-def config(T: int, dtype: torch.dtype) -> PatchEmbedConfig:
-    """Small tiles while a few of them must fill the chip; fp32 takes half the depth."""
+def config(T: int, dtype: torch.dtype, sampling: str = "bilinear_corners") -> PatchEmbedConfig:
+    """Small tiles while a few of them must fill the chip; fp32 takes half the depth.
+
+    Also for bicubic positions: sixteen taps of a large tile do not fit into registers.
+    """
     depth = 64 if dtype.itemsize == 2 else 32
-    if T <= 2048:
+    if T <= 2048 or sampling == "bicubic":
         return PatchEmbedConfig(64, 64, depth, num_warps=4, num_stages=4)
     return PatchEmbedConfig(128, 128, depth, num_warps=8, num_stages=3)
-
-
-def bilinear_taps(
-    position: torch.Tensor, side: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Four table rows [T, 4] and their weights [T, 4] for each row of `position`."""
-    low, high, fraction = [], [], []
-    for axis in (0, 1):
-        index, size = position[:, axis].to(dtype), position[:, axis + 2].to(dtype)
-        at = index * (side - 1) / (size - 1).clamp(min=1)
-        floor = at.floor()
-        low.append(floor.long())
-        high.append((floor.long() + 1).clamp(max=side - 1))
-        fraction.append(at - floor)
-    (h0, w0), (h1, w1), (dh, dw) = low, high, fraction
-    taps = torch.stack([h0 * side + w0, h0 * side + w1, h1 * side + w0, h1 * side + w1], -1)
-    weights = [(1 - dh) * (1 - dw), (1 - dh) * dw, dh * (1 - dw), dh * dw]
-    return taps, torch.stack(weights, -1)
 
 
 def patch_embed_ref(
@@ -70,6 +55,7 @@ def patch_embed_ref(
     source: torch.Tensor | None = None,
     table: torch.Tensor | None = None,
     position: torch.Tensor | None = None,
+    sampling: str = "bilinear_corners",
     num_live: int | None = None,
 ) -> torch.Tensor:
     """Plain PyTorch definition of `patch_embed`; `num_live` is a Python int here."""
@@ -78,10 +64,7 @@ def patch_embed_ref(
     x = torch.nn.functional.linear(rows, weight, bias)
     if table is not None:
         assert position is not None
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        side = int(table.shape[0] ** 0.5)
-        taps, weights = bilinear_taps(position[:n], side, wide)
-        x = x + (table[taps] * weights[..., None]).sum(1).to(x.dtype)
+        x = x + sample_table_ref(table, position[:n], sampling).to(x.dtype)
     return torch.cat([x, x.new_zeros(pixels.shape[0] - n, x.shape[1])])
 
 
@@ -89,22 +72,6 @@ def cost(T: int, P: int, D: int, dtype: torch.dtype, table_rows: int = 0) -> Cos
     """One GEMM; pixels, weight and table are read once, x is written once."""
     elements = T * P + D * P + T * D + table_rows * D
     return Cost(flops=2 * T * P * D, bytes=elements * dtype.itemsize)
-
-
-@triton.jit
-def _axis(index, size, SIDE: tl.constexpr):
-    # an exact quotient: integers must not fall just below themselves
-    at = tl.div_rn(index.to(tl.float32) * (SIDE - 1), tl.maximum(size - 1, 1).to(tl.float32))
-    low = tl.floor(at)
-    fraction = at - low
-    low = low.to(tl.int32)
-    return low, tl.minimum(low + 1, SIDE - 1), fraction
-
-
-@triton.jit
-def _tap(table_ptr, tap, d, D, weight, mask):
-    at = table_ptr + tap[:, None] * D + d[None, :]
-    return tl.load(at, mask=mask, other=0.0).to(tl.float32) * weight[:, None]
 
 
 @triton.jit(do_not_specialize=["T"])  # one compilation for all row counts
@@ -121,6 +88,7 @@ def _patch_embed_kernel(
     D,
     P: tl.constexpr,
     SIDE: tl.constexpr,
+    SAMPLING: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -150,17 +118,8 @@ def _patch_embed_kernel(
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + d, mask=in_d, other=0.0).to(tl.float32)[None, :]
     if table_ptr is not None:
-        at = position_ptr + 4 * t
-        h = tl.load(at, mask=live, other=0)
-        w = tl.load(at + 1, mask=live, other=0)
-        h0, h1, dh = _axis(h, tl.load(at + 2, mask=live, other=1), SIDE)
-        w0, w1, dw = _axis(w, tl.load(at + 3, mask=live, other=1), SIDE)
         mask = live[:, None] & in_d[None, :]
-        embedding = _tap(table_ptr, h0 * SIDE + w0, d, D, (1 - dh) * (1 - dw), mask)
-        embedding += _tap(table_ptr, h0 * SIDE + w1, d, D, (1 - dh) * dw, mask)
-        embedding += _tap(table_ptr, h1 * SIDE + w0, d, D, dh * (1 - dw), mask)
-        embedding += _tap(table_ptr, h1 * SIDE + w1, d, D, dh * dw, mask)
-        acc += embedding
+        acc += sample_table(table_ptr, position_ptr, t, d, D, live, mask, SIDE, SAMPLING)
     acc = tl.where(live[:, None], acc, 0.0)
     to = x_ptr + t[:, None].to(tl.int64) * D + d[None, :]
     tl.store(to, acc.to(x_ptr.dtype.element_ty), mask=(t < T)[:, None] & in_d[None, :])
@@ -174,6 +133,7 @@ def patch_embed(
     source: torch.Tensor | None = None,
     table: torch.Tensor | None = None,
     position: torch.Tensor | None = None,
+    sampling: str = "bilinear_corners",
     live_rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Embed packed pixel rows into the residual stream [T, D]; see the module docstring.
@@ -183,10 +143,11 @@ def patch_embed(
         weight, bias: [D, P] contiguous and [D].
         source: [T] int32, the pixel row of each row of the result; None for the same order.
         table: [G*G, D] learned positions of a square grid; needs `position` [T, 4] int32.
+        sampling: "bilinear_corners", "bilinear" or "bicubic".
         live_rows: int32 [1]; rows from there on are zeros.
 
     Raises:
-        ValueError: a shape or layout that is not as above.
+        ValueError: a shape, layout or `sampling` that is not as above.
     """
     T, P = pixels.shape
     D = weight.shape[0]
@@ -195,25 +156,22 @@ def patch_embed(
             f"patch_embed: pixels [T, P] = {tuple(pixels.shape)} needs a weight [D, {P}], got "
             f"{tuple(weight.shape)}; both must be contiguous"
         )
-    if table is not None and (
-        position is None or int(table.shape[0] ** 0.5) ** 2 != table.shape[0]
-    ):
-        raise ValueError(
-            f"patch_embed: table {tuple(table.shape)} must hold a square grid, and needs `position`"
-        )
+    if table is not None:
+        check_table("patch_embed", table, position, sampling)
     if use_reference(pixels):
         num_live = None if live_rows is None else int(live_rows)
         return patch_embed_ref(
-            pixels, weight, bias, source=source, table=table, position=position, num_live=num_live
-        )
+            pixels, weight, bias, source=source, table=table, position=position,
+            sampling=sampling, num_live=num_live,
+        )  # fmt: skip
     x = torch.empty(T, D, dtype=weight.dtype, device=pixels.device)
     if T == 0:
         return x
-    launch = config(T, weight.dtype)
+    launch = config(T, weight.dtype, sampling)
     launch_kernel(
         _patch_embed_kernel, (triton.cdiv(D, launch.BLOCK_D), triton.cdiv(T, launch.BLOCK_T)),
         pixels, weight, bias, source, table, position, live_rows, x, T, D, P=P,
-        SIDE=0 if table is None else int(table.shape[0] ** 0.5),
+        SIDE=0 if table is None else int(table.shape[0] ** 0.5), SAMPLING=sampling,
         BLOCK_T=launch.BLOCK_T, BLOCK_D=launch.BLOCK_D, BLOCK_P=launch.BLOCK_P,
         num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
@@ -229,13 +187,15 @@ def patch_embed_op(
     table: torch.Tensor | None,
     position: torch.Tensor | None,
     live_rows: torch.Tensor | None,
+    sampling: str = "bilinear_corners",
 ) -> torch.Tensor:
     """`patch_embed` as an operator that torch.compile can trace around."""
     return patch_embed(
-        pixels, weight, bias, source=source, table=table, position=position, live_rows=live_rows
-    )
+        pixels, weight, bias, source=source, table=table, position=position, sampling=sampling,
+        live_rows=live_rows,
+    )  # fmt: skip
 
 
 @patch_embed_op.register_fake
-def _(pixels, weight, bias, source, table, position, live_rows):
+def _(pixels, weight, bias, source, table, position, live_rows, sampling="bilinear_corners"):
     return weight.new_empty(pixels.shape[0], weight.shape[0])

@@ -114,7 +114,7 @@ def residual(
 
 @torch.library.custom_op("vitgraph::residual", mutates_args=())
 def residual_op(
-    x: torch.Tensor, offset: torch.Tensor, live_rows: torch.Tensor | None
+    x: torch.Tensor, offset: torch.Tensor | None, live_rows: torch.Tensor | None
 ) -> torch.Tensor:
     """`residual` as an operator that torch.compile can trace around."""
     return residual(x, offset, live_rows=live_rows)

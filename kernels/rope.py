@@ -1,11 +1,13 @@
-"""Rotary position embedding of q and k, in place in the fused qkv buffer.
+"""Rotary position embedding of q and k, in place in the fused qkv buffer, maybe after a norm.
 
+    x  = x / sqrt(mean(x^2) + eps) * weight        of each head, with a weight only
     y1 = x1 * cos - x2 * sin        x1, x2 the lower and upper half of a head
     y2 = x2 * cos + x1 * sin
 
-Shapes: qkv [T, 3, H, D] contiguous; cos, sin [T, D/2] fp32. Rotation is fp32 whatever the dtype of
-qkv (fp64 for fp64), with one rounding at the end. v and the rows past the live ones stay as they
-are. Memory-bound: q and k are read and written once, 4*T*H*D elements.
+Shapes: qkv [T, 3, H, D] contiguous; cos, sin [P, D/2] fp32, row t takes angles t % P, so that
+images of one size can share theirs; weight [2D]: that of q, then that of k. Norm and rotation are
+fp32 whatever the dtype of qkv (fp64 for fp64), with one rounding at the end. v and the rows past
+the live ones stay as they are. Memory-bound: q and k are read and written once, 4*T*H*D elements.
 https://arxiv.org/abs/2104.09864, in the half-split form of Hugging Face's towers.
 """
 
@@ -27,17 +29,27 @@ def rope_ref(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).to(x.dtype)
 
 
+def head_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm of the heads of x [T, 2, H, D], q and k, with weight [2D]; fp32 or wider."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return wide * scale * weight.view(2, 1, -1).to(wide.dtype)
+
+
 def cost(T: int, H: int, D: int, dtype: torch.dtype) -> Cost:
     """q and k read and written once, cos and sin read once."""
     return Cost(flops=6 * T * H * D, bytes=4 * T * H * D * dtype.itemsize + 4 * T * D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_angles"])  # one compilation for all row counts
 def _rope_kernel(
     qkv_ptr,  # [T, 3, H, 2 * HALF]
-    cos_ptr,  # [T, HALF]
-    sin_ptr,  # [T, HALF]
+    cos_ptr,  # [num_angles, HALF]
+    sin_ptr,  # [num_angles, HALF]
     live_ptr,  # [1] or None
+    num_angles,
+    weight_ptr,  # [2, 2 * HALF] or None
+    EPS: tl.constexpr,
     HEADS: tl.constexpr,  # 2 * H: q and k lie side by side
     HALF: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -56,7 +68,13 @@ def _rope_kernel(
     at = qkv_ptr + base + h[:, None] * (2 * HALF) + j[None, :]
     x1 = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     x2 = tl.load(at + HALF, mask=mask, other=0.0).to(tl.float32)
-    angle = t.to(tl.int64) * HALF + j
+    if weight_ptr is not None:
+        squares = tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)
+        scale = (1.0 / tl.sqrt(squares / (2 * HALF) + EPS))[:, None]
+        weight = weight_ptr + (h >= HEADS // 2).to(tl.int32)[:, None] * (2 * HALF) + j[None, :]
+        x1 *= scale * tl.load(weight, mask=mask, other=0.0).to(tl.float32)
+        x2 *= scale * tl.load(weight + HALF, mask=mask, other=0.0).to(tl.float32)
+    angle = (t % num_angles).to(tl.int64) * HALF + j
     cos = tl.load(cos_ptr + angle, mask=in_half, other=0.0)[None, :]
     sin = tl.load(sin_ptr + angle, mask=in_half, other=0.0)[None, :]
     dtype = qkv_ptr.dtype.element_ty
@@ -69,13 +87,17 @@ def rope_(
     cos: torch.Tensor,
     sin: torch.Tensor,
     live_rows: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
 ) -> torch.Tensor:
     """Rotate q and k of `qkv` in place and return it; see the module docstring.
 
     Args:
         qkv: [T, 3, H, D], contiguous, D even.
-        cos, sin: [T, D/2] fp32 (fp64 for fp64).
+        cos, sin: [P, D/2] fp32 (fp64 for fp64), T a multiple of P.
         live_rows: int32 [1]; rows from there on are left as they are.
+        weight: [2D] of an RMSNorm of each head before the rotation, q's then k's; None for none.
+        eps: of that norm.
 
     Raises:
         ValueError: shapes disagree, or a tensor is not contiguous.
@@ -87,36 +109,52 @@ def rope_(
         )
     T, _, H, D = qkv.shape
     for name, table in (("cos", cos), ("sin", sin)):
-        if table.shape != (T, D // 2) or not table.is_contiguous():
+        whole = table.ndim == 2 and T % max(len(table), 1) == 0 and len(table) == len(cos)
+        if not whole or table.shape[1] != D // 2 or not table.is_contiguous():
             raise ValueError(
-                f"rope_: {name} must be contiguous [{T}, {D // 2}], got {tuple(table.shape)}"
+                f"rope_: {name} must be contiguous [{T}, {D // 2}], or [P, {D // 2}] where P "
+                f"divides {T}, got {tuple(table.shape)}"
             )
+    if weight is not None and (weight.shape != (2 * D,) or not weight.is_contiguous()):
+        raise ValueError(
+            f"rope_: weight must be contiguous [{2 * D}], q's and k's, got {tuple(weight.shape)}"
+        )
     if use_reference(qkv):
         n = T if live_rows is None else int(live_rows)
-        qk = qkv[:n, :2].flatten(1, 2)
-        qkv[:n, :2] = rope_ref(qk, cos[:n], sin[:n]).view(n, 2, H, D)
+        if len(cos) < T:
+            cos, sin = cos.repeat(T // len(cos), 1), sin.repeat(T // len(sin), 1)
+        qk = qkv[:n, :2]
+        if weight is not None:
+            qk = head_norm_ref(qk, weight, eps)
+        qkv[:n, :2] = rope_ref(qk.flatten(1, 2), cos[:n], sin[:n]).view(n, 2, H, D)
         return qkv
     if T == 0:
         return qkv
     constants = {
+        "EPS": eps if weight is not None else 0.0,
         "HEADS": 2 * H,
         "HALF": D // 2,
         "BLOCK_H": triton.next_power_of_2(2 * H),
         "BLOCK_HALF": triton.next_power_of_2(D // 2),
         **pdl_options(qkv),
     }
-    launch_kernel(_rope_kernel, (T,), qkv, cos, sin, live_rows, **constants)
+    launch_kernel(_rope_kernel, (T,), qkv, cos, sin, live_rows, len(cos), weight, **constants)
     return qkv
 
 
 @torch.library.custom_op("vitgraph::rope_", mutates_args=("qkv",))
 def rope_op(
-    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, live_rows: torch.Tensor | None
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    live_rows: torch.Tensor | None,
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
 ) -> None:
     """`rope_` as an operator that torch.compile can trace around."""
-    rope_(qkv, cos, sin, live_rows)
+    rope_(qkv, cos, sin, live_rows, weight, eps)
 
 
 @rope_op.register_fake
-def _(qkv, cos, sin, live_rows):
+def _(qkv, cos, sin, live_rows, weight=None, eps=1e-6):
     return None

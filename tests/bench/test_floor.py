@@ -23,6 +23,13 @@ def test_shape_of_each_family():
     assert SHAPES["qwen2-vl-7b"] == TowerShape(
         1280, 16, 32, 5120, False, 1176, 3584, 4, num_mergers=1, full_layers=32
     )
+    assert SHAPES["glm-4.1v-9b"] == TowerShape(
+        1536, 12, 24, 4096, True, 1176, 4096, 4, num_mergers=1, full_layers=24, merger_mlp=13696
+    )
+    assert SHAPES["glm-ocr"] == TowerShape(
+        1024, 16, 24, 4096, True, 1176, 1536, 4, num_mergers=1, full_layers=24, merger_mlp=4608
+    )
+    assert SHAPES["glm-5.3-flash"].merger_mlp == 10240
 
 
 @pytest.mark.parametrize(
@@ -43,14 +50,14 @@ def test_gemm_work(name, patches, ms):
 
 def test_every_weight_is_in_exactly_one_gemm():
     """Matrices of the tower, position table left out, are the GEMMs' weights (no padding here)."""
-    for name in ("qwen3-vl-8b", "qwen2.5-vl-32b", "qwen2-vl-7b"):
+    for name in ("qwen3-vl-8b", "qwen2.5-vl-32b", "qwen2-vl-7b", "glm-4.1v-9b", "glm-5.3-flash"):
         from vitgraph.bench.towers_config import empty_tower, tower_config
 
         tower = empty_tower(tower_config(name), device="meta", dtype=torch.bfloat16)
         matrices = sum(
             p.numel()
             for key, p in tower.named_parameters()
-            if p.ndim >= 2 and not key.startswith("pos_embed")
+            if p.ndim >= 2 and not key.startswith(("pos_embed", "embeddings."))
         )
         assert sum(g.weight_bytes for g in gemms(SHAPES[name], 784)) == 2 * matrices, name
 
@@ -62,7 +69,8 @@ def test_odd_mlp_width_is_padded():
 
 
 @pytest.mark.parametrize(
-    ("name", "kernels"), [("qwen3-vl-8b", 207), ("qwen2.5-vl-7b", 230), ("qwen2-vl-7b", 230)]
+    ("name", "kernels"),
+    [("qwen3-vl-8b", 207), ("qwen2.5-vl-7b", 230), ("qwen2-vl-7b", 230), ("glm-4.1v-9b", 176)],
 )
 def test_kernel_counts(name, kernels):
     shape = SHAPES[name]

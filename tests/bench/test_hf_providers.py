@@ -2,7 +2,7 @@ import pytest
 import torch
 from vitgraph.bench.hf_providers import FLASH, hf_builders, precomputed_kwargs
 from vitgraph.bench.provider import UnavailableError, features_of, make_job
-from vitgraph.bench.towers_config import TOWERS, build_tower
+from vitgraph.bench.towers_config import TOWERS, build_tower, hf_grid
 
 TINY = [name for name in TOWERS if name.startswith("tiny")]
 GRIDS = ((1, 8, 12), (1, 4, 6), (3, 10, 18))
@@ -18,13 +18,15 @@ def job_for(tower, dtype=torch.float32):
 def test_precomputed_metadata_changes_no_bit(name):
     tower = build_tower(name, device="cpu", dtype=torch.float32)
     job = job_for(tower)
-    kwargs = precomputed_kwargs(tower, job.grid_thw)
-    # with every key there the grid is not looked at: a wrong one shows a key that was ignored
-    nonsense = torch.tensor([[1, 2, 2]])
+    grid = hf_grid(tower, job.grid_thw)
+    kwargs = precomputed_kwargs(tower, grid)
+    # with every key there the grid is not looked at (but for the positions of GLM-4V): a wrong one
+    # shows a key that was ignored
+    nonsense = grid if name == "tiny-glm-4v" else torch.tensor([[1, 2, 2]])
     with torch.inference_mode():
-        own = features_of(tower(job.pixel_values, grid_thw=job.grid_thw))
+        own = features_of(tower(job.pixel_values, grid_thw=grid))
         given = features_of(tower(job.pixel_values, grid_thw=nonsense, **kwargs))
-    assert len(own) == (3 if name == "tiny-qwen3-vl" else 1)
+    assert len(own) == 1 + len(getattr(tower.config, "deepstack_visual_indexes", ()))
     for a, b in zip(own, given, strict=True):
         assert torch.equal(a, b)
     assert kwargs["max_seqlen"] == 180
@@ -54,8 +56,9 @@ def test_packed_attention_by_name_agrees_with_sdpa(name, monkeypatch):
     own = hf_builders(tower)["hf-eager-sdpa"](job).features()
     tower.config._attn_implementation = FLASH
     with torch.inference_mode():
-        kwargs = precomputed_kwargs(tower, job.grid_thw)
-        packed = features_of(tower(job.pixel_values, grid_thw=job.grid_thw, **kwargs))
+        grid = hf_grid(tower, job.grid_thw)
+        kwargs = precomputed_kwargs(tower, grid)
+        packed = features_of(tower(job.pixel_values, grid_thw=grid, **kwargs))
     for a, b in zip(own, packed, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
@@ -68,7 +71,7 @@ def test_reason_without_a_gpu(provider):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["tiny-qwen3-vl", "tiny-qwen2.5-vl"])
+@pytest.mark.parametrize("name", ["tiny-qwen3-vl", "tiny-qwen2.5-vl", "tiny-glm-4v"])
 @pytest.mark.parametrize("provider", ["hf-eager-fa2", "hf-exact-graph"])
 def test_gpu_contenders_agree_with_sdpa(name, provider):
     tower = build_tower(name, device="cuda", dtype=torch.bfloat16)

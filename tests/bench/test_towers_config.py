@@ -7,6 +7,7 @@ from vitgraph.bench.towers_config import (
     build_tower,
     empty_tower,
     fp32_copy,
+    hf_grid,
     tower_config,
 )
 
@@ -16,13 +17,24 @@ PARAMETERS = {
     "qwen3-vl-4b": 415,
     "qwen3-vl-8b": 576,
     "qwen3-vl-32b": 595,
+    "qwen3-omni-30b": 539,
+    "qwen3.5-0.8b": 101,
+    "qwen3.5-9b": 456,
+    "qwen3.5-27b": 461,
+    "qwen3.5-35b": 447,
     "qwen2.5-vl-3b": 669,
     "qwen2.5-vl-7b": 677,
     "qwen2.5-vl-32b": 689,
     "qwen2.5-vl-72b": 705,
+    "qwen2.5-omni-7b": 677,
+    "mimo-vl-7b": 684,
     "qwen2-vl-2b": 665,
     "qwen2-vl-7b": 676,
     "qwen2-vl-72b": 699,
+    "glm-4.1v-9b": 892,
+    "glm-4.5v": 859,
+    "glm-ocr": 434,
+    "glm-5.3-flash": 564,
 }
 TINY = [name for name in TOWERS if name.startswith("tiny")]
 GRID = torch.tensor([[1, 8, 12], [1, 4, 6], [3, 10, 18]])
@@ -72,7 +84,7 @@ def test_output_notices_a_missing_rope_and_a_missing_boundary(name, monkeypatch)
 
     def pooled(**kwargs):
         with torch.inference_mode():
-            return features_of(tower(x, grid_thw=GRID, **kwargs))[0]
+            return features_of(tower(x, grid_thw=hf_grid(tower, GRID), **kwargs))[0]
 
     full = pooled()
     one_segment = pooled(cu_seqlens=torch.tensor([0, len(x)], dtype=torch.int32))

@@ -44,12 +44,16 @@ def test_shapes_are_those_of_the_prepared_weights():
         weights = VisionEncoder.from_hf(
             empty_tower(config, device="cpu", dtype=torch.float32)
         ).weights
-        block, merger = weights.blocks[0], weights.merger
+        block = weights.blocks[0]
         matrices = {
             "qkv": block.qkv_weight, "proj": block.proj_weight, "up": block.up_weight,
-            "down": block.down_weight, "merger fc1": merger.fc1_weight,
-            "merger fc2": merger.fc2_weight,
+            "down": block.down_weight,
         }  # fmt: skip
+        if weights.glm_merger is not None:
+            parts, merger = ("join", "proj", "up", "down"), weights.glm_merger
+        else:
+            parts, merger = ("fc1", "fc2"), weights.merger
+        matrices |= {f"merger {part}": getattr(merger, f"{part}_weight") for part in parts}
         assert {n: (s.N, s.K) for n, s in found.items()} == {
             n: tuple(w.shape) for n, w in matrices.items()
         }
@@ -65,7 +69,12 @@ def test_every_layer_of_every_tower_is_measured_once():
             (shape,) = (s for s in shapes if s.key == layer.key)
             assert name in shape.label
             assert tower in shape.label
-            assert shape.patches_per_row == (4 if name.startswith("merger") else 1)
+            of_images = {"convolution 1": 4, "convolution 2": 16, "projector": 16}
+            group = of_images.get(name, 4 if name.startswith("merger") else 1)
+            assert layer.patches_per_row == group
+            # two layers of one shape: rows of the one that sees more
+            assert shape.patches_per_row == group or ";" in shape.label
+            assert shape.patches_per_row <= group
     # an MLP of 3,420 is padded
     assert layers(tower_specs()["qwen2.5-vl-7b"])["down"].key == (1280, 3456, RESIDUAL)
     (fc1,) = (s for s in shapes if s.key == (4608, 4608, "gelu_erf"))
@@ -84,8 +93,9 @@ def test_a_shape_of_two_layers_is_measured_at_the_rows_of_both(monkeypatch):
 
 def test_attention_has_every_head_dim_once():
     shapes = attention_shapes()
-    assert {shape.head_dim for shape in shapes} == {64, 72, 80}
-    assert len({shape.label for shape in shapes}) == len(shapes) == 18
+    assert {shape.head_dim for shape in shapes} == {64, 72, 80, 96, 112, 128}
+    kinds = {(shape.heads, shape.head_dim) for shape in shapes}
+    assert len({shape.label for shape in shapes}) == len(shapes) == 6 * len(kinds)
     assert [s.lengths for s in select(shapes, ["72 8x784"])] == [(784,) * 8]
     assert select(shapes, []) == shapes
     assert select(shapes, ["nothing"]) == []

@@ -113,6 +113,8 @@ def test_a_missing_shard_is_named(model, tmp_path):
     [
         ({}, "no config.json"),
         ({"config.json": "{"}, "not a JSON object"),
+        ({"config.json": "[1]"}, "not a JSON object but a list"),
+        ({"config.json": '{"model_type": ["qwen3_vl"]}'}, "has no supported vision tower"),
         ({"config.json": '{"model_type": "llama"}'}, "'llama' has no supported vision tower"),
         ({"config.json": '{"model_type": "qwen3_vl"}'}, "neither model.safetensors nor"),
     ],

@@ -254,6 +254,8 @@ def test_info():
     assert text.exit_code == 0
     assert "attention backends" in text.stdout
     assert "vitgraph[fa4]  on Hopper" in text.stdout
+    assert report["families"]["qwen3_5"] == "Qwen3.5, Qwen3.6, Qwen4-Exp"
+    assert "  qwen2_5_omni  Qwen2.5-Omni" in text.stdout.splitlines()
     assert run("info", "no such model").exit_code == 2
 
 

@@ -87,13 +87,17 @@ def test_elementwise_kernels_use_wide_accesses():
         {"ACTIVATION": "quick_gelu", "PDL": False} | blocks,
         divisible=("F", "stride_xt"),
     )
-    swiglu = inspect(
-        _swiglu_kernel,
-        {"gate_up_ptr": "*bf16", "out_ptr": "*bf16", "stride_gt": "i32", "stride_ot": "i32"} | rows,
-        blocks,
-        divisible=("F", "stride_gt", "stride_ot"),
-    )
-    for info in (activation, swiglu):
+    swiglus = [
+        inspect(
+            _swiglu_kernel,
+            {"gate_up_ptr": "*bf16", "out_ptr": "*bf16", "stride_gt": "i32", "stride_ot": "i32"}
+            | rows,
+            {"LIMIT": limit} | blocks,
+            divisible=("F", "stride_gt", "stride_ot"),
+        )
+        for limit in (None, 10.0)
+    ]
+    for info in (activation, *swiglus):
         assert info.spill_bytes == 0
         assert info.count("LDG.E.128") > 0
         assert info.count("STG.E.128") > 0

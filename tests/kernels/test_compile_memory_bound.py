@@ -3,7 +3,7 @@
 import pytest
 import torch
 import triton
-from vitgraph.kernels import layout, norm, patch_embed, residual, rope
+from vitgraph.kernels import layout, norm, patch_embed, positions, residual, rope
 from vitgraph.kernels.compiled import inspect
 
 
@@ -32,25 +32,37 @@ def test_norm(D, T, is_rms):
     assert info.count("STG.E.128") >= 1
 
 
-@pytest.mark.parametrize("D", [64, 72, 80])
-def test_rope(D):
+@pytest.mark.parametrize("has_norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("D", [64, 72, 80, 96, 128])
+def test_rope(D, has_norm):
     info = inspect(
         rope._rope_kernel,
-        {"qkv_ptr": "*bf16", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "live_ptr": "*i32"},
         {
-            "HEADS": 32, "HALF": D // 2, "BLOCK_H": 32,
+            "qkv_ptr": "*bf16", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "live_ptr": "*i32",
+            "num_angles": "i32", "weight_ptr": "*bf16",
+        },
+        ({} if has_norm else {"weight_ptr": None}) | {
+            "EPS": 1e-5 if has_norm else 0.0, "HEADS": 32, "HALF": D // 2, "BLOCK_H": 32,
             "BLOCK_HALF": triton.next_power_of_2(D // 2), "PDL": False,
         },
     )  # fmt: skip
     assert info.spill_bytes == 0
-    # half a head is 64, 72 or 80 bytes: every row of it starts on 8 bytes at least
+    # half a head is 64, 72, 80, 96 or 128 bytes: every row of it starts on 8 bytes at least
     assert info.count("LDG.E.64") + info.count("LDG.E.128") >= 2
 
 
 @pytest.mark.parametrize("T", [256, 16384])
-@pytest.mark.parametrize(("P", "D", "side"), [(1536, 1152, 48), (1176, 1280, 0)])
-def test_patch_embed(T, P, D, side):
-    launch = patch_embed.config(T, torch.bfloat16)
+@pytest.mark.parametrize(
+    ("P", "D", "side", "sampling"),
+    [
+        (1536, 1152, 48, "bilinear_corners"),
+        (1176, 1280, 0, "bilinear_corners"),
+        (1176, 1536, 24, "bilinear"),
+        (1176, 1536, 24, "bicubic"),
+    ],
+)
+def test_patch_embed(T, P, D, side, sampling):
+    launch = patch_embed.config(T, torch.bfloat16, sampling)
     info = inspect(
         patch_embed._patch_embed_kernel,
         {
@@ -59,14 +71,34 @@ def test_patch_embed(T, P, D, side):
             "live_ptr": "*i32", "x_ptr": "*bf16", "T": "i32", "D": "i32",
         },
         ({} if side else {"table_ptr": None, "position_ptr": None, "bias_ptr": None}) | {
-            "P": P, "SIDE": side, "BLOCK_T": launch.BLOCK_T, "BLOCK_D": launch.BLOCK_D,
-            "BLOCK_P": launch.BLOCK_P,
+            "P": P, "SIDE": side, "SAMPLING": sampling, "BLOCK_T": launch.BLOCK_T,
+            "BLOCK_D": launch.BLOCK_D, "BLOCK_P": launch.BLOCK_P,
         },
         divisible=["D"],
         num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
     assert info.spill_bytes == 0
     assert info.count("HGMMA") > 0
+
+
+@pytest.mark.parametrize("sampling", ["bilinear_corners", "bilinear", "bicubic"])
+def test_add_positions(sampling):
+    info = inspect(
+        positions._add_positions_kernel,
+        {
+            "x_ptr": "*bf16", "table_ptr": "*bf16", "position_ptr": "*i32", "live_ptr": "*i32",
+            "T": "i32", "D": "i32",
+        },
+        {
+            "SIDE": 24, "SAMPLING": sampling, "BLOCK_T": positions.BLOCK_T,
+            "BLOCK_D": positions.BLOCK_D,
+        },
+        divisible=["D"],
+    )  # fmt: skip
+    assert info.spill_bytes == 0
+    # x and every tap of the table
+    assert info.count("LDG.E.128") >= (17 if sampling == "bicubic" else 5)
+    assert info.count("STG.E.128") >= 1
 
 
 @pytest.mark.parametrize("splits", [0, 3])

@@ -1,13 +1,7 @@
 import pytest
 import torch
-import torch.nn.functional as F
 from vitgraph.kernels.layout import layout_ref
-from vitgraph.kernels.patch_embed import (
-    bilinear_taps,
-    patch_embed,
-    patch_embed_op,
-    patch_embed_ref,
-)
+from vitgraph.kernels.patch_embed import patch_embed, patch_embed_op, patch_embed_ref
 from vitgraph.kernels.testing import assert_as_accurate
 
 GRID = torch.tensor([[1, 4, 6], [2, 2, 10], [1, 2, 2]], dtype=torch.int32)
@@ -29,9 +23,19 @@ def arguments(P, D, side, dtype, device, padding=0):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("P", "D", "side"), [(24, 16, 4), (1176, 40, 0), (96, 136, 9)])
-def test_matches_oracle(P, D, side, dtype, device):
+@pytest.mark.parametrize(
+    ("P", "D", "side", "sampling"),
+    [
+        (24, 16, 4, "bilinear_corners"),
+        (1176, 40, 0, "bilinear_corners"),
+        (96, 136, 9, "bilinear_corners"),
+        (24, 40, 5, "bilinear"),
+        (24, 40, 5, "bicubic"),
+    ],
+)
+def test_matches_oracle(P, D, side, sampling, dtype, device):
     args, extra = arguments(P, D, side, dtype, device)
+    extra["sampling"] = sampling
     oracle_extra = extra | ({"table": extra["table"].double()} if side else {})
     eager = patch_embed_ref(*args, **extra)
     oracle = patch_embed_ref(*(a.double() for a in args), **oracle_extra)
@@ -52,19 +56,6 @@ def test_padding_is_zero_and_stale_pixels_are_not_read(live, device):
     assert (x[live:] == 0).all()
 
 
-def test_positions_are_those_of_interpolate(device):
-    table = torch.randn(49, 5, generator=torch.Generator().manual_seed(0)).double()
-    _, extra = arguments(24, 16, 4, torch.float32, "cpu")
-    position = extra["position"]
-    taps, weights = bilinear_taps(position, 7, torch.float64)
-    got = (table[taps] * weights[..., None]).sum(1)
-    for row, (h, w, height, width) in enumerate(position.tolist()):
-        image = table.T.reshape(1, 5, 7, 7)
-        resized = F.interpolate(image, (height, width), mode="bilinear", align_corners=True)
-        # a single row or column sits on the first table entry, as transformers has it
-        torch.testing.assert_close(got[row], resized[0, :, h, w], rtol=0, atol=1e-12)
-
-
 @pytest.mark.parametrize(
     ("pixels", "weight", "table", "message"),
     [
@@ -82,5 +73,5 @@ def test_bad_arguments(pixels, weight, table, message):
 @pytest.mark.parametrize("check", ["test_schema", "test_faketensor"])
 def test_opcheck(check, device):
     args, extra = arguments(24, 16, 4, torch.float32, device)
-    full = (*args, extra["source"], extra["table"], extra["position"], None)
+    full = (*args, extra["source"], extra["table"], extra["position"], None, "bicubic")
     torch.library.opcheck(patch_embed_op, full, test_utils=check)

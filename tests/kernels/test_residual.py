@@ -24,6 +24,14 @@ def test_padding_is_zero(live, device):
     assert torch.equal(out, residual_ref(torch.ones(6, 16, device=device), out.new_ones(16), live))
 
 
+def test_without_offset(device):
+    x = torch.randn(5, 24, device=device).bfloat16()
+    live = torch.tensor([3], dtype=torch.int32, device=device)
+    state = residual(x, None, live_rows=live)
+    assert torch.equal(state[:3], x[:3])
+    assert (state[3:] == 0).all()
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match=r"offset \(3,\) must be \[4\]"):
         residual(torch.zeros(2, 4), torch.zeros(3))

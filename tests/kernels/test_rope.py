@@ -1,6 +1,6 @@
 import pytest
 import torch
-from vitgraph.kernels.rope import rope_, rope_op, rope_ref
+from vitgraph.kernels.rope import head_norm_ref, rope_, rope_op, rope_ref
 from vitgraph.kernels.testing import assert_as_accurate
 
 
@@ -30,12 +30,60 @@ def test_matches_oracle(T, H, D, dtype, device):
     assert torch.equal(got[:, 2], v)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("T", "H", "D"), [(5, 3, 24), (3, 16, 64), (2, 2, 128)])
+def test_norm_matches_oracle(T, H, D, dtype, device):
+    qkv, cos, sin = arguments(T, H, D, dtype, device)
+    # small values, so that eps shows, and weights of q and k that are far apart
+    qkv *= 0.02
+    weight = torch.randn(2 * D, generator=torch.Generator().manual_seed(D)).to(device, dtype)
+    weight[D:] += 3
+    v, eps = qkv[:, 2].clone(), 1e-4
+    halves = weight.view(2, 1, D)
+    # a tower's own steps, each rounded to this dtype
+    qk = qkv[:, :2].float()
+    normed = (qk * torch.rsqrt(qk.square().mean(-1, keepdim=True) + eps)).to(dtype) * halves
+    eager = rope_ref(normed.flatten(1, 2), cos, sin)
+    exact = torch.stack(
+        [
+            torch.nn.functional.rms_norm(qkv[:, i].double(), (D,), halves[i, 0].double(), eps)
+            for i in (0, 1)
+        ],
+        1,
+    )
+    oracle = rope_ref(exact.flatten(1, 2), cos.double(), sin.double())
+    got = rope_(qkv, cos, sin, None, weight, eps)
+    # fp32: the sum of squares is taken in another order
+    factor = 1.5 if dtype == torch.float32 else 1.0
+    assert_as_accurate(got[:, :2].flatten(1, 2), eager, oracle, factor=factor)
+    assert torch.equal(got[:, 2], v)
+
+
+def test_norm_of_the_reference_is_in_fp64_for_fp64():
+    x, weight = torch.randn(2, 2, 3, 8).double(), torch.randn(16).double()
+    got = head_norm_ref(x, weight, 1e-6)
+    for i in (0, 1):
+        want = torch.nn.functional.rms_norm(x[:, i], (8,), weight[8 * i : 8 * i + 8], 1e-6)
+        torch.testing.assert_close(got[:, i], want, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("live", [None, 7])
+def test_angles_repeat(live, device):
+    qkv, cos, sin = arguments(12, 2, 16, torch.float32, device)
+    cos, sin = cos[:4].contiguous(), sin[:4].contiguous()
+    live_rows = None if live is None else torch.tensor([live], dtype=torch.int32, device=device)
+    whole = rope_(qkv.clone(), cos.repeat(3, 1), sin.repeat(3, 1), live_rows)
+    assert torch.equal(rope_(qkv, cos, sin, live_rows), whole)
+
+
+@pytest.mark.parametrize("has_norm", [False, True])
 @pytest.mark.parametrize("live", [0, 2, 5])
-def test_padding_is_left_alone(live, device):
+def test_padding_is_left_alone(live, has_norm, device):
     qkv, cos, sin = arguments(5, 2, 16, torch.float32, device)
+    weight = torch.full((32,), 1.5, device=device) if has_norm else None
     before = qkv.clone()
-    whole = rope_(qkv.clone(), cos, sin)
-    rope_(qkv, cos, sin, torch.tensor([live], dtype=torch.int32, device=device))
+    whole = rope_(qkv.clone(), cos, sin, None, weight)
+    rope_(qkv, cos, sin, torch.tensor([live], dtype=torch.int32, device=device), weight)
     assert torch.equal(qkv[:live], whole[:live])
     assert torch.equal(qkv[live:], before[live:])
 
@@ -60,7 +108,14 @@ def test_bad_arguments(qkv, rows, message):
         rope_(qkv, table, table)
 
 
+def test_bad_weight():
+    with pytest.raises(ValueError, match=r"weight must be contiguous \[16\]"):
+        rope_(torch.zeros(2, 3, 2, 8), *[torch.zeros(2, 4)] * 2, None, torch.zeros(8))
+
+
+@pytest.mark.parametrize("has_norm", [False, True])
 @pytest.mark.parametrize("check", ["test_schema", "test_faketensor"])
-def test_opcheck(check, device):
-    args = (*arguments(2, 2, 8, torch.float32, device), None)
+def test_opcheck(check, has_norm, device):
+    weight = torch.ones(16, device=device) if has_norm else None
+    args = (*arguments(2, 2, 8, torch.float32, device), None, weight)
     torch.library.opcheck(rope_op, args, test_utils=check)

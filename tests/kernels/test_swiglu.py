@@ -17,10 +17,20 @@ def make(device, T, F, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("T", "F"), SHAPES)
-def test_matches_oracle(T, F, dtype, device):
+@pytest.mark.parametrize("limit", [None, 1.5])
+def test_matches_oracle(T, F, limit, dtype, device):
     gate_up = make(device, T, F, dtype)
-    eager, oracle = swiglu_ref(gate_up), swiglu_ref(gate_up.double())
-    assert_as_accurate(swiglu(gate_up), eager, oracle)
+    eager, oracle = swiglu_ref(gate_up, limit), swiglu_ref(gate_up.double(), limit)
+    assert_as_accurate(swiglu(gate_up, limit=limit), eager, oracle)
+
+
+def test_limit_bounds_gates_above_and_ups_on_both_sides(device):
+    nan = float("nan")
+    gate_up = torch.tensor([[9.0, -9.0, 1.0, 1.0, nan, 1.0, 1.0, 1.0, 9.0, -9.0, 1.0, nan]])
+    gate, up = torch.tensor([[2.0, -9.0, 1.0, 1.0, nan, 1.0], [1.0, 1.0, 2.0, -2.0, 1.0, nan]])
+    got = swiglu(gate_up.to(device), limit=2.0)
+    want = torch.nn.functional.silu(gate) * up
+    torch.testing.assert_close(got[0].cpu(), want, equal_nan=True)
 
 
 @pytest.mark.parametrize("live", [0, 1, 5, 9, 100])
@@ -57,6 +67,7 @@ def test_empty(device):
         ((torch.zeros(2, 4), torch.zeros(2, 4)), r"out must be \[2, 2\]"),
         ((torch.zeros(2, 4), torch.zeros(2, 2).half()), "torch.float16"),
         ((torch.zeros(2, 4), None, torch.zeros(1)), "live_rows must be one int32"),
+        ((torch.zeros(2, 4), None, None, 0.0), "limit = 0.0 must be positive"),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -1,0 +1,270 @@
+"""The forward of a Step tower: images of one size, eager, recorded and replayed alike.
+
+Every image has the same rows, so positions, angles and the places of the convolutions are constants
+of a size (`ImageSize`); only the number of live images is read on the device, from the grid table.
+Nothing here synchronises or moves data to or from the host. Rows of images past the live ones are
+finite in the residual stream and in every intermediate that a kernel multiplies.
+"""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ..kernels.add_norm import add_norm_
+from ..kernels.attention import varlen_attention
+from ..kernels.conv_rows import conv_rows
+from ..kernels.image_embed import image_embed
+from ..kernels.linear import choose_backend, linear
+from ..kernels.norm import norm
+from ..kernels.rope import rope_
+from .step_spec import StepSpec
+from .step_weights import StepBlock, StepWeights
+
+ACTIVATION = "quick_gelu"
+
+
+class ImageSize:
+    """What a tower needs to know of images of height x width pixels.
+
+    Attributes:
+        height, width: In pixels.
+        stages: Grids of patches, and of what each convolution makes of them.
+        rows: Rows R of an image in the residual stream, class rows included.
+        patches, tokens: Patches of an image, and tokens that leave the tower.
+        table: [R, D] what is added to each row; class rows whole.
+        cos, sin: [R, head_dim / 2] fp32 angles; None without rope.
+        counts: int32, rows of one image after the embedding and after each convolution.
+    """
+
+    def __init__(self, weights: StepWeights, height: int, width: int):
+        """Constants for `weights`, on their device.
+
+        Raises:
+            ValueError: sides that the tower cannot cut into patches.
+        """
+        spec, tensors = weights.spec, weights.tensors
+        device = tensors["patch.weight"].device
+        self.height, self.width = height, width
+        self.stages = spec.stages(*spec.grid(height, width))
+        sizes = [h * w for h, w in self.stages]
+        self.patches, self.tokens = sizes[0], sizes[-1]
+        self.rows = spec.class_rows + self.patches
+        self.counts = torch.tensor([self.rows, *sizes[1:]], dtype=torch.int32, device=device)
+        self.table = torch.empty(self.rows, spec.hidden_size, dtype=weights.wide, device=device)
+        self.cos, self.sin = _angles(spec, *self.stages[0], device)
+        self.read_positions(weights)
+
+    def read_positions(self, weights: StepWeights) -> None:
+        """Fill `table` from the weights, in place."""
+        spec, table = weights.spec, weights.tensors["position.table"].to(weights.wide)
+        side, skipped = spec.position_grid, len(table) - spec.position_grid**2
+        grid = table[skipped:].T.reshape(1, -1, side, side)
+        if self.stages[0] != (side, side):
+            is_cubic = spec.position_sampling == "bicubic_antialias"
+            grid = F.interpolate(
+                grid, self.stages[0], mode="bicubic" if is_cubic else "bilinear",
+                align_corners=False, antialias=is_cubic,
+            )  # fmt: skip
+        self.table[spec.class_rows :] = grid.flatten(2)[0].T
+        if spec.class_rows:
+            self.table[: spec.class_rows] = weights.tensors["class_row"] + table[:skipped]
+
+
+def _angles(
+    spec: StepSpec, rows: int, columns: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+    """cos and sin of every patch, fp32 computed on the CPU, as transformers computes them."""
+    if spec.rope_axes is None:
+        return None, None
+    half = spec.head_dim // 2
+    frequency = 1.0 / spec.rope_theta ** (torch.arange(0, half, 2, dtype=torch.float32) / half)
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    axes = (column, row) if spec.rope_axes == "wh" else (row, column)
+    angle = torch.cat([axis.flatten()[:, None] * frequency for axis in axes], 1)
+    return angle.cos().to(device), angle.sin().to(device)
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Images of one size on the device.
+
+    Attributes:
+        pixel_values: [I * patches, P] in the tower's dtype, the images as they lie in memory;
+            those past the live ones may hold anything.
+        grid: [I, 3] int32; an image is live if its first number is not zero.
+        size: Of the images.
+    """
+
+    pixel_values: torch.Tensor
+    grid: torch.Tensor
+    size: ImageSize
+
+
+class _Workspace:
+    """Intermediates of one forward, shared by all blocks.
+
+    Padding rows that their writers leave alone start as zeros, since readers multiply them.
+    """
+
+    def __init__(self, weights: StepWeights, x: torch.Tensor):
+        spec, block, T = weights.spec, weights.blocks[0], x.shape[0]
+        self.normed = torch.empty_like(x)  # pre-norm: the norm; post-norm: the branch
+        self.qkv = _output(x, block.qkv_weight, None).view(T, 3, spec.num_heads, spec.head_dim)
+        self.attended = x.new_zeros(T, spec.num_heads, spec.head_dim)
+        self.up = _output(x, block.up_weight, ACTIVATION)
+
+
+def _output(x: torch.Tensor, weight: torch.Tensor, activation: str | None) -> torch.Tensor:
+    """Buffer for `linear(x, weight)`, zero if that leaves padding rows alone."""
+    (T, K), N = x.shape, weight.shape[0]
+    backend, _ = choose_backend(T, N, K, x.dtype, x.device, activation, has_residual=False)
+    return x.new_empty(T, N) if backend == "library" else x.new_zeros(T, N)
+
+
+def step_forward(
+    weights: StepWeights, batch: ImageBatch, outputs: Mapping[str, torch.Tensor], attention: str
+) -> None:
+    """Run the tower on `batch` and write `outputs`.
+
+    Args:
+        weights: Prepared weights.
+        batch: What to encode.
+        outputs: "last_hidden_state" [I * tokens, state_size] and, with a projector,
+            "pooler_output" [I * tokens, out_size]; live rows first, padding rows of any value.
+        attention: Backend of the attention.
+    """
+    device = batch.pixel_values.device
+    # Triton launches on the current device, and autocast would change dtypes between kernels
+    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with on_device, torch.autocast(device.type, enabled=False):
+        _forward(weights, batch, outputs, attention)
+
+
+def _forward(
+    weights: StepWeights, batch: ImageBatch, outputs: Mapping[str, torch.Tensor], attention: str
+) -> None:
+    spec, tensors, size = weights.spec, weights.tensors, batch.size
+    live_images = (batch.grid[:, 0] > 0).sum(dtype=torch.int32)
+    live = size.counts * live_images
+    steps = torch.arange(
+        0, (len(batch.grid) + 1) * size.rows, size.rows, dtype=torch.int32, device=live.device
+    )
+    cu_seqlens = torch.minimum(steps, live[0])
+    images = batch.pixel_values.view(len(batch.grid), spec.in_channels, size.height, size.width)
+    x = image_embed(
+        images, tensors["patch.weight"], tensors.get("patch.bias"), size.table,
+        patch=spec.patch_size, live_rows=live[:1],
+    )  # fmt: skip
+    if spec.embed_norm:
+        x = norm(
+            x, tensors["embed_norm.weight"], tensors["embed_norm.bias"], spec.eps,
+            kind="layer", live_rows=live[:1],
+        )  # fmt: skip
+    work = _Workspace(weights, x)
+    run = _pre_norm_block if spec.block == "pre_norm" else _post_norm_block
+    for block in weights.blocks:
+        run(spec, block, x, size, cu_seqlens, live[:1], work, attention)
+    _downsample(weights, x, size, live, outputs)
+
+
+def _attention(
+    spec: StepSpec,
+    size: ImageSize,
+    cu_seqlens: torch.Tensor,
+    live: torch.Tensor,
+    work: _Workspace,
+    attention: str,
+) -> torch.Tensor:
+    """Attention of the images in `work.qkv`, each to itself; [T, D]."""
+    if size.cos is not None and size.sin is not None:
+        rope_(work.qkv, size.cos, size.sin, live)
+    q, k, v = work.qkv.unbind(1)
+    varlen_attention(
+        q, k, v, cu_seqlens, max_seqlen=size.rows, scale=spec.head_dim**-0.5,
+        out=work.attended, backend=attention,
+    )  # fmt: skip
+    return work.attended.flatten(1)
+
+
+def _pre_norm_block(
+    spec: StepSpec,
+    block: StepBlock,
+    x: torch.Tensor,
+    size: ImageSize,
+    cu_seqlens: torch.Tensor,
+    live: torch.Tensor,
+    work: _Workspace,
+    attention: str,
+) -> None:
+    """x += f(norm(x)) twice; the biases of both products stay out of x."""
+    norm(
+        x, block.norm1_weight, block.norm1_bias, spec.eps,
+        kind="layer", offset=block.norm1_offset, live_rows=live, out=work.normed,
+    )  # fmt: skip
+    qkv = work.qkv.flatten(1)
+    linear(work.normed, block.qkv_weight, block.qkv_bias, out=qkv, live_rows=live)
+    attended = _attention(spec, size, cu_seqlens, live, work, attention)
+    linear(attended, block.proj_weight, residual=x, live_rows=live)
+    norm(
+        x, block.norm2_weight, block.norm2_bias, spec.eps,
+        kind="layer", offset=block.norm2_offset, live_rows=live, out=work.normed,
+    )  # fmt: skip
+    linear(
+        work.normed, block.up_weight, block.up_bias,
+        activation=ACTIVATION, out=work.up, live_rows=live,
+    )  # fmt: skip
+    linear(work.up, block.down_weight, residual=x, live_rows=live)
+
+
+def _post_norm_block(
+    spec: StepSpec,
+    block: StepBlock,
+    x: torch.Tensor,
+    size: ImageSize,
+    cu_seqlens: torch.Tensor,
+    live: torch.Tensor,
+    work: _Workspace,
+    attention: str,
+) -> None:
+    """x += norm(f(x)) twice."""
+    linear(x, block.qkv_weight, block.qkv_bias, out=work.qkv.flatten(1), live_rows=live)
+    attended = _attention(spec, size, cu_seqlens, live, work, attention)
+    linear(attended, block.proj_weight, block.proj_bias, out=work.normed, live_rows=live)
+    add_norm_(x, work.normed, block.norm1_weight, block.norm1_bias, spec.eps, live)
+    linear(
+        x, block.up_weight, block.up_bias, activation=ACTIVATION, out=work.up, live_rows=live
+    )  # fmt: skip
+    linear(work.up, block.down_weight, block.down_bias, out=work.normed, live_rows=live)
+    add_norm_(x, work.normed, block.norm2_weight, block.norm2_bias, spec.eps, live)
+
+
+def _downsample(
+    weights: StepWeights,
+    x: torch.Tensor,
+    size: ImageSize,
+    live: torch.Tensor,
+    outputs: Mapping[str, torch.Tensor],
+) -> None:
+    """The convolutions, each a gather and a product, and the projector."""
+    spec, tensors = weights.spec, weights.tensors
+    skip, offset = spec.class_rows, weights.offset
+    for j, conv in enumerate(spec.downsamples):
+        is_last = j == len(spec.downsamples) - 1
+        live_rows = live[j + 1 : j + 2]
+        rows = conv_rows(
+            x, size.stages[j], skip=skip, kernel=conv.kernel, stride=conv.stride,
+            padding=conv.padding, offset=offset, live_rows=live_rows,
+        )  # fmt: skip
+        x = linear(
+            rows, tensors[f"down.{j}.weight"], tensors[f"down.{j}.bias"],
+            out=outputs["last_hidden_state"] if is_last else None, live_rows=live_rows,
+        )  # fmt: skip
+        skip, offset = 0, None
+    if spec.out_size:
+        linear(
+            x, tensors["projector.weight"], tensors.get("projector.bias"),
+            out=outputs["pooler_output"], live_rows=live[-1:],
+        )  # fmt: skip

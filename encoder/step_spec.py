@@ -1,0 +1,286 @@
+"""What the image towers of the Step models are, as data, and how their configs say so.
+
+Two towers, both dense: every image of a path has the same size, and no grid comes with it.
+
+    step3p7   Step-3.7 and Step3-VL-10B ("StepVL"): PerceptionEncoder, pre-norm blocks with layer
+              scale, positions from a table and from rope, two convolutions, a projector
+    step3_vl  Step3 (321B): post-norm blocks, class rows, positions from a table, two convolutions,
+              a projector
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from ..kernels.conv_rows import out_size
+
+RopeAxes = Literal["wh", "hw"]
+ROPE_AXES: tuple[RopeAxes, ...] = ("wh", "hw")
+CLASS_ROWS = 4  # Step3 was trained with its class row four times in front of the patches
+
+
+@dataclass(frozen=True)
+class Downsample:
+    """A convolution after the blocks: side of its square kernel, stride, padding, output width."""
+
+    kernel: int
+    stride: int
+    padding: int
+    width: int
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """A tower of whole images: geometry, block, positions, convolutions, projector.
+
+    Attributes:
+        family: "step3p7" or "step3_vl".
+        hidden_size: Width D of the residual stream.
+        num_heads: Attention heads H; the head dim is D / H.
+        depth: Number of blocks.
+        mlp_size: Width F of the plain MLP with quick GELU.
+        downsamples: The convolutions after the blocks, in order.
+        out_size: Width of a projected token; 0 for a tower without its projector.
+        image_size: Pixels along a side of a whole image; with `patch_size`, the side of the
+            position table.
+        patch_size, in_channels: Pixels along a side of a patch, and channels.
+        eps: Of every LayerNorm.
+        block: "pre_norm" is x + f(norm(x)), "post_norm" is x + norm(f(x)).
+        layer_scale: Whether branches are scaled by a vector.
+        embed_norm: Whether a LayerNorm stands in front of the blocks.
+        patch_bias, projector_bias: Whether these have biases.
+        class_rows: Copies of the class row in front of the patches of an image.
+        position_sampling: How the position table is resized to other images.
+        rope_axes: Which axis turns the lower half of a head's pairs: "wh" the column, as in the
+            released weights, "hw" the row; None for no rope.
+        rope_theta: Base of the rotary embedding.
+    """
+
+    family: str
+    hidden_size: int
+    num_heads: int
+    depth: int
+    mlp_size: int
+    downsamples: tuple[Downsample, ...]
+    out_size: int
+    block: Literal["pre_norm", "post_norm"]
+    position_sampling: Literal["bilinear", "bicubic_antialias"]
+    image_size: int = 728
+    patch_size: int = 14
+    in_channels: int = 3
+    eps: float = 1e-5
+    layer_scale: bool = False
+    embed_norm: bool = False
+    patch_bias: bool = False
+    projector_bias: bool = False
+    class_rows: int = 0
+    rope_axes: RopeAxes | None = None
+    rope_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads or self.head_dim % 8:
+            raise ValueError(
+                f"StepSpec: hidden_size = {self.hidden_size} over num_heads = {self.num_heads} "
+                "must give a head dim that is a multiple of 8 (16-byte rows of a head)"
+            )
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"StepSpec: image_size = {self.image_size} is not a multiple of patch_size = "
+                f"{self.patch_size}"
+            )
+        if self.rope_axes not in (None, *ROPE_AXES):
+            raise ValueError(
+                f"StepSpec: rope_axes = {self.rope_axes!r}; use 'wh' (as the released weights have "
+                "it) or 'hw' (as transformers before 5.23 computes it)"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def patch_values(self) -> int:
+        """Pixel values of a patch."""
+        return self.in_channels * self.patch_size**2
+
+    @property
+    def position_grid(self) -> int:
+        """Side of the position table."""
+        return self.image_size // self.patch_size
+
+    @property
+    def state_size(self) -> int:
+        """Width of a token before the projector."""
+        return self.downsamples[-1].width
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, columns) of patches of an image of height x width pixels.
+
+        Raises:
+            ValueError: not whole patches, or too few for the convolutions.
+        """
+        side = self.patch_size
+        grid = height // side, width // side
+        if height % side or width % side or min(self.stages(*grid)[-1]) < 1:
+            raise ValueError(
+                f"images of {height} x {width} pixels: both sides must be multiples of {side}, "
+                "and large enough for the convolutions after the blocks"
+            )
+        return grid
+
+    def stages(self, rows: int, columns: int) -> list[tuple[int, int]]:
+        """Grids of an image: its patches, and what each convolution makes of them."""
+        grids = [(rows, columns)]
+        for conv in self.downsamples:
+            h, w = (out_size(n, conv.kernel, conv.stride, conv.padding) for n in grids[-1])
+            grids.append((h, w))
+        return grids
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain data, for JSON."""
+        return asdict(self)
+
+
+class _Fields:
+    """A config by attribute, whether it is an object or a mapping, under any of several names."""
+
+    def __init__(self, config: Any, what: str):
+        self._config = config
+        self._what = what
+
+    def get(self, *names: str, default: Any = None) -> Any:
+        for name in names:
+            if isinstance(self._config, Mapping):
+                value = self._config.get(name)
+            else:
+                value = getattr(self._config, name, None)
+            if value is not None:
+                return value
+        if default is None:
+            raise ValueError(f"{self._what}: {' or '.join(names)} is missing; give a whole config")
+        return default
+
+
+def _check_activation(fields: _Fields, family: str) -> None:
+    activation = fields.get("hidden_act", default="quick_gelu")
+    if activation != "quick_gelu":
+        raise ValueError(
+            f"{family} vision config: hidden_act = {activation!r} is not supported, only "
+            "'quick_gelu'"
+        )
+
+
+def step3p7_spec(
+    vision: Any, out_size: int = 0, projector_bias: bool = False, rope_axes: RopeAxes = "wh"
+) -> StepSpec:
+    """The tower of a `Step3p7VisionConfig`, or of the vision config of Step3-VL-10B.
+
+    Args:
+        vision: The config, an object or a mapping.
+        out_size: Width of the text model, 0 for a tower alone.
+        projector_bias: Whether the projector has a bias.
+        rope_axes: "wh" as released, "hw" as in transformers before 5.23.
+
+    Raises:
+        ValueError: a field is missing, or asks for what this tower does not have.
+    """
+    fields = _Fields(vision, "step3p7 vision config")
+    _check_activation(fields, "step3p7")
+    unlike = {"use_cls_token": False, "ues_cls_token": False, "use_ln_pre": True}
+    unlike |= {"use_ln_post": False, "use_abs_posemb": True, "use_rope2d": True}
+    for name, released in unlike.items():
+        if bool(fields.get(name, default=released)) is not released:
+            raise ValueError(
+                f"step3p7 vision config: {name} = {not released} is not supported; released "
+                f"towers have {released}"
+            )
+    D = fields.get("hidden_size", "width")
+    rope = fields.get("rope_parameters", default={"rope_theta": 10000.0})
+    return StepSpec(
+        family="step3p7",
+        hidden_size=D,
+        num_heads=fields.get("num_attention_heads", "heads"),
+        depth=fields.get("num_hidden_layers", "layers"),
+        mlp_size=int(D * fields.get("mlp_ratio", default=8960 / 1536)),
+        downsamples=(Downsample(3, 2, 1, 2 * D), Downsample(3, 2, 1, 4 * D)),
+        out_size=out_size,
+        block="pre_norm",
+        position_sampling="bilinear",
+        image_size=fields.get("image_size", default=728),
+        patch_size=fields.get("patch_size", default=14),
+        in_channels=fields.get("num_channels", default=3),
+        eps=fields.get("layer_norm_eps", default=1e-5),
+        layer_scale=True,
+        embed_norm=True,
+        projector_bias=projector_bias,
+        rope_axes=rope_axes,
+        rope_theta=rope.get("rope_theta", 10000.0),
+    )
+
+
+def step3_vl_spec(
+    vision: Any, out_size: int, projector_bias: bool = False, projector_stride: int = 2
+) -> StepSpec:
+    """The tower of the vision config of Step3.
+
+    Args:
+        vision: The config, an object or a mapping.
+        out_size: Width of the text model.
+        projector_bias: Whether the projector has a bias.
+        projector_stride: Stride of the first convolution.
+
+    Raises:
+        ValueError: a field is missing, or asks for what this tower does not have.
+    """
+    fields = _Fields(vision, "step3_vl vision config")
+    _check_activation(fields, "step3_vl")
+    width = fields.get("output_hidden_size")
+    return StepSpec(
+        family="step3_vl",
+        hidden_size=fields.get("hidden_size"),
+        num_heads=fields.get("num_attention_heads"),
+        depth=fields.get("num_hidden_layers"),
+        mlp_size=fields.get("intermediate_size"),
+        downsamples=(Downsample(2, projector_stride, 0, width), Downsample(3, 2, 1, 2 * width)),
+        out_size=out_size,
+        block="post_norm",
+        position_sampling="bicubic_antialias",
+        image_size=fields.get("image_size", default=728),
+        patch_size=fields.get("patch_size", default=14),
+        in_channels=fields.get("num_channels", default=3),
+        eps=fields.get("layer_norm_eps", default=1e-5),
+        patch_bias=True,
+        projector_bias=projector_bias,
+        class_rows=CLASS_ROWS,
+    )
+
+
+def spec_of_model(config: Mapping[str, Any], rope_axes: RopeAxes = "wh") -> StepSpec:
+    """The tower and projector of a full model's config.json.
+
+    Raises:
+        ValueError: another model type, or a field that is missing or not supported.
+    """
+    model_type = config.get("model_type")
+    vision, text = config.get("vision_config"), config.get("text_config")
+    bias = bool(config.get("projector_bias", False))
+    if model_type not in MODEL_TYPES or vision is None:
+        raise ValueError(
+            f"model type {model_type!r} is no Step model with a vision_config; supported: "
+            f"{', '.join(MODEL_TYPES)}"
+        )
+    hidden = _Fields(text or config, f"{model_type} text config").get("hidden_size")
+    if MODEL_TYPES[model_type] == "step3p7":
+        return step3p7_spec(vision, hidden, bias, rope_axes)
+    stride = config.get("understand_projector_stride", 2)
+    return step3_vl_spec(vision, config.get("hidden_size", hidden), bias, stride)
+
+
+TOWER_CLASS = "Step3p7VisionModel"  # of transformers
+# model_type of config.json, to the family of its tower
+MODEL_TYPES = {
+    "step3p7": "step3p7",
+    "step_robotics": "step3p7",
+    "step3_vl": "step3_vl",
+}

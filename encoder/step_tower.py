@@ -1,0 +1,252 @@
+"""A Step tower as an object: its weights, a path for each size of images, and their graphs."""
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any, Self
+
+import torch
+
+from ..capture import EncoderCudaGraphConfig
+from ..capture.multi_path import MultiPathManager
+from .step_forward import ImageSize
+from .step_path import StepPath
+from .step_spec import RopeAxes, StepSpec, step3p7_spec
+from .step_weights import StepWeights
+from .vision_encoder import pick_dtype
+
+GLOBAL, LOCAL = "global", "local"
+MAX_OTHER_SIZES = 8  # sizes beside those of the paths whose constants are kept
+
+
+class StepTower:
+    """A Step tower with fused kernels, eager until `capture` is called.
+
+    It has two paths, each for images of one size and with CUDA graphs of its own: "global" for
+    whole images, "local" for crops. Images of other sizes are encoded eagerly.
+
+    Attributes:
+        spec: What the tower is.
+        weights: Its weights, shared by the paths.
+        paths: The paths by name.
+        device, dtype: Where the weights are, and their type.
+        graphs: The capture manager, None while not captured.
+    """
+
+    def __init__(
+        self, spec: StepSpec, weights: StepWeights, local_size: int, attention: str | None = None
+    ):
+        """A tower for square whole images of `spec.image_size` and crops of `local_size` pixels.
+
+        Raises:
+            ValueError: sides that the tower cannot cut, or an attention backend that cannot be
+                used.
+        """
+        self.spec = spec
+        self.weights = weights
+        self._attention = attention
+        self.paths = {
+            GLOBAL: self._new_path(spec.image_size, spec.image_size),
+            LOCAL: self._new_path(local_size, local_size),
+        }
+        self._others: dict[tuple[int, int], StepPath] = {}
+        self.device, self.dtype = self.paths[GLOBAL].device, self.paths[GLOBAL].dtype
+        self.graphs: MultiPathManager | None = None
+
+    @classmethod
+    def of_tower(
+        cls,
+        tower: torch.nn.Module,
+        local_size: int,
+        *,
+        attention: str | None = None,
+        rope_axes: RopeAxes = "wh",
+    ) -> Self:
+        """The tower alone of a live `Step3p7VisionModel`, where it is.
+
+        Raises:
+            ValueError: its parameters are on several devices, or hold no data.
+        """
+        spec = step3p7_spec(tower.config, rope_axes=rope_axes)
+        return cls(spec, live_weights(spec, live_tensors(tower, None)), local_size, attention)
+
+    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[N, tokens, state_size] of images [N, C, H, W] of any size that can be cut into patches.
+
+        Raises:
+            ValueError: sides that the tower cannot cut.
+        """
+        size = (pixel_values.shape[2], pixel_values.shape[3])
+        with torch.no_grad():
+            for name, path in self.paths.items():
+                if (path.size.height, path.size.width) == size:
+                    state = self.run({name: pixel_values})[name]["last_hidden_state"]
+                    break
+            else:
+                path = self._other_path(*size)
+                state = self._eager(path, pixel_values)["last_hidden_state"]
+        return state.view(len(pixel_values), path.size.tokens, self.spec.state_size)
+
+    def run(self, images: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+        """Outputs of the paths whose images [N, C, H, W] are given, replayed if captured."""
+        if self.graphs is None:
+            return {name: self._eager(self.paths[name], pixels) for name, pixels in images.items()}
+        inputs = {
+            name: (self.paths[name].pixel_rows(pixels), [self.paths[name].fixed_grid] * len(pixels))
+            for name, pixels in images.items()
+        }
+        if self.spec.out_size:
+            # of crops only the projected tokens are wanted
+            return self.graphs.execute(inputs, names={LOCAL: ["pooler_output"]})
+        return self.graphs.execute(inputs)
+
+    def load_weights(self, tower: torch.nn.Module) -> None:
+        """Re-read every weight from `tower` into the same memory; captured graphs see them.
+
+        Raises:
+            ValueError: a tensor is missing or has another shape; nothing has changed then.
+        """
+        self._load(live_tensors(tower, None))
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Hugging Face's names inside the model and values, bit for bit in this dtype."""
+        return self.weights.state_dict()
+
+    def capture(
+        self,
+        config: EncoderCudaGraphConfig | Mapping[str, Any] | str | None = None,
+        *,
+        graph_pool: Any = None,
+        show_progress: bool = False,
+    ) -> MultiPathManager:
+        """Record CUDA graphs for both paths; later calls replay them where that is fastest.
+
+        Args:
+            config: Which graphs: one configuration for both paths, or {"global": .., "local": ..}.
+                Token budgets are multiples of the tokens of an image; without any, a path gets
+                rungs of 1 image up to some 65,000 patches.
+            graph_pool: Memory pool to share with other graphs.
+            show_progress: Draw a progress bar for each path on stderr.
+
+        Raises:
+            ValueError: the configuration is invalid, or the attention backend is "reference".
+            RuntimeError: the tower is not on a CUDA device.
+        """
+        if self.device.type != "cuda":
+            raise RuntimeError(
+                f"capture: CUDA graphs need a CUDA device, this tower is on {self.device}; "
+                "load it with device='cuda' or call it without capture"
+            )
+        if any(path.attention == "reference" for path in self.paths.values()):
+            raise ValueError(
+                "capture: attention = 'reference' reads offsets on the host, which a graph cannot; "
+                "choose another backend (see `vitgraph info`) or call the encoder without capture"
+            )
+        return self._capture_with(None, config, graph_pool, show_progress)
+
+    def release_graphs(self) -> None:
+        """Free the captured graphs and their buffers; calls run eagerly again."""
+        if self.graphs is not None:
+            self.graphs.clear()
+            self.graphs = None
+
+    def stats(self) -> dict[str, Any]:
+        """Counters of each path and their sums; see `MultiPathManager.stats`.
+
+        Raises:
+            RuntimeError: nothing is captured.
+        """
+        if self.graphs is None:
+            raise RuntimeError("stats: nothing is captured; call capture() first")
+        return self.graphs.stats()
+
+    def _capture_with(
+        self, recorder: Any, config: Any, graph_pool: Any = None, show_progress: bool = False
+    ) -> MultiPathManager:
+        """`capture` by any recorder."""
+        self.release_graphs()  # room for the new ones
+        configs = path_configs(self.paths, config)
+        manager = MultiPathManager(self.paths, configs, recorder=recorder)
+        manager.capture(graph_pool, show_progress)
+        self.graphs = manager
+        return manager
+
+    def _load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.weights.load(tensors)
+        for path in (*self.paths.values(), *self._others.values()):
+            path.size.read_positions(self.weights)
+
+    def _eager(self, path: StepPath, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return path.eager_forward(path.pixel_rows(images), [path.fixed_grid] * len(images))
+
+    def _new_path(self, height: int, width: int) -> StepPath:
+        return StepPath(self.weights, ImageSize(self.weights, height, width), self._attention)
+
+    def _other_path(self, height: int, width: int) -> StepPath:
+        """The path of another size, kept until `MAX_OTHER_SIZES` newer ones have come."""
+        path = self._others.pop((height, width), None) or self._new_path(height, width)
+        self._others[height, width] = path
+        if len(self._others) > MAX_OTHER_SIZES:
+            del self._others[next(iter(self._others))]
+        return path
+
+
+def live_tensors(
+    tower: torch.nn.Module, projector: torch.nn.Module | None
+) -> dict[str, torch.Tensor]:
+    """Parameters of a live tower and projector by their names inside the model."""
+    named: dict[str, torch.Tensor] = {
+        f"vision_model.{name}": p for name, p in tower.named_parameters()
+    }
+    if projector is not None:
+        named |= {f"multi_modal_projector.{name}": p for name, p in projector.named_parameters()}
+    return named
+
+
+def live_weights(spec: StepSpec, tensors: Mapping[str, torch.Tensor]) -> StepWeights:
+    """Weights of the live parameters `tensors`, where they are.
+
+    Raises:
+        ValueError: they are on several devices, or hold no data.
+    """
+    parameter = next(iter(tensors.values()))
+    devices = {p.device for p in tensors.values()}
+    if len(devices) > 1 or parameter.device.type == "meta":
+        raise ValueError(
+            f"from_hf: the tower's parameters are on {sorted(map(str, devices))}; move the whole "
+            "tower and its projector to one device first (no device_map that splits or offloads it)"
+        )
+    kind = pick_dtype(parameter.dtype, parameter.device, parameter.dtype)
+    return StepWeights(spec, tensors, parameter.device, kind)
+
+
+def path_configs(paths: Mapping[str, StepPath], config: Any) -> dict[str, EncoderCudaGraphConfig]:
+    """The configuration of each path, with token budgets of whole images.
+
+    Args:
+        paths: The paths by name.
+        config: One configuration for all of them in any form, or a mapping by path.
+
+    Raises:
+        ValueError: a refused configuration, or one for a path that does not exist.
+    """
+    keys = {field.name for field in fields(EncoderCudaGraphConfig)}
+    by_path: Mapping[str, Any] | None = None
+    if isinstance(config, Mapping) and config and not set(config) & keys:
+        by_path = config
+        if unknown := sorted(set(config) - set(paths)):
+            raise ValueError(
+                f"capture: unknown path or key {', '.join(map(str, unknown))}; the paths are "
+                f"{', '.join(paths)}, the keys of a configuration {', '.join(sorted(keys))}"
+            )
+    resolved = {}
+    for name, path in paths.items():
+        given = config if by_path is None else by_path.get(name)
+        chosen = EncoderCudaGraphConfig.from_any(given)
+        if chosen.token_budgets is None:
+            most = path.image_counts()[-1]
+            if chosen.max_vision_items_per_batch is not None:
+                most = min(most, chosen.max_vision_items_per_batch)
+            budgets = tuple(n * path.size.tokens for n in path.image_counts(most))
+            chosen = replace(chosen, token_budgets=budgets)
+        resolved[name] = chosen
+    return resolved

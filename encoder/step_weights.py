@@ -1,0 +1,207 @@
+"""The weights of a Step tower: rules, layer scale folded in, convolutions as matrices.
+
+`tensors` are exact images of the checkpoint's (in Hugging Face's names), so `state_dict` returns
+them bit for bit. Derived from them, and computed again when weights are loaded:
+
+- With layer scale, scale * (W x + b) is one linear layer of scale * W and scale * b: multiplied in
+  fp32 and rounded once, where the tower itself rounds its product with every activation.
+- In pre-norm blocks the biases of both branches stay out of the residual stream, as in
+  `weights.py`; their sums so far are fp32 offsets that readers of the stream add.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .step_spec import StepSpec
+from .weight_map import Rule, linear, norm
+
+
+def weight_map(s: StepSpec) -> list[Rule]:
+    """Rules for every tensor of the tower and its projector."""
+    return _step3p7_rules(s) if s.family == "step3p7" else _step3_vl_rules(s)
+
+
+def _stem(s: StepSpec, rows: int) -> list[Rule]:
+    theirs, kernel = "vision_model.embeddings", (s.hidden_size, s.in_channels) + 2 * (s.patch_size,)
+    rules = [Rule("patch.weight", (f"{theirs}.patch_embedding.weight",), kernel)]
+    if s.patch_bias:
+        rules.append(Rule("patch.bias", (f"{theirs}.patch_embedding.bias",), (s.hidden_size,)))
+    table = (f"{theirs}.position_embedding.weight",)
+    return [*rules, Rule("position.table", table, (rows, s.hidden_size))]
+
+
+def _tail(s: StepSpec, convolutions: tuple[str, str], projector: str) -> list[Rule]:
+    rules: list[Rule] = []
+    width = s.hidden_size
+    for j, (conv, theirs) in enumerate(zip(s.downsamples, convolutions, strict=True)):
+        shape = (conv.width, width, conv.kernel, conv.kernel)
+        # the column order of `kernels.conv_rows`
+        rules.append(Rule(f"down.{j}.weight", (f"{theirs}.weight",), shape, axes=(0, 2, 3, 1)))
+        rules.append(Rule(f"down.{j}.bias", (f"{theirs}.bias",), (conv.width,)))
+        width = conv.width
+    if s.out_size:
+        rules += linear("projector", projector, s.out_size, width, bias=s.projector_bias)
+    return rules
+
+
+def _step3p7_rules(s: StepSpec) -> list[Rule]:
+    D, F = s.hidden_size, s.mlp_size
+    rules = _stem(s, s.position_grid**2)
+    rules += norm("embed_norm", "vision_model.pre_layernorm", D, "layer")
+    for i in range(s.depth):
+        ours, theirs = f"blocks.{i}", f"vision_model.layers.{i}"
+        rules += norm(f"{ours}.norm1", f"{theirs}.layernorm_before", D, "layer")
+        for part, shape in (("weight", (D, D)), ("bias", (D,))):
+            sources = tuple(f"{theirs}.self_attn.{x}_proj.{part}" for x in "qkv")
+            rules.append(Rule(f"{ours}.qkv.{part}", sources, shape))
+        rules += linear(f"{ours}.proj", f"{theirs}.self_attn.out_proj", D, D)
+        rules.append(Rule(f"{ours}.scale1", (f"{theirs}.lambda_1",), (D,)))
+        rules += norm(f"{ours}.norm2", f"{theirs}.layernorm_after", D, "layer")
+        rules += linear(f"{ours}.up", f"{theirs}.mlp.fc1", F, D)
+        rules += linear(f"{ours}.down", f"{theirs}.mlp.fc2", D, F)
+        rules.append(Rule(f"{ours}.scale2", (f"{theirs}.lambda_2",), (D,)))
+    convolutions = ("vision_model.downsampler1", "vision_model.downsampler2")
+    return rules + _tail(s, convolutions, "multi_modal_projector")
+
+
+def _step3_vl_rules(s: StepSpec) -> list[Rule]:
+    D, F = s.hidden_size, s.mlp_size
+    rules = _stem(s, s.position_grid**2 + 1)
+    rules.append(Rule("class_row", ("vision_model.embeddings.class_embedding",), (1, D)))
+    for i in range(s.depth):
+        ours, theirs = f"blocks.{i}", f"vision_model.transformer.layers.{i}"
+        rules += linear(f"{ours}.qkv", f"{theirs}.self_attn.qkv_proj", 3 * D, D)
+        rules += linear(f"{ours}.proj", f"{theirs}.self_attn.out_proj", D, D)
+        rules += norm(f"{ours}.norm1", f"{theirs}.layer_norm1", D, "layer")
+        rules += linear(f"{ours}.up", f"{theirs}.mlp.fc1", F, D)
+        rules += linear(f"{ours}.down", f"{theirs}.mlp.fc2", D, F)
+        rules += norm(f"{ours}.norm2", f"{theirs}.layer_norm2", D, "layer")
+    return rules + _tail(s, ("vit_downsampler", "vit_downsampler2"), "vit_large_projector")
+
+
+@dataclass(frozen=True)
+class StepBlock:
+    """One block as the forward reads it.
+
+    `proj_bias` and `down_bias` are None where the stream leaves them out; the offsets are what it
+    lacks at either norm, and None in post-norm blocks.
+    """
+
+    norm1_weight: torch.Tensor
+    norm1_bias: torch.Tensor
+    norm1_offset: torch.Tensor | None
+    qkv_weight: torch.Tensor
+    qkv_bias: torch.Tensor
+    proj_weight: torch.Tensor
+    proj_bias: torch.Tensor | None
+    norm2_weight: torch.Tensor
+    norm2_bias: torch.Tensor
+    norm2_offset: torch.Tensor | None
+    up_weight: torch.Tensor
+    up_bias: torch.Tensor
+    down_weight: torch.Tensor
+    down_bias: torch.Tensor | None
+
+
+class StepWeights:
+    """Prepared weights of a Step tower.
+
+    Attributes:
+        tensors: Images of Hugging Face's tensors, by our names.
+        blocks: What the forward reads of each block.
+        offset: [D], what the stream lacks after the last block; None for post-norm blocks.
+    """
+
+    def __init__(
+        self,
+        spec: StepSpec,
+        source: Mapping[str, torch.Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        """Prepare the tensors of `source` (Hugging Face's names, without a leading `model.`).
+
+        Tensors that need no change of layout, device or dtype share memory with `source`.
+
+        Raises:
+            ValueError: a tensor is missing or has another shape.
+        """
+        self.spec = spec
+        self.rules = weight_map(spec)
+        self.tensors = {
+            rule.name: rule.pack(source).detach().to(device=device, dtype=dtype).contiguous()
+            for rule in self.rules
+        }
+        # sums of many biases: wider than the stream, so that they add no rounding of their own
+        self.wide = torch.float64 if dtype == torch.float64 else torch.float32
+        is_deferred = spec.block == "pre_norm"
+        rows = 2 * spec.depth + 1 if is_deferred else 0
+        self._offsets = torch.zeros(rows, spec.hidden_size, dtype=self.wide, device=device)
+        self._scaled = {
+            f"blocks.{i}.{name}.weight": torch.empty_like(self.tensors[f"blocks.{i}.{name}.weight"])
+            for i in range(spec.depth if spec.layer_scale else 0)
+            for name in ("proj", "down")
+        }
+        self._derive()
+        self.offset = self._offsets[-1] if is_deferred else None
+        self.blocks = [self._block(i) for i in range(spec.depth)]
+
+    def load(self, source: Mapping[str, torch.Tensor]) -> None:
+        """Read new values into the same memory, so that captured graphs see them.
+
+        Raises:
+            ValueError: a tensor is missing or has another shape; nothing has changed then.
+        """
+        packed = {rule.name: rule.pack(source).detach() for rule in self.rules}
+        for name, tensor in packed.items():
+            if tensor.data_ptr() != self.tensors[name].data_ptr():
+                self.tensors[name].copy_(tensor)
+        self._derive()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Hugging Face's tensors by Hugging Face's names, without a leading `model.`."""
+        state: dict[str, torch.Tensor] = {}
+        for rule in self.rules:
+            state.update(rule.unpack(self.tensors[rule.name]))
+        return state
+
+    def _derive(self) -> None:
+        """Fill the scaled weights and the offsets."""
+        lacking = torch.zeros(self.spec.hidden_size, dtype=self.wide, device=self._offsets.device)
+        for i in range(self.spec.depth):
+            for j, name in enumerate(("proj", "down")):
+                key = f"blocks.{i}.{name}"
+                bias = self.tensors[f"{key}.bias"].to(self.wide)
+                if self.spec.layer_scale:
+                    scale = self.tensors[f"blocks.{i}.scale{j + 1}"].to(self.wide)
+                    weight = self.tensors[f"{key}.weight"].to(self.wide)
+                    self._scaled[f"{key}.weight"].copy_(scale[:, None] * weight)
+                    bias = scale * bias
+                if self.spec.block == "pre_norm":
+                    lacking = lacking + bias
+                    self._offsets[2 * i + j + 1] = lacking
+
+    def _block(self, i: int) -> StepBlock:
+        def get(name: str) -> torch.Tensor:
+            key = f"blocks.{i}.{name}"
+            return self._scaled.get(key, self.tensors[key])
+
+        is_deferred = self.spec.block == "pre_norm"
+        return StepBlock(
+            norm1_weight=get("norm1.weight"),
+            norm1_bias=get("norm1.bias"),
+            norm1_offset=self._offsets[2 * i] if is_deferred else None,
+            qkv_weight=get("qkv.weight"),
+            qkv_bias=get("qkv.bias"),
+            proj_weight=get("proj.weight"),
+            proj_bias=None if is_deferred else get("proj.bias"),
+            norm2_weight=get("norm2.weight"),
+            norm2_bias=get("norm2.bias"),
+            norm2_offset=self._offsets[2 * i + 1] if is_deferred else None,
+            up_weight=get("up.weight"),
+            up_bias=get("up.bias"),
+            down_weight=get("down.weight"),
+            down_bias=None if is_deferred else get("down.bias"),
+        )

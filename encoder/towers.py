@@ -1,0 +1,161 @@
+"""Which vision tower runs how: with fused kernels, with its own modules, or not at all."""
+
+import importlib.util
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from .families import FAMILIES
+from .fp8 import Fp8Plan, pick_plan
+from .hf_metadata import TowerRefusedError
+from .step_spec import TOWER_CLASS
+from .vision_encoder import VisionEncoder
+
+if TYPE_CHECKING:
+    from .generic import GenericEncoder
+
+Tier = Literal["auto", "fused", "generic"]
+TIERS = ("auto", "fused", "generic")
+
+# Of transformers 5.17, beside the fused families: model type, class of the tower, and why it cannot
+# be captured. What is done with a tower is decided by trying it (`hf_probe`), not by this table,
+# and a test holds the table to that.
+OTHERS: tuple[tuple[str, str, str | None], ...] = (
+    ("qwen2_5_omni", "Qwen2_5OmniVisionEncoder", None),
+    ("qwen3_omni_moe", "Qwen3OmniMoeVisionEncoder", None),
+    ("cohere_compass", "CohereCompassVisionModel", None),
+    ("qwen3_5", "Qwen3_5VisionModel", None),
+    ("qwen3_5_moe", "Qwen3_5MoeVisionModel", None),
+    ("qwen4_exp", "Qwen4ExpVisionModel", None),
+    ("exaone4_5", "Exaone4_5_VisionModel", None),
+    ("glm4v", "Glm4vVisionModel", None),
+    ("glm4v_moe", "Glm4vMoeVisionModel", None),
+    ("glm_ocr", "GlmOcrVisionModel", None),
+    ("glm5_next", "Glm5NextVisionModel", None),
+    ("glm_image", "GlmImageVisionModel", None),
+    ("ernie4_5_vl_moe", "Ernie4_5_VLMoeVisionTransformerPretrainedModel", None),
+    ("paddleocr_vl", "PaddleOCRVisionModel", None),
+    ("kimi_k25", "Kimi_K25VisionModel", None),
+    (
+        "minimax_m3_vl",
+        "MiniMaxM3VLVisionModel",
+        "attends over all images of a call at once, so they would see the padding",
+    ),
+    (
+        "video_llama_3",
+        "VideoLlama3VisionModel",
+        "needs merge_sizes beside grid_thw, and splits its rows by them on the host",
+    ),
+    (
+        "hunyuan_vl",
+        "HunYuanVLVisionTransformer",
+        "merges image by image, into rows that are neither patches nor tokens",
+    ),
+    (
+        "muse_glimmer",
+        "MuseGlimmerVisionModel",
+        "does not hand max_seqlen on, so every block reads the offsets on the host",
+    ),
+    (
+        "cosmos3_edge",
+        "Cosmos3EdgeVisionModel",
+        "resizes its position table image by image, by sizes read on the host",
+    ),
+    (
+        "minicpmv4_6",
+        "MiniCPMV4_6VisionModel",
+        "takes target_sizes instead of grid_thw, and merges by sizes read on the host",
+    ),
+    (
+        "siglip2",
+        "Siglip2VisionModel",
+        "takes padded batches with spatial_shapes, not packed patches with grid_thw",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class TowerSupport:
+    """How a tower class of the installed transformers runs.
+
+    Attributes:
+        tower_class: Its name.
+        tier: "fused", "generic" or "refused".
+        reason: Why it is refused, or what is unlike other towers; None otherwise.
+    """
+
+    tower_class: str
+    tier: Literal["fused", "generic", "refused"]
+    reason: str | None = None
+
+
+def tower_report() -> list[TowerSupport]:
+    """The known tower classes of the installed transformers, the fused ones first."""
+    fused = [name for family in FAMILIES.values() for name in family.tower_classes]
+    report = [TowerSupport(name, "fused") for name in fused]
+    report.append(TowerSupport(TOWER_CLASS, "fused", "whole images and crops, by StepEncoder"))
+    for model_type, name, reason in OTHERS:
+        if name not in fused and _is_installed(model_type):
+            report.append(TowerSupport(name, "generic" if reason is None else "refused", reason))
+    return sorted(report, key=lambda s: ("fused", "generic", "refused").index(s.tier))
+
+
+def _is_installed(model_type: str) -> bool:
+    spec = importlib.util.find_spec("transformers")
+    folders = () if spec is None else spec.submodule_search_locations or ()
+    return any((Path(folder) / "models" / model_type).is_dir() for folder in folders)
+
+
+def takes_packed_patches(tower: torch.nn.Module) -> bool:
+    """Whether the forward of `tower` takes a `grid_thw`."""
+    return "grid_thw" in inspect.signature(type(tower).forward).parameters
+
+
+def is_fused(tower: torch.nn.Module) -> bool:
+    """Whether there are fused kernels for the class of `tower`."""
+    name = type(tower).__name__
+    return any(name in family.tower_classes for family in FAMILIES.values())
+
+
+def encoder_for(
+    tower: torch.nn.Module,
+    *,
+    tier: Tier = "auto",
+    attention: str | None = None,
+    precision: str | Fp8Plan = "native",
+) -> "VisionEncoder | GenericEncoder":
+    """An encoder of a live Hugging Face tower, on its device and in its dtype.
+
+    Args:
+        tower: Any vision tower of transformers that takes packed patches and `grid_thw`.
+        tier: "fused" for kernels of ours, "generic" for the tower's own modules with our attention;
+            "auto" is "fused" where there is such a family (`vitgraph info`), else "generic".
+        attention: Backend for attention; None chooses.
+        precision: See `VisionEncoder.from_pretrained`; a generic encoder has "native" only.
+
+    Raises:
+        ValueError: the tower cannot be captured in this tier, with the reason; or an argument has
+            no such value.
+    """
+    if tier not in TIERS:
+        raise ValueError(f"encoder_for: tier = {tier!r} must be one of {', '.join(TIERS)}")
+    if tier == "fused" or (tier == "auto" and is_fused(tower)):
+        return VisionEncoder.from_hf(tower, attention=attention, precision=precision)
+    name = type(tower).__name__
+    if pick_plan(precision) is not None:
+        raise ValueError(
+            f"{name} runs with its own modules (generic tier), which compute in their own "
+            f"precision; leave precision = {precision!r} out"
+        )
+    from .generic import GenericEncoder  # here: it imports transformers, which takes a second
+
+    try:
+        return GenericEncoder(tower, attention=attention)
+    except TowerRefusedError as refusal:
+        way_out = "use tier='fused'" if is_fused(tower) else "use the model without vitgraph"
+        raise ValueError(
+            f"{name} cannot be captured with its own modules (generic tier): {refusal}; {way_out}"
+        ) from refusal

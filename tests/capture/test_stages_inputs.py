@@ -1,0 +1,92 @@
+"""An encoder that names and fills its own static inputs."""
+
+import pytest
+import torch
+from vitgraph.capture import BufferSpec, EncoderCudaGraphManager
+
+
+class EagerRecorder:
+    """A replay runs the work again on the same buffers."""
+
+    class Recording:
+        def __init__(self, work):
+            self.replay = work
+
+    def new_pool(self):
+        return None
+
+    def warm_up(self, work):
+        work()
+
+    def record(self, work, pool):
+        return self.Recording(work)
+
+
+@pytest.fixture
+def staging_encoder(fake_encoder):
+    class StagingEncoder(fake_encoder):
+        """The grid of every frame as (h, w), and how many frames there are."""
+
+        def __init__(self):
+            super().__init__()
+            self.staged = []
+
+        def input_specs(self, limits):
+            specs = super().input_specs(limits)
+            del specs["grid"]
+            frames = limits.max_frames
+            specs["frames"] = BufferSpec((frames + 1, 2), torch.int64, "frames")
+            specs["count"] = BufferSpec((frames,), torch.int64, "windows")
+            return specs
+
+        def stage(self, grid_thw, limits):
+            self.staged.append((list(grid_thw), limits.token_budget))
+            frames = torch.ones(limits.max_frames + 1, 2, dtype=torch.int64)
+            sides = [(h, w) for t, h, w in grid_thw for _ in range(t)]
+            frames[: len(sides)] = torch.tensor(sides)
+            return {"frames": frames, "count": torch.full((limits.max_frames,), len(sides))}
+
+        def graph_forward(self, inputs, outputs, limits):
+            assert inputs.keys() == {"pixel_values", "frames", "count"}
+            grid = torch.zeros(limits.max_frames, 3, dtype=torch.int64)
+            live = torch.arange(limits.max_frames) < inputs["count"][0]
+            grid[:, 0] = live
+            grid[:, 1:] = inputs["frames"][:-1] * live[:, None]
+            self._forward(inputs["pixel_values"], grid, outputs, limits.max_frames)
+
+    return StagingEncoder
+
+
+def test_tables_of_its_own(staging_encoder, pixels_for):
+    encoder = staging_encoder()
+    manager = EncoderCudaGraphManager(
+        encoder, {"token_budgets": [16, 32]}, recorder=EagerRecorder()
+    )
+    manager.capture()
+    grid = [(1, 4, 6), (2, 4, 4), (1, 6, 8), (1, 8, 8)]  # two replays
+    pixels = pixels_for(grid)
+    got = manager.execute(pixels, grid)
+    expected = encoder.eager_forward(pixels, grid)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert manager.stats()["misses"] == 0
+    assert sorted(item for items, _ in encoder.staged for item in items) == sorted(grid)
+    assert len(encoder.staged) == 2
+
+
+def test_pixels_are_not_optional(staging_encoder):
+    class Nameless(staging_encoder):
+        def input_specs(self, limits):
+            specs = super().input_specs(limits)
+            del specs["pixel_values"]
+            return specs
+
+    with pytest.raises(ValueError, match=r"input_specs names \['count', 'frames'\]"):
+        EncoderCudaGraphManager(Nameless(), {"token_budgets": [16]}, recorder=EagerRecorder())
+
+
+def test_other_names_need_a_stage(staging_encoder):
+    class Without(staging_encoder):
+        stage = None
+
+    with pytest.raises(ValueError, match=r"must name exactly grid and pixel_values"):
+        EncoderCudaGraphManager(Without(), {"token_budgets": [16]}, recorder=EagerRecorder())
