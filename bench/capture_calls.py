@@ -142,13 +142,13 @@ def ownership(session: Session) -> Result:
             def lease(pixels: torch.Tensor = pixels, grid: Sequence[Grid] = grid) -> None:
                 manager.lease(pixels, grid).release()
 
+            # all there is of a tower without a merger
+            pooled = "pooler_output" if "pooler_output" in out else "last_hidden_state"
             ways: dict[str, Callable[[], object]] = {
                 "replay": replays,
                 "execute": lambda p=pixels, g=grid: manager.execute(p, g),
                 "out=": lambda p=pixels, g=grid, o=out: manager.execute(p, g, out=o),
-                "pooler_output": lambda p=pixels, g=grid: manager.execute(
-                    p, g, names=("pooler_output",)
-                ),
+                pooled: lambda p=pixels, g=grid, n=pooled: manager.execute(p, g, names=(n,)),
                 "lease": lease,
             }
             walls, hosts = _wall_and_host(ways, 5 * session.effort.rounds)

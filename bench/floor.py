@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from ..kernels.attention import BACKENDS, check_backend, varlen_attention
 from .timing import Effort, record_each, time_graphs
+from .towers_config import patch_values
 from .workloads import Grid, num_patches
 
 GAP_MS = 1.0e-3  # of a kernel in a graph, measured on an H200
@@ -40,7 +41,7 @@ class TowerShape:
         patch_values: Values in a row of pixels.
         out: Width of a merged token.
         merge: Patches in a merged token.
-        num_mergers: The last one and the deepstack ones.
+        num_mergers: The last one and the deepstack ones; 0 for a tower that ends in a norm.
         full_layers: Blocks with attention over whole frames; the others use windows.
         merger_mlp: Width of the gated MLP of GLM's merger, 0 for other mergers.
     """
@@ -59,7 +60,20 @@ class TowerShape:
 
     @classmethod
     def of(cls, config: Any) -> "TowerShape":
-        """Read a Hugging Face vision configuration of the Qwen-VL and GLM families."""
+        """Read a Hugging Face vision configuration of a family in `towers_config`."""
+        if config.model_type == "paddleocr_vl_vision":
+            return cls(
+                hidden=config.hidden_size,
+                heads=config.num_attention_heads,
+                depth=config.num_hidden_layers,
+                mlp=config.intermediate_size,
+                is_gated=False,
+                patch_values=patch_values(config),
+                out=config.hidden_size,
+                merge=1,
+                num_mergers=0,
+                full_layers=config.num_hidden_layers,
+            )
         is_qwen2 = hasattr(config, "embed_dim")
         hidden = config.embed_dim if is_qwen2 else config.hidden_size
         full = getattr(config, "fullatt_block_indexes", None)
@@ -77,7 +91,7 @@ class TowerShape:
             depth=config.depth,
             mlp=mlp,
             is_gated=full is not None or merger_mlp > 0,
-            patch_values=config.in_channels * config.temporal_patch_size * config.patch_size**2,
+            patch_values=patch_values(config),
             out=config.hidden_size if is_qwen2 else config.out_hidden_size,
             merge=config.spatial_merge_size**2,
             num_mergers=1 + len(getattr(config, "deepstack_visual_indexes", ())),
@@ -134,7 +148,7 @@ def gemms(shape: TowerShape, patches: int, alignment: int = 16) -> list[Gemm]:
         Gemm("proj", patches, D, D, shape.depth),
         Gemm("up", patches, up, D, shape.depth),
         Gemm("down", patches, D, mlp, shape.depth),
-        *merger,
+        *(merger if shape.num_mergers else []),
     ]
 
 
@@ -142,10 +156,12 @@ def num_kernels(shape: TowerShape) -> int:
     """Kernels of a perfect forward.
 
     Two norms, four GEMMs and attention a block; norm, two GEMMs and a gather for each merger, or
-    two norms and four GEMMs for GLM's; patch embedding and layout.
+    two norms and four GEMMs for GLM's, or a norm without mergers; patch embedding and layout.
     """
     if shape.merger_mlp:
         return 7 * shape.depth + 8
+    if not shape.num_mergers:
+        return 7 * shape.depth + 3
     return 7 * shape.depth + 4 * shape.num_mergers + 2
 
 
@@ -197,7 +213,7 @@ class FloorMeter:
         # q, k and v in and the output out are the traffic of copying two streams
         window_ms = self._copy(2 * patches, shape.hidden)
         windows = shape.depth - shape.full_layers
-        num_norms = 2 * shape.depth + shape.num_mergers
+        num_norms = 2 * shape.depth + max(1, shape.num_mergers)  # at least one behind the blocks
         return Floor(
             gemm_ms=gemm_ms,
             attention_ms=shape.full_layers * full_ms + windows * window_ms,

@@ -22,7 +22,7 @@ from transformers.vision_utils import (
 
 from .provider import Builders, Job, Provider, UnavailableError, features_of, require_cuda
 from .timing import record
-from .towers_config import hf_grid
+from .towers_config import hf_blocks, hf_grid, hf_pixels
 
 # towers hand over the packed sequence only where the name of the attention contains "flash"
 FLASH = "vitgraph_torch_flash"
@@ -65,28 +65,31 @@ def precomputed_kwargs(tower: Any, grid_thw: torch.Tensor) -> dict[str, Any]:
     sequence) the forward neither reads the device nor has a shape that depends on data.
     """
     config = tower.config
+    is_raster = config.model_type == "paddleocr_vl_vision"
+    merge = 1 if is_raster else config.spatial_merge_size
     cu_seqlens = get_vision_cu_seqlens(grid_thw)
     kwargs: dict[str, Any] = {
         "cu_seqlens": cu_seqlens,
         "max_seqlen": _longest(cu_seqlens),
-        "position_ids": get_vision_position_ids(grid_thw, config.spatial_merge_size),
+        "position_ids": get_vision_position_ids(grid_thw, merge),
     }
     if hasattr(config, "fullatt_block_indexes"):
         index, cu_windows = get_vision_window_index(
-            grid_thw, config.spatial_merge_size, config.window_size, config.patch_size
+            grid_thw, merge, config.window_size, config.patch_size
         )
         kwargs["window_index"] = index.to(grid_thw.device)
         kwargs["cu_window_seqlens"] = cu_windows
         kwargs["max_window_seqlen"] = _longest(cu_windows)
-    if hasattr(config, "num_position_embeddings"):
+    if is_raster or hasattr(config, "num_position_embeddings"):
         if not hasattr(vision_utils, "get_vision_interpolation_indices_and_weights"):
             raise UnavailableError("precomputed positions need a newer transformers, such as 5.17")
+        table = tower.vision_model.embeddings if is_raster else tower
         indices, weights = vision_utils.get_vision_interpolation_indices_and_weights(
             grid_thw,
-            num_grid_per_side=tower.num_grid_per_side,
-            mode=tower.interpolation_mode,
-            align_corners=tower.interpolation_align_corners,
-            spatial_merge_size=config.spatial_merge_size,
+            num_grid_per_side=table.num_grid_per_side,
+            mode=table.interpolation_mode,
+            align_corners=table.interpolation_align_corners,
+            spatial_merge_size=merge,
         )
         kwargs["interp_indices"] = indices
         kwargs["interp_weights"] = weights
@@ -111,11 +114,12 @@ def hf_builders(tower: Any) -> Builders:
                 require_cuda(device, "torch's FlashAttention-2")
 
             grid_thw = hf_grid(tower, job.grid_thw)
+            pixels = hf_pixels(tower, job.pixel_values)
 
             @torch.inference_mode()
             def call() -> Any:
                 tower.config._attn_implementation = implementation
-                return tower(job.pixel_values, grid_thw=grid_thw)
+                return tower(pixels, grid_thw=grid_thw)
 
             return Provider(call, lambda: features_of(call()), len(job.pixel_values))
 
@@ -130,7 +134,7 @@ def hf_builders(tower: Any) -> Builders:
         # its own copy: compile() changes the modules, which the eager contenders share
         torch.compiler.reset()
         compiled = copy.deepcopy(tower)
-        for block in compiled.blocks:
+        for block in hf_blocks(compiled):
             block.compile(dynamic=False)
         return _exact_graph(compiled, job)
 
@@ -143,13 +147,13 @@ def hf_builders(tower: Any) -> Builders:
 
 
 def _exact_graph(tower: Any, job: Job) -> Provider:
-    grid_thw = hf_grid(tower, job.grid_thw)
+    grid_thw, pixels = hf_grid(tower, job.grid_thw), hf_pixels(tower, job.pixel_values)
     kwargs = precomputed_kwargs(tower, grid_thw)
     tower.config._attn_implementation = FLASH
 
     @torch.inference_mode()
     def forward() -> Any:
-        return tower(job.pixel_values, grid_thw=grid_thw, **kwargs)
+        return tower(pixels, grid_thw=grid_thw, **kwargs)
 
     try:
         graph, output = record(forward)

@@ -12,7 +12,7 @@ import torch
 
 from ..kernels.testing import error_ratio
 from .provider import Builder, Job, features_of
-from .towers_config import hf_grid
+from .towers_config import hf_grid, hf_pixels
 
 
 class Reference:
@@ -59,7 +59,8 @@ def reference_of(oracle: Any, eager: Builder, job: Job, merge: int) -> Reference
     try:
         with torch.inference_mode():
             grid_thw = hf_grid(oracle, job.grid_thw)
-            exact = features_of(oracle(job.pixel_values.float(), grid_thw=grid_thw))
+            pixels = hf_pixels(oracle, job.pixel_values.float())
+            exact = features_of(oracle(pixels, grid_thw=grid_thw))
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
     tokens = [t * h * w // merge for t, h, w in job.grids]

@@ -151,7 +151,8 @@ class OursTower:
         def features() -> list[torch.Tensor]:
             out = call()
             deepstack = range(len(encoder.spec.deepstack_layers))
-            return [out["pooler_output"], *(out[f"deepstack_{j}"] for j in deepstack)]
+            pooled = out["last_hidden_state" if encoder.spec.merger == "none" else "pooler_output"]
+            return [pooled, *(out[f"deepstack_{j}"] for j in deepstack)]
 
         attention = encoder.attention_for(max(h * w for _, h, w in job.grids))
         return Provider(call, features, len(job.pixel_values), attention=attention, replays=0)

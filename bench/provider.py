@@ -34,7 +34,7 @@ class Provider:
 
     Attributes:
         call: What is timed.
-        features: Runs the same computation and returns [pooler_output, *deepstack_features].
+        features: Runs the same computation and returns what `features_of` does.
         padded_patches: Rows of pixels that it computes on, padding included.
         attention: Backend of ours over whole frames; None for the others.
         replays: CUDA graphs of ours that one call replays; None for the others.
@@ -58,8 +58,13 @@ Builders = Mapping[str, Builder]
 
 
 def features_of(output: Any) -> list[torch.Tensor]:
-    """[pooler_output, *deepstack_features] of a Hugging Face output or a `VisionOutput`."""
-    return [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
+    """[pooler_output, *deepstack_features] of a Hugging Face output or a `VisionOutput`.
+
+    Of a tower without a merger, whose `pooler_output` is None, the last hidden state.
+    """
+    pooled = output.pooler_output
+    pooled = output.last_hidden_state if pooled is None else pooled
+    return [pooled, *(getattr(output, "deepstack_features", None) or [])]
 
 
 def make_job(

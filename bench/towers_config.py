@@ -25,9 +25,10 @@ _FAMILIES = {
     "glm4v": ("Glm4vVisionModel", "Glm4vVisionConfig"),
     "glm_ocr": ("GlmOcrVisionModel", "GlmOcrVisionConfig"),
     "glm5_next": ("Glm5NextVisionModel", "Glm5NextVisionConfig"),
+    "paddleocr_vl": ("PaddleOCRVisionModel", "PaddleOCRVisionConfig"),
 }
 # projections that add to the residual stream, by the end of their path in each family
-_INTO_STREAM = ("attn.proj", "mlp.linear_fc2", "mlp.fc2", "mlp.down_proj")
+_INTO_STREAM = ("attn.proj", "attn.out_proj", "mlp.linear_fc2", "mlp.fc2", "mlp.down_proj")
 _QUERY_KEY = ("qkv", "q_proj", "k_proj", "q", "k")  # projections that hold q or k
 
 
@@ -132,6 +133,7 @@ TOWERS: dict[str, TowerConfig] = {
         "glm5_next",
         {**_GLM_OCR, "out_hidden_size": 4096, "projection_intermediate_size": 10240},
     ),
+    "paddleocr-vl": TowerConfig("paddleocr_vl", {"image_size": 384}),
     # seconds on a CPU, for trying the benchmark itself
     "tiny-qwen3-vl": TowerConfig(
         "qwen3_vl",
@@ -159,6 +161,13 @@ TOWERS: dict[str, TowerConfig] = {
     "tiny-glm-5": TowerConfig(
         "glm5_next",
         {**_TINY, "depth": 3, "projection_intermediate_size": 96, "swiglu_limit": 0.5},
+    ),
+    "tiny-paddleocr": TowerConfig(
+        "paddleocr_vl",
+        {
+            "hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 3,
+            "intermediate_size": 96, "image_size": 112,
+        },
     ),
 }  # fmt: skip
 DEFAULT_TOWERS = ("qwen3-vl-8b", "qwen2.5-vl-7b", "qwen2-vl-7b")
@@ -233,6 +242,27 @@ def hf_grid(tower: torch.nn.Module, grid_thw: torch.Tensor) -> torch.Tensor:
     return frames
 
 
+def hf_pixels(tower: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    """Pixel rows as Hugging Face's tower takes them: for PaddleOCR-VL patches in a batch of one."""
+    if type(tower).__name__ != "PaddleOCRVisionModel":
+        return rows
+    config: Any = tower.config
+    return rows.view(1, len(rows), config.num_channels, config.patch_size, config.patch_size)
+
+
+def hf_blocks(tower: torch.nn.Module) -> Any:
+    """The blocks of Hugging Face's tower."""
+    home: Any = tower
+    return home.blocks if hasattr(home, "blocks") else home.vision_model.encoder.layers
+
+
+def patch_values(config: Any) -> int:
+    """Values in a row of pixels, by Hugging Face's vision configuration."""
+    if config.model_type == "paddleocr_vl_vision":
+        return config.num_channels * config.patch_size**2
+    return config.in_channels * config.temporal_patch_size * config.patch_size**2
+
+
 @torch.no_grad()
 def calm_(tower: torch.nn.Module) -> torch.nn.Module:
     """Turn boosted weights into ones that carry a rounding error on without amplifying it.
@@ -243,7 +273,7 @@ def calm_(tower: torch.nn.Module) -> torch.nn.Module:
     and keys are single again, and every branch is scaled by 1 / sqrt(2 * depth), with which deep
     networks start training, so that all of them together weigh as much as the patches.
     """
-    blocks: Any = tower.blocks
+    blocks = hf_blocks(tower)
     for path, module in blocks.named_modules():
         if path.endswith(_INTO_STREAM):
             module.weight.mul_((2 * len(blocks)) ** -0.5)

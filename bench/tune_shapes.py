@@ -73,7 +73,7 @@ def layers(spec: EncoderSpec | StepSpec) -> dict[str, LinearShape]:
             "merger up": (2 * spec.merger_size, out, gated, group),
             "merger down": (out, spec.merger_size, "", group),
         }
-    else:
+    elif spec.merger == "mlp":
         found |= {
             "merger fc1": (group * D, group * D, "gelu_erf", group),
             "merger fc2": (out, group * D, "", group),

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .fp8 import Fp8Plan
     from .generic import GenericEncoder
     from .media import MediaError
+    from .siglip2_encoder import Siglip2Encoder, Siglip2Output
     from .spec import EncoderSpec
     from .step_encoder import StepEncoder, StepOutput
     from .step_preprocess import StepPreprocessor
@@ -25,6 +26,8 @@ _HOMES = {
     "Fp8Plan": ".fp8",
     "GenericEncoder": ".generic",
     "MediaError": ".media",
+    "Siglip2Encoder": ".siglip2_encoder",
+    "Siglip2Output": ".siglip2_encoder",
     "StepEncoder": ".step_encoder",
     "StepOutput": ".step_encoder",
     "StepPreprocessor": ".step_preprocess",
@@ -43,6 +46,8 @@ __all__ = [
     "Fp8Plan",
     "GenericEncoder",
     "MediaError",
+    "Siglip2Encoder",
+    "Siglip2Output",
     "StepEncoder",
     "StepOutput",
     "StepPreprocessor",

@@ -24,7 +24,7 @@ from .forward import check_layers
 from .fp8 import Fp8Plan
 from .media import MediaError, Video
 from .preprocess import Grid, Preprocessor, preprocess_named
-from .pruning import check_rate
+from .pruning import check_prunable, check_rate
 from .vision_encoder import VisionEncoder, pick_device
 
 logger = logging.getLogger("vitgraph")
@@ -114,7 +114,8 @@ class Embedder:
                 runs without graphs.
 
         Raises:
-            ValueError: as `VisionEncoder.from_pretrained` and `ImagePreprocessor.from_folder`.
+            ValueError: as `VisionEncoder.from_pretrained` and `ImagePreprocessor.from_folder`, or
+                pruning of a tower without a merger.
             RuntimeError: graphs asked for without a GPU.
         """
         place = pick_device(device)
@@ -141,6 +142,8 @@ class Embedder:
             )
             read = _preprocessor_class(encoder).from_folder
             embedder = cls(encoder, read(checkpoint.folder, encoder.spec))
+        if pruning:
+            check_prunable(encoder.spec)
         if graphs is not False:
             encoder.capture(
                 None if graphs is True else graphs,
@@ -200,6 +203,8 @@ class Embedder:
         """
         _check(batch_size, pool, truncate_dim, on_error, num_workers, self._widths(layers))
         check_rate("encode: pruning_rate", pruning_rate)
+        if pruning_rate is not None:
+            check_prunable(self.encoder.spec)
         wanted = check_layers(self.encoder.spec, layers or ())
         single = _is_item(inputs)
         items: Iterable[Any] = [inputs] if single else inputs

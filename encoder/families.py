@@ -6,8 +6,28 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from . import glm4v, qwen2_5_omni, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl, step_spec
-from .presets import COMPASS, GLM4V, GLM5, GLM46V, QWEN2, QWEN3, QWEN3_OMNI, PixelPreset
+from . import (
+    glm4v,
+    paddleocr_vl,
+    qwen2_5_omni,
+    qwen2_5_vl,
+    qwen2_vl,
+    qwen3_5,
+    qwen3_vl,
+    siglip2,
+    step_spec,
+)
+from .presets import (
+    COMPASS,
+    GLM4V,
+    GLM5,
+    GLM46V,
+    PADDLEOCR,
+    QWEN2,
+    QWEN3,
+    QWEN3_OMNI,
+    PixelPreset,
+)
 from .spec import EncoderSpec
 from .weight_map import Rule
 
@@ -205,6 +225,16 @@ FAMILIES = {
             GLM5,
             preprocessor="glm5_preprocess:CanvasPreprocessor",
         ),
+        Family(
+            "paddleocr_vl",
+            "PaddleOCR-VL",
+            ("paddleocr_vl",),
+            ("PaddleOCRVisionModel",),
+            paddleocr_vl.spec,
+            paddleocr_vl.weight_map,
+            PADDLEOCR,
+            preprocessor="raster_preprocess:RasterPreprocessor",
+        ),
     )
 }
 
@@ -230,6 +260,11 @@ def family_of_model(config: Mapping[str, Any]) -> tuple[Family, tuple[str, ...]]
             f"model type {model_type!r} has a tower for whole images of one size, not for packed "
             "patches; use vitgraph.encoder.StepEncoder"
         )
+    if model_type in siglip2.MODEL_TYPES:
+        raise ValueError(
+            f"model type {model_type!r} has a tower that takes spatial_shapes, not grid_thw; use "
+            "vitgraph.encoder.Siglip2Encoder"
+        )
     supported = [t for family in FAMILIES.values() for t in family.model_types]
     raise ValueError(
         f"model type {model_type!r} has no supported vision tower; supported: "
@@ -251,6 +286,11 @@ def family_of_tower(tower: object) -> Family:
         raise ValueError(
             f"vision tower {name!r} takes whole images of one size, not packed patches; use "
             "vitgraph.encoder.StepEncoder, or swap_vision_tower for its model"
+        )
+    if name == siglip2.TOWER_CLASS:
+        raise ValueError(
+            f"vision tower {name!r} takes spatial_shapes, not grid_thw; use "
+            "vitgraph.encoder.Siglip2Encoder, or swap_vision_tower for its model"
         )
     supported = ", ".join(name for f in FAMILIES.values() for name in f.tower_classes)
     raise ValueError(f"vision tower {name!r} is not supported; supported: {supported}")

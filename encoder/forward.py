@@ -100,6 +100,7 @@ def tower_forward(
         batch: What to encode.
         outputs: "last_hidden_state" [T, D] (with a "glm" merger [T/4, out]), "pooler_output"
             [T/4, out] and, for each deepstack merger, "deepstack_0".. [T/4, out]; live rows first.
+            Without a merger, "last_hidden_state" alone.
             Padding rows are finite, or as they were where a large matrix product leaves them
             alone.
         attention: Backend of the blocks that attend over whole frames.
@@ -150,15 +151,17 @@ def _forward(
                 _merge(merger, fp8.deepstack[j], normed, plan.live_tokens, out)
         if i in states:
             stream.state(weights.offset_after(i), states[i])
-    last, out = outputs["last_hidden_state"], outputs["pooler_output"]
-    if weights.glm_merger is not None:
-        glm_merge(spec, weights.glm_merger, stream, plan, last, out)
+    last = outputs["last_hidden_state"]
+    if weights.final_norm is not None:
+        stream.norm(weights.final_norm, spec, out=last)
+    elif weights.glm_merger is not None:
+        glm_merge(spec, weights.glm_merger, stream, plan, last, outputs["pooler_output"])
     elif weights.merger is not None:
         stream.state(weights.offset_after(spec.depth - 1), last)
         # back to the order of the pixels in a tower with one of its own
         normed = stream.norm(weights.merger.norm, spec, destination=reordered)
         joined = normed.view(-1, spec.hidden_size * spec.patches_per_token)
-        _merge(weights.merger, fp8.merger, joined, plan.live_tokens, out)
+        _merge(weights.merger, fp8.merger, joined, plan.live_tokens, outputs["pooler_output"])
     branch.join()
 
 
@@ -214,7 +217,8 @@ def _attend(
             scale=scale, max_window=spec.window_size**2, out=work.attended,
         )  # fmt: skip
     else:
-        rope_(work.qkv, plan.cos, plan.sin, live, block.qk_norm_weight, spec.eps)
+        if spec.rope_theta:
+            rope_(work.qkv, plan.cos, plan.sin, live, block.qk_norm_weight, spec.eps)
         varlen_attention(
             q, k, v, plan.cu_seqlens,
             max_seqlen=max_seqlen, scale=scale, out=work.attended, backend=attention,
@@ -284,6 +288,8 @@ def _merge(
 
 def output_shapes(spec: EncoderSpec, num_patches: int) -> dict[str, tuple[int, int]]:
     """Names and shapes of the outputs for `num_patches` rows."""
+    if spec.merger == "none":
+        return {"last_hidden_state": (num_patches, spec.state_size)}
     tokens = num_patches // spec.patches_per_token
     shapes = {
         "last_hidden_state": (

@@ -182,11 +182,10 @@ class Fp8Weights:
 def _names(plan: Fp8Plan, spec: EncoderSpec, parameter: torch.Tensor) -> list[str]:
     """`plan.names`, once they are known to be some, and computable where `parameter` is."""
     check_place(parameter.device, parameter.dtype)
-    if plan.mergers and spec.merger == "glm":
-        raise ValueError(
-            f"precision = {plan}: the merger of {spec.family} has no fp8 layers; use "
-            "Fp8Plan(mergers=False)"
-        )
+    if plan.mergers and spec.merger != "mlp":
+        glm = f"the merger of {spec.family} has no fp8 layers"
+        what = glm if spec.merger == "glm" else f"{spec.family} has no merger"
+        raise ValueError(f"precision = {plan}: {what}; use Fp8Plan(mergers=False)")
     if spec.gate_limit is not None and "down" in plan.layers:
         rest = tuple(layer for layer in plan.layers if layer != "down")
         raise ValueError(

@@ -61,6 +61,22 @@ def parse_grids(grid_thw: torch.Tensor | Sequence[Any], spec: EncoderSpec) -> li
     return grids
 
 
+def pixel_rows(pixel_values: torch.Tensor, spec: EncoderSpec) -> torch.Tensor:
+    """Patches [T, C, side, side] or [1, T, C, side, side] as rows [T, P]; all others as they are.
+
+    Only of towers whose patches are of one frame, where processors hand them over so.
+    """
+    if spec.temporal_patch_size > 1 or not isinstance(pixel_values, torch.Tensor):
+        return pixel_values
+    shape = tuple(pixel_values.shape)
+    if len(shape) == 5 and shape[0] == 1:
+        shape = shape[1:]
+    patch = spec.in_channels, spec.patch_size, spec.patch_size
+    if len(shape) == 4 and shape[1:] == patch:
+        return pixel_values.reshape(shape[0], spec.patch_values)
+    return pixel_values
+
+
 def check_pixels(
     pixel_values: torch.Tensor,
     grids: Sequence[Grid],

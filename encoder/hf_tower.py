@@ -268,10 +268,10 @@ class SwappedTower:
         output: Any = features
         if isinstance(features, VisionOutput):
             assert self._output_class is not None
-            fields: dict[str, Any] = {
-                "last_hidden_state": features.last_hidden_state,
-                "pooler_output": features.pooler_output,
-            }
+            fields: dict[str, Any] = {"last_hidden_state": features.last_hidden_state}
+            assert isinstance(self.encoder, VisionEncoder)
+            if self.encoder.spec.merger != "none":  # transformers leaves the field empty there
+                fields["pooler_output"] = features.pooler_output
             if self._output_class.__name__ == "BaseModelOutputWithDeepstackFeatures":
                 fields["deepstack_features"] = features.deepstack_features or []
             output = self._output_class(**fields)

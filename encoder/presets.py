@@ -75,3 +75,13 @@ COMPASS = PixelPreset(
     video_max_pixels=768 * 32 * 32,
     video_rule="qwen3",
 )
+# the defaults of its class in transformers, which has none for videos
+PADDLEOCR = PixelPreset(
+    image_mean=CLIP_MEAN,
+    image_std=CLIP_STD,
+    min_pixels=384 * 384,
+    max_pixels=1536 * 1536,
+    video_min_pixels=384 * 384,
+    video_max_pixels=1536 * 1536,
+    video_rule="qwen2",
+)

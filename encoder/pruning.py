@@ -35,6 +35,19 @@ def check_rate(name: str, rate: float | None) -> None:
         )
 
 
+def check_prunable(spec: EncoderSpec) -> None:
+    """Refuse towers whose tokens are read in whole blocks behind them.
+
+    Raises:
+        ValueError: the tower has no merger.
+    """
+    if spec.merger == "none":
+        raise ValueError(
+            f"pruning: a tower of {spec.family} has no merger, and what merges its patches behind "
+            "it needs all of them; leave pruning_rate, keep_mask and pruning out"
+        )
+
+
 def plan_pruning(
     spec: EncoderSpec,
     grids: Sequence[Grid],
@@ -53,11 +66,12 @@ def plan_pruning(
 
     Raises:
         ValueError: another number of rates or masks than items, a rate outside [0, 1), a mask of
-            another size, or both for one item.
+            another size, or both for one item; or a tower without a merger.
         TypeError: a mask of another dtype.
     """
     if rates is None and masks is None:
         return None
+    check_prunable(spec)
     each = list(rates) if isinstance(rates, Iterable) else [rates] * len(grids)
     chosen = [None] * len(grids) if masks is None else list(masks)
     for name, given in (("pruning_rate", each), ("keep_mask", chosen)):

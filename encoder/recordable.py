@@ -14,11 +14,11 @@ from ..kernels.launch import compiling
 from ..kernels.layout import num_windows
 from .forward import Batch, output_shapes, tower_forward
 from .grids import Grid
-from .pruning import KEPT_INDEX, plan_pruning, prune
+from .pruning import KEPT_INDEX, check_prunable, plan_pruning, prune
 from .spec import EncoderSpec
 from .weights import TowerWeights
 
-MIN_BUDGET, MAX_BUDGET = 16, 16384  # tokens: of an automatic ladder
+MIN_PATCHES, MAX_PATCHES = 64, 65536  # of an automatic ladder
 
 
 class RecordableTower:
@@ -49,7 +49,8 @@ class RecordableTower:
 
     def budget_range(self) -> tuple[int, int]:
         """Smallest and largest rung of an automatic ladder, in tokens."""
-        return MIN_BUDGET, MAX_BUDGET
+        per_token = self.spec.patches_per_token
+        return MIN_PATCHES // per_token, MAX_PATCHES // per_token
 
     def item_specs(self, grid_thw: Sequence[Grid]) -> list[EncoderItemSpec]:
         """What each item takes of a rung."""
@@ -175,6 +176,8 @@ class RecordableTower:
         states: dict[int, torch.Tensor],
         pruning: Pruning | None,
     ) -> dict[str, torch.Tensor]:
+        if pruning is not None:
+            check_prunable(self.spec)
         pixels = pixel_values.to(device=self.device, dtype=self.dtype).contiguous()
         outputs = {
             name: pixels.new_empty(shape)

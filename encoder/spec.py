@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from ..kernels.positions import Sampling
+
 MAX_WINDOW_SIDE = 16
 
 
@@ -16,9 +18,10 @@ class EncoderSpec:
         num_heads: Attention heads H; the head dim is D / H.
         depth: Number of blocks.
         mlp_size: Width F of the MLP (of one half of it when gated).
-        out_size: Width of a merged token.
+        out_size: Width of a merged token; without a merger that of a patch, D.
         patch_size, temporal_patch_size, in_channels: Pixels, frames and channels of a patch.
-        merge_size: Patches along a side of a merged token.
+        merge_size: Patches along a side of a merged token; pixel rows come in blocks of them. 1 is
+            one token a patch, and patches row by row.
         norm: LayerNorm or RMSNorm, with `eps`.
         mlp: "plain" is fc2(act(fc1(x))), "gated" is down(act(gate(x)) * up(x)).
         activation: Activation of the MLP. The mergers use the exact (erf) GELU.
@@ -31,14 +34,16 @@ class EncoderSpec:
         position_grid: Side of the learned position table, 0 for none.
         position_sampling: How the table is resampled to a grid: "bilinear_corners" puts its
             corners on those of the grid, "bilinear" and "bicubic" put the edges of its cells on
-            those of the grid's patches, and repeat it past its border.
+            those of the grid's patches, and repeat it past its border; "bilinear_antialias"
+            averages it for a grid that is smaller.
         window_size: Patches along a side of an attention window, 0 for none.
         full_attention_layers: Blocks that attend over whole frames in a tower with windows.
         deepstack_layers: Blocks after which a deepstack merger reads the stream.
-        rope_theta: Base of the axial rotary embedding.
+        rope_theta: Base of the axial rotary embedding, 0 for none.
         merger: "mlp" is norm, joining, fc2(gelu(fc1(x))); "glm" is norm, a convolution that joins
             (whose output is the tower's last hidden state), a projection, LayerNorm, GELU and a
-            gated MLP of width `merger_size`.
+            gated MLP of width `merger_size`; "none" is a norm of the stream, whose output is the
+            last hidden state, and leaves merging to what reads it.
         merger_size: Width of the gated MLP of a "glm" merger, 0 for others.
     """
 
@@ -64,12 +69,12 @@ class EncoderSpec:
     gate_limit: float | None = None
     embed_norm: Literal["none", "layer", "rms"] = "none"
     position_grid: int = 0
-    position_sampling: Literal["bilinear_corners", "bilinear", "bicubic"] = "bilinear_corners"
+    position_sampling: Sampling = "bilinear_corners"
     window_size: int = 0
     full_attention_layers: tuple[int, ...] = ()
     deepstack_layers: tuple[int, ...] = ()
     rope_theta: float = 10000.0
-    merger: Literal["mlp", "glm"] = "mlp"
+    merger: Literal["mlp", "glm", "none"] = "mlp"
     merger_size: int = 0
 
     def __post_init__(self) -> None:
@@ -88,17 +93,28 @@ class EncoderSpec:
                 f"EncoderSpec: window_size = {self.window_size} patches is not a multiple of "
                 f"merge_size = {self.merge_size}"
             )
-        if self.window_size and (self.qk_norm or self.merger == "glm"):
-            what = "qk_norm" if self.qk_norm else "merger = 'glm'"
+        if self.window_size and (self.qk_norm or self.merger != "mlp"):
+            what = "qk_norm" if self.qk_norm else f"merger = {self.merger!r}"
             raise ValueError(
                 f"EncoderSpec: window_size = {self.window_size} together with {what} is not "
                 "supported: window attention rotates q and k itself, and rows leave in the order "
                 "of its windows"
             )
-        if self.deepstack_layers and self.merger == "glm":
+        if not self.rope_theta and (self.window_size or self.qk_norm):
+            raise ValueError(
+                f"EncoderSpec: rope_theta = {self.rope_theta} (no rope) together with window_size "
+                f"= {self.window_size} and qk_norm = {self.qk_norm} is not supported: the kernels "
+                "that rotate do these too"
+            )
+        if self.deepstack_layers and self.merger != "mlp":
             raise ValueError(
                 f"EncoderSpec: deepstack_layers = {self.deepstack_layers} need merger = 'mlp', "
                 "which each of them has a copy of"
+            )
+        if self.merger == "none" and (self.merge_size > 1 or self.out_size != self.hidden_size):
+            raise ValueError(
+                f"EncoderSpec: merge_size = {self.merge_size} and out_size = {self.out_size} with "
+                f"merger = 'none': a token is a patch there, use 1 and {self.hidden_size}"
             )
         if (self.merger == "glm") != (self.merger_size > 0):
             raise ValueError(

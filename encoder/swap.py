@@ -8,9 +8,11 @@ import torch
 from .families import FAMILIES, WRAPPERS
 from .fp8 import Fp8Plan, pick_plan
 from .hf_tower import GraphChoice, SwappedTower, SwapStats
+from .siglip2 import TOWER_CLASS as SIGLIP2
+from .siglip2_swap import SwappedSiglip2Tower
 from .step_spec import TOWER_CLASS, RopeAxes
 from .step_swap import SwappedStepTower
-from .towers import Tier, takes_packed_patches
+from .towers import OWN_ENCODERS, Tier, takes_packed_patches
 
 __all__ = ["SwapStats", "SwappedTower", "swap_vision_tower"]
 
@@ -62,12 +64,13 @@ def swap_vision_tower(
             f"swap_vision_tower: the {type(tower).__name__} of this {type(model).__name__} is "
             "already swapped; call restore() on the handle of the first swap"
         )
-    if type(tower).__name__ == TOWER_CLASS:
-        if tier == "generic" or pick_plan(precision) is not None:
-            raise ValueError(
-                f"swap_vision_tower: a {TOWER_CLASS} runs with fused kernels in its own dtype; "
-                f"leave tier = {tier!r} and precision = {precision!r} out"
-            )
+    name = type(tower).__name__
+    if name in OWN_ENCODERS and (tier == "generic" or pick_plan(precision) is not None):
+        raise ValueError(
+            f"swap_vision_tower: a {name} runs with fused kernels in its own dtype; leave tier = "
+            f"{tier!r} and precision = {precision!r} out"
+        )
+    if name == TOWER_CLASS:
         return SwappedStepTower(
             tower, graphs=graphs, attention=attention, rope_axes=rope_axes or "wh"
         )
@@ -76,6 +79,8 @@ def swap_vision_tower(
             f"swap_vision_tower: rope_axes = {rope_axes!r} is for a {TOWER_CLASS}, this is a "
             f"{type(tower).__name__}; leave it out"
         )
+    if name == SIGLIP2:
+        return SwappedSiglip2Tower(tower, graphs=graphs, attention=attention)
     return SwappedTower(tower, graphs=graphs, attention=attention, precision=precision, tier=tier)
 
 
@@ -92,7 +97,7 @@ def _find_tower(model: torch.nn.Module, tier: Tier) -> torch.nn.Module:
                 return tower
             found = found or tower
     for tower in _at_paths(model, PATHS):
-        if type(tower).__name__ == TOWER_CLASS:
+        if type(tower).__name__ in OWN_ENCODERS:
             return tower
         if tier != "fused" and takes_packed_patches(tower):
             return tower

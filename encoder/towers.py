@@ -11,6 +11,7 @@ import torch
 from .families import FAMILIES
 from .fp8 import Fp8Plan, pick_plan
 from .hf_metadata import TowerRefusedError
+from .siglip2 import TOWER_CLASS as SIGLIP2
 from .step_spec import TOWER_CLASS
 from .vision_encoder import VisionEncoder
 
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 Tier = Literal["auto", "fused", "generic"]
 TIERS = ("auto", "fused", "generic")
 
+# towers that take neither packed patches nor grid_thw: what they take, and the encoder for it
+OWN_ENCODERS = {
+    TOWER_CLASS: ("whole images and crops", "StepEncoder"),
+    SIGLIP2: ("padded batches", "Siglip2Encoder"),
+}
 # Of transformers 5.17, beside the fused families: model type, class of the tower, and why it cannot
 # be captured. What is done with a tower is decided by trying it (`hf_probe`), not by this table,
 # and a test holds the table to that.
@@ -69,11 +75,6 @@ OTHERS: tuple[tuple[str, str, str | None], ...] = (
         "MiniCPMV4_6VisionModel",
         "takes target_sizes instead of grid_thw, and merges by sizes read on the host",
     ),
-    (
-        "siglip2",
-        "Siglip2VisionModel",
-        "takes padded batches with spatial_shapes, not packed patches with grid_thw",
-    ),
 )
 
 
@@ -96,7 +97,10 @@ def tower_report() -> list[TowerSupport]:
     """The known tower classes of the installed transformers, the fused ones first."""
     fused = [name for family in FAMILIES.values() for name in family.tower_classes]
     report = [TowerSupport(name, "fused") for name in fused]
-    report.append(TowerSupport(TOWER_CLASS, "fused", "whole images and crops, by StepEncoder"))
+    report += [
+        TowerSupport(name, "fused", f"{takes}, by {encoder}")
+        for name, (takes, encoder) in OWN_ENCODERS.items()
+    ]
     for model_type, name, reason in OTHERS:
         if name not in fused and _is_installed(model_type):
             report.append(TowerSupport(name, "generic" if reason is None else "refused", reason))
@@ -156,6 +160,8 @@ def encoder_for(
         return GenericEncoder(tower, attention=attention)
     except TowerRefusedError as refusal:
         way_out = "use tier='fused'" if is_fused(tower) else "use the model without vitgraph"
+        if name in OWN_ENCODERS:
+            way_out = f"use vitgraph.encoder.{OWN_ENCODERS[name][1]}"
         raise ValueError(
             f"{name} cannot be captured with its own modules (generic tier): {refusal}; {way_out}"
         ) from refusal

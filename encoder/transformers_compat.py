@@ -1,6 +1,8 @@
 """What differs between the releases of transformers that we work with, read in one way."""
 
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 
 def rope_theta(config: Any) -> float:
@@ -12,3 +14,17 @@ def rope_theta(config: Any) -> float:
     if getattr(type(config), "default_rope_type", None) != "axial":
         return 10000.0
     return float((config.rope_parameters or {}).get("rope_theta", 10000.0))
+
+
+def paddleocr_sampling(config: Any) -> Literal["bilinear_corners", "bilinear"]:
+    """How PaddleOCR-VL's tower resamples its positions, as the installed release does it.
+
+    By corners in transformers 5.17, by edges in 5.23; the class says which, where it lets one
+    choose (not yet in 5.13, by corners).
+    """
+    from transformers.models.paddleocr_vl.modeling_paddleocr_vl import PaddleOCRVisionEmbeddings
+
+    with torch.device("meta"):
+        embeddings = PaddleOCRVisionEmbeddings(config)
+    by_corners = getattr(embeddings, "interpolation_align_corners", True)
+    return "bilinear_corners" if by_corners else "bilinear"

@@ -13,8 +13,8 @@ from .checkpoint import Checkpoint
 from .families import family_of_tower
 from .forward import check_layers
 from .fp8 import Fp8Plan, pick_plan
-from .grids import check_pixels, parse_grids
-from .pruning import KEPT_INDEX, plan_pruning
+from .grids import check_pixels, parse_grids, pixel_rows
+from .pruning import KEPT_INDEX, check_prunable, plan_pruning
 from .recordable import RecordableTower
 from .spec import EncoderSpec
 from .weights import TowerWeights
@@ -30,7 +30,8 @@ class VisionOutput:
         last_hidden_state: [T, D] patches before the merger, in Hugging Face's row order (that of
             the windows in a tower with windows; see `VisionEncoder.row_order`). In towers of GLM
             [M, out], the tokens that their merger begins with, which is what transformers returns.
-        pooler_output: [M, out] merged tokens.
+            In towers without a merger, behind their last norm.
+        pooler_output: [M, out] merged tokens; the last hidden state in towers without a merger.
         deepstack_features: [M, out] for each deepstack merger; None for towers without them.
         hidden_states: [T, D] after each block asked for, by block index.
         kept_index: [M] int32, the place within its item of each token left by pruning; None if
@@ -203,7 +204,8 @@ class VisionEncoder(RecordableTower):
 
         Args:
             pixel_values: [T, P] normalised pixel rows of all items, any float dtype and device;
-                values are rounded to the tower's dtype.
+                values are rounded to the tower's dtype. Patches of one frame may also come as
+                [T, C, side, side] or [1, T, C, side, side].
             grid_thw: [N, 3] (t, h, w) in patches; keep it on the CPU, reading it from a GPU waits.
             layers: Blocks whose output is wanted as well; such calls run eagerly.
             check_finite: Refuse NaN and infinity. None does so for pixels on the CPU; True also
@@ -217,6 +219,7 @@ class VisionEncoder(RecordableTower):
                 `pruning.plan_pruning` refuse, or a layer outside the tower.
         """
         grids = parse_grids(grid_thw, self.spec)
+        pixel_values = pixel_rows(pixel_values, self.spec)
         check_pixels(pixel_values, grids, self.spec, check_finite)
         wanted = [] if layers == () else check_layers(self.spec, layers)
         pruning = plan_pruning(self.spec, grids, pruning_rate, keep_mask)
@@ -230,7 +233,7 @@ class VisionEncoder(RecordableTower):
         per_token = self.spec.patches_per_token
         return VisionOutput(
             outputs["last_hidden_state"],
-            outputs["pooler_output"],
+            outputs["last_hidden_state" if self.spec.merger == "none" else "pooler_output"],
             [outputs[f"deepstack_{j}"] for j in range(num_deepstack)] if num_deepstack else None,
             states,
             outputs[KEPT_INDEX] if pruning is not None else None,
@@ -256,7 +259,8 @@ class VisionEncoder(RecordableTower):
             pruning: Record token pruning as well. Otherwise calls that ask for it run eagerly.
 
         Raises:
-            ValueError: the configuration is invalid, or the attention backend is "reference".
+            ValueError: the configuration is invalid, the attention backend is "reference", or
+                pruning is asked of a tower without a merger.
             RuntimeError: the tower is not on a CUDA device.
         """
         if self.device.type != "cuda":
@@ -269,6 +273,8 @@ class VisionEncoder(RecordableTower):
                 "capture: attention = 'reference' reads offsets on the host, which a graph cannot; "
                 "choose another backend (see `vitgraph info`) or call the encoder without capture"
             )
+        if pruning:
+            check_prunable(self.spec)
         self.release_graphs()  # room for the new ones
         self._records_pruning = pruning
         manager = EncoderCudaGraphManager(self, config)

@@ -55,9 +55,10 @@ class TowerWeights:
         tensors: Prepared tensors by our names.
         blocks, merger, deepstack: The same tensors, grouped as the forward reads them. `merger` is
             that of a tower with merger "mlp", `glm_merger` that of one with merger "glm".
+        final_norm: The norm behind the last block of a tower with merger "none".
         offsets: [depth + 1, D]: what the stream lacks before block i, and after the last; None if
             nothing ever.
-        inv_freq: [head_dim / 4] fp32 rope frequencies.
+        inv_freq: [head_dim / 4] fp32 rope frequencies; of no use in a tower without rope.
         fp8: Quantised copies of some of the tensors; of none unless `quantize` was called.
     """
 
@@ -100,13 +101,14 @@ class TowerWeights:
         exponent = torch.arange(0, spec.head_dim // 2, 2, dtype=torch.float32) / (
             spec.head_dim // 2
         )
-        self.inv_freq = (1.0 / spec.rope_theta**exponent).to(device)
+        self.inv_freq = (1.0 / (spec.rope_theta or 1.0) ** exponent).to(device)
 
         self.blocks = [self._block(i) for i in range(depth)]
         self.fp8 = Fp8Weights(None, spec, self.tensors)
         last = self.offset_after(depth - 1)
         self.merger = self._merger("merger", last) if spec.merger == "mlp" else None
         self.glm_merger = GlmMergerWeights.of(self.tensors, last) if spec.merger == "glm" else None
+        self.final_norm = self._norm("final_norm", last) if spec.merger == "none" else None
         self.deepstack = [
             self._merger(f"deepstack.{j}", _row(self._joined, j))
             for j in range(len(spec.deepstack_layers))

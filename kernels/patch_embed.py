@@ -39,10 +39,10 @@ class PatchEmbedConfig:
 def config(T: int, dtype: torch.dtype, sampling: str = "bilinear_corners") -> PatchEmbedConfig:
     """Small tiles while a few of them must fill the chip; fp32 takes half the depth.
 
-    Also for bicubic positions: sixteen taps of a large tile do not fit into registers.
+    Also for positions of many taps: those of a large tile do not fit into registers.
     """
     depth = 64 if dtype.itemsize == 2 else 32
-    if T <= 2048 or sampling == "bicubic":
+    if T <= 2048 or sampling in ("bicubic", "bilinear_antialias"):
         return PatchEmbedConfig(64, 64, depth, num_warps=4, num_stages=4)
     return PatchEmbedConfig(128, 128, depth, num_warps=8, num_stages=3)
 
@@ -143,7 +143,7 @@ def patch_embed(
         weight, bias: [D, P] contiguous and [D].
         source: [T] int32, the pixel row of each row of the result; None for the same order.
         table: [G*G, D] learned positions of a square grid; needs `position` [T, 4] int32.
-        sampling: "bilinear_corners", "bilinear" or "bicubic".
+        sampling: "bilinear_corners", "bilinear", "bicubic" or "bilinear_antialias".
         live_rows: int32 [1]; rows from there on are zeros.
 
     Raises:

@@ -7,10 +7,13 @@ of each row of x. Along an axis, position i of n falls on the place
 
     bilinear_corners   i * (G - 1) / (n - 1)        its first and last on the table's
     bilinear, bicubic  (i + 1/2) * G / n - 1/2      edges on edges; taps past the border repeat it
+    bilinear_antialias the same                     no taps past the border
 
-of the table, and takes 2 taps there, or 4 weighted by the cubic convolution with a = -3/4. Places,
-weights and sums are fp32 (fp64 for fp64), with one rounding at the end. Rows of x past the live
-ones are left as they are.
+of the table, and takes 2 taps there, or 4 weighted by the cubic convolution with a = -3/4. With
+antialias it takes all taps less than max(1, G / n) away, weighted by how much less, and the weights
+are divided by their sum: a grid smaller than the table averages it. Places, weights and sums are
+fp32 (fp64 for fp64), with one rounding at the end. Rows of x past the live ones are left as they
+are.
 
 Memory-bound: 2*T*D elements moved, the table comes from L2. Source of the resampling: `interpolate`
 and `grid_sample` of PyTorch, as transformers' towers call them.
@@ -26,7 +29,7 @@ from .dispatch import use_reference
 from .launch import launch_kernel
 from .roofline import Cost
 
-Sampling = Literal["bilinear_corners", "bilinear", "bicubic"]
+Sampling = Literal["bilinear_corners", "bilinear", "bicubic", "bilinear_antialias"]
 
 BLOCK_T, BLOCK_D = 16, 128
 CUBIC = -0.75
@@ -67,10 +70,26 @@ def position_taps(
     return taps.flatten(1), weights.flatten(1)
 
 
+def antialias_weights(
+    index: torch.Tensor, size: torch.Tensor, side: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Weights [T, side] of all table places along an axis, for "bilinear_antialias"."""
+    step = side / size.to(dtype)[:, None]
+    at = (index.to(dtype)[:, None] + 0.5) * step - 0.5
+    distance = (torch.arange(side, device=index.device) - at).abs() / step.clamp(min=1)
+    weights = (1 - distance).clamp(min=0)
+    return weights / weights.sum(1, keepdim=True)
+
+
 def sample_table_ref(table: torch.Tensor, position: torch.Tensor, sampling: str) -> torch.Tensor:
     """The table at each row of `position`, in the dtype of the sums."""
     wide = torch.float64 if table.dtype == torch.float64 else torch.float32
-    taps, weights = position_taps(position, int(table.shape[0] ** 0.5), sampling, wide)
+    side = int(table.shape[0] ** 0.5)
+    if sampling == "bilinear_antialias":
+        row = antialias_weights(position[:, 0], position[:, 2], side, wide)
+        column = antialias_weights(position[:, 1], position[:, 3], side, wide)
+        return (row[:, :, None] * column[:, None, :]).flatten(1) @ table.to(wide)
+    taps, weights = position_taps(position, side, sampling, wide)
     total = torch.zeros(len(position), table.shape[1], dtype=wide, device=table.device)
     for k in range(taps.shape[1]):  # one tap at a time: all of them would be 16 copies of x
         total += table[taps[:, k]].to(wide) * weights[:, k, None]
@@ -135,6 +154,40 @@ def _tap(table_ptr, tap, d, D, weight, mask):
 
 
 @triton.jit
+def _triangle(place, index, size, SIDE: tl.constexpr):
+    """Weight of `place` around position `index` of `size`, before it is divided by the sum."""
+    step = tl.div_rn(SIDE * 1.0, size.to(tl.float32))
+    at = (index.to(tl.float32) + 0.5) * step - 0.5
+    return tl.maximum(1 - tl.abs(place.to(tl.float32) - at) / tl.maximum(step, 1.0), 0.0)
+
+
+@triton.jit
+def _sample_antialias(
+    table_ptr, index_h, index_w, size_h, size_w, d, D, live, SIDE: tl.constexpr
+):  # fmt: skip
+    """The tile of `sample_table`: for each row of the table a product with its columns."""
+    # a product needs a depth of 16
+    BLOCK: tl.constexpr = max(16, triton.next_power_of_2(SIDE))
+    place = tl.arange(0, BLOCK)
+    inside = (place < SIDE)[None, :] & live[:, None]
+    row = tl.where(inside, _triangle(place[None, :], index_h[:, None], size_h[:, None], SIDE), 0.0)
+    column = _triangle(place[None, :], index_w[:, None], size_w[:, None], SIDE)
+    column = tl.where(inside, column, 0.0)
+    sums = tl.sum(row, 1) * tl.sum(column, 1)
+    column = column / tl.where(live, sums, 1.0)[:, None]
+    total = tl.zeros((live.shape[0], d.shape[0]), dtype=tl.float32)
+    for i in range(SIDE):
+        weight = tl.sum(tl.where((place == i)[None, :], row, 0.0), 1)
+        # most rows of the table are far from all rows of a tile
+        if tl.max(weight, 0) > 0:
+            at = table_ptr + (i * SIDE + place)[:, None] * D + d[None, :]
+            mask = (place < SIDE)[:, None] & (d < D)[None, :]
+            taps = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+            total = tl.dot(column * weight[:, None], taps, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
 def sample_table(
     table_ptr,  # [SIDE * SIDE, D]
     position_ptr,  # [T, 4]
@@ -150,6 +203,10 @@ def sample_table(
     at = position_ptr + 4 * t
     h = tl.load(at, mask=live, other=0)
     w = tl.load(at + 1, mask=live, other=0)
+    if SAMPLING == "bilinear_antialias":
+        size_h = tl.load(at + 2, mask=live, other=1)
+        size_w = tl.load(at + 3, mask=live, other=1)
+        return _sample_antialias(table_ptr, h, w, size_h, size_w, d, D, live, SIDE)
     h0, dh = _place(h, tl.load(at + 2, mask=live, other=1), SIDE, SAMPLING)
     w0, dw = _place(w, tl.load(at + 3, mask=live, other=1), SIDE, SAMPLING)
     if SAMPLING == "bicubic":
@@ -228,7 +285,7 @@ def add_positions_(
         x: [T, D], contiguous.
         table: [G*G, D] learned positions of a square grid, in the dtype of `x`, contiguous.
         position: [T, 4] int32, contiguous; see the module docstring.
-        sampling: "bilinear_corners", "bilinear" or "bicubic".
+        sampling: "bilinear_corners", "bilinear", "bicubic" or "bilinear_antialias".
         live_rows: int32 [1]; rows from there on are left as they are.
 
     Raises:

@@ -2,15 +2,21 @@ import pytest
 import torch
 from vitgraph.bench.hf_providers import FLASH, hf_builders, precomputed_kwargs
 from vitgraph.bench.provider import UnavailableError, features_of, make_job
-from vitgraph.bench.towers_config import TOWERS, build_tower, hf_grid
+from vitgraph.bench.towers_config import (
+    TOWERS,
+    build_tower,
+    hf_blocks,
+    hf_grid,
+    hf_pixels,
+    patch_values,
+)
 
 TINY = [name for name in TOWERS if name.startswith("tiny")]
 GRIDS = ((1, 8, 12), (1, 4, 6), (3, 10, 18))
 
 
 def job_for(tower, dtype=torch.float32):
-    config = tower.config
-    width = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    width = patch_values(tower.config)
     return make_job(GRIDS, width, device=torch.device("cpu"), dtype=dtype, seed=0)
 
 
@@ -23,9 +29,10 @@ def test_precomputed_metadata_changes_no_bit(name):
     # with every key there the grid is not looked at (but for the positions of GLM-4V): a wrong one
     # shows a key that was ignored
     nonsense = grid if name == "tiny-glm-4v" else torch.tensor([[1, 2, 2]])
+    pixels = hf_pixels(tower, job.pixel_values)
     with torch.inference_mode():
-        own = features_of(tower(job.pixel_values, grid_thw=grid))
-        given = features_of(tower(job.pixel_values, grid_thw=nonsense, **kwargs))
+        own = features_of(tower(pixels, grid_thw=grid))
+        given = features_of(tower(pixels, grid_thw=nonsense, **kwargs))
     assert len(own) == 1 + len(getattr(tower.config, "deepstack_visual_indexes", ()))
     for a, b in zip(own, given, strict=True):
         assert torch.equal(a, b)
@@ -58,9 +65,16 @@ def test_packed_attention_by_name_agrees_with_sdpa(name, monkeypatch):
     with torch.inference_mode():
         grid = hf_grid(tower, job.grid_thw)
         kwargs = precomputed_kwargs(tower, grid)
-        packed = features_of(tower(job.pixel_values, grid_thw=grid, **kwargs))
+        pixels = hf_pixels(tower, job.pixel_values)
+        packed = features_of(tower(pixels, grid_thw=grid, **kwargs))
     for a, b in zip(own, packed, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_blocks(name):
+    tower = build_tower(name, device="cpu", dtype=torch.float32)
+    assert 3 <= len(hf_blocks(tower)) <= 4
 
 
 @pytest.mark.parametrize("provider", ["hf-eager-fa2", "hf-exact-graph", "hf-compile-graph"])
@@ -71,12 +85,13 @@ def test_reason_without_a_gpu(provider):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["tiny-qwen3-vl", "tiny-qwen2.5-vl", "tiny-glm-4v"])
+@pytest.mark.parametrize(
+    "name", ["tiny-qwen3-vl", "tiny-qwen2.5-vl", "tiny-glm-4v", "tiny-paddleocr"]
+)
 @pytest.mark.parametrize("provider", ["hf-eager-fa2", "hf-exact-graph"])
 def test_gpu_contenders_agree_with_sdpa(name, provider):
     tower = build_tower(name, device="cuda", dtype=torch.bfloat16)
-    config = tower.config
-    width = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    width = patch_values(tower.config)
     job = make_job(GRIDS, width, device=torch.device("cuda"), dtype=torch.bfloat16, seed=0)
     builders = hf_builders(tower)
     own = builders["hf-eager-sdpa"](job).features()

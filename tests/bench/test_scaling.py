@@ -35,7 +35,7 @@ def replays(monkeypatch, rerun_recorder):
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     monkeypatch.setattr(VisionEncoder, "capture", capture)
-    monkeypatch.setattr("vitgraph.encoder.recordable.MAX_BUDGET", 128)
+    monkeypatch.setattr("vitgraph.encoder.recordable.MAX_PATCHES", 512)
     monkeypatch.setattr("vitgraph.bench.ours_providers.require_cuda", lambda *_: None)
 
 

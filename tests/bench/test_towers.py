@@ -15,7 +15,7 @@ from vitgraph.bench.towers_config import build_tower
 from vitgraph.bench.vllm_providers import VllmTower
 from vitgraph.kernels import attention
 
-TINY = ("tiny-qwen3-vl", "tiny-qwen2.5-vl", "tiny-qwen2-vl")
+TINY = ("tiny-qwen3-vl", "tiny-qwen2.5-vl", "tiny-qwen2-vl", "tiny-paddleocr")
 WORKLOADS = {"one": ((1, 8, 12),), "mixed": ((1, 4, 6), (2, 10, 18), (1, 2, 2))}
 FAST = Effort(warmup_s=0.0, rounds=2, min_rounds=2)
 KEYS = {

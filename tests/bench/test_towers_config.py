@@ -8,6 +8,8 @@ from vitgraph.bench.towers_config import (
     empty_tower,
     fp32_copy,
     hf_grid,
+    hf_pixels,
+    patch_values,
     tower_config,
 )
 
@@ -35,16 +37,20 @@ PARAMETERS = {
     "glm-4.5v": 859,
     "glm-ocr": 434,
     "glm-5.3-flash": 564,
+    "paddleocr-vl": 413,
 }
 TINY = [name for name in TOWERS if name.startswith("tiny")]
 GRID = torch.tensor([[1, 8, 12], [1, 4, 6], [3, 10, 18]])
 
 
 def pixels(tower):
-    config = tower.config
-    width = config.in_channels * config.temporal_patch_size * config.patch_size**2
     rows = int(GRID.prod(1).sum())
-    return torch.randn(rows, width, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(rows, patch_values(tower.config), generator=generator)
+
+
+def rotary(tower):
+    return next(m for n, m in tower.named_modules() if n.endswith("rotary_pos_emb"))
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -62,7 +68,7 @@ def test_boosted_weights_are_seeded_and_frequencies_stay_fp32(name):
         assert torch.equal(x, y), key
         assert x.isfinite().all(), key
     assert not torch.equal(next(a.parameters()), next(c.parameters()))
-    frequencies = dict(a.named_buffers())["rotary_pos_emb.inv_freq"]
+    frequencies = rotary(a).inv_freq
     quarter = len(frequencies)
     exact = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
     assert frequencies.dtype == torch.float32
@@ -80,15 +86,16 @@ def test_fp32_copy_has_the_same_values(name):
 @pytest.mark.parametrize("name", TINY)
 def test_output_notices_a_missing_rope_and_a_missing_boundary(name, monkeypatch):
     tower = build_tower(name, device="cpu", dtype=torch.float32)
-    x = pixels(tower)
+    x = hf_pixels(tower, pixels(tower))
+    rows = int(GRID.prod(1).sum())
 
     def pooled(**kwargs):
         with torch.inference_mode():
             return features_of(tower(x, grid_thw=hf_grid(tower, GRID), **kwargs))[0]
 
     full = pooled()
-    one_segment = pooled(cu_seqlens=torch.tensor([0, len(x)], dtype=torch.int32))
-    tower.rotary_pos_emb.inv_freq.zero_()
+    one_segment = pooled(cu_seqlens=torch.tensor([0, rows], dtype=torch.int32))
+    rotary(tower).inv_freq.zero_()
     no_rope = pooled()
     for changed in (one_segment, no_rope):
         assert (changed - full).norm() / full.norm() > 0.05

@@ -49,7 +49,9 @@ def test_shapes_are_those_of_the_prepared_weights():
             "qkv": block.qkv_weight, "proj": block.proj_weight, "up": block.up_weight,
             "down": block.down_weight,
         }  # fmt: skip
-        if weights.glm_merger is not None:
+        if weights.final_norm is not None:
+            parts, merger = (), None
+        elif weights.glm_merger is not None:
             parts, merger = ("join", "proj", "up", "down"), weights.glm_merger
         else:
             parts, merger = ("fc1", "fc2"), weights.merger

@@ -14,7 +14,14 @@ from vitgraph.kernels.testing import rel_rms
 
 pytestmark = pytest.mark.gpu
 
-NAMES = ["qwen3.5-0.8b", "qwen3.5-9b", "qwen3-omni-30b", "qwen2.5-omni-7b", "mimo-vl-7b"]
+NAMES = [
+    "qwen3.5-0.8b",
+    "qwen3.5-9b",
+    "qwen3-omni-30b",
+    "qwen2.5-omni-7b",
+    "mimo-vl-7b",
+    "paddleocr-vl",
+]
 LAYOUTS = {
     "image": [(1, 28, 28)],
     "ragged": [(1, 16, 22), (1, 40, 6), (1, 2, 2), (1, 34, 34)],
@@ -38,7 +45,10 @@ def case(request):
 
 def tensors(output):
     features = getattr(output, "deepstack_features", None) or ()
-    return [output.last_hidden_state, output.pooler_output, *features]
+    pooled = output.pooler_output
+    # towers without a merger: ours is the last hidden state again, transformers leaves it empty
+    pooled = output.last_hidden_state if pooled is None else pooled
+    return [output.last_hidden_state, pooled, *features]
 
 
 @pytest.mark.parametrize("is_captured", [False, True], ids=["eager", "replayed"])
@@ -47,7 +57,8 @@ def test_accuracy(case, layout, is_captured):
     half, exact, encoder = case
     grids = LAYOUTS[layout]
     if is_captured and encoder.graphs is None:
-        encoder.capture({"token_budgets": (196, 512, 1088)})
+        per_token = encoder.spec.patches_per_token
+        encoder.capture({"token_budgets": [n // per_token for n in (784, 2048, 4352)]})
     elif not is_captured:
         encoder.release_graphs()
     rows = sum(t * h * w for t, h, w in grids)
@@ -56,8 +67,8 @@ def test_accuracy(case, layout, is_captured):
     pixels = torch.randn(shape, generator=g, device="cuda", dtype=torch.bfloat16)
     grid = torch.tensor(grids, device="cuda")
     with torch.no_grad():
-        oracle = tensors(exact(pixels.float(), grid_thw=grid))
-        eager = tensors(half(pixels, grid_thw=grid))
+        oracle = tensors(exact(towers.hf_pixels(exact, pixels.float()), grid_thw=grid))
+        eager = tensors(half(towers.hf_pixels(half, pixels), grid_thw=grid))
     ours = tensors(encoder(pixels, grids))
     if is_captured:
         assert encoder.graphs.stats()["hits"] >= len(grids)

@@ -80,7 +80,8 @@ def test_padding_stays_finite(encoder, mixed, monkeypatch, poison_empty):
     for name, value in want.items():
         got = outputs[name][: len(value)]
         torch.testing.assert_close(got, value, rtol=1e-4, atol=1e-4)
-    if encoder.spec.merger == "mlp":
+    if encoder.spec.merger != "glm":
         assert outputs["last_hidden_state"].isfinite().all()
-    # 10 live tokens, one tile
-    assert outputs["pooler_output"][TILE:].isnan().all()
+    if encoder.spec.merger != "none":
+        # 10 live tokens, one tile
+        assert outputs["pooler_output"][TILE:].isnan().all()

@@ -3,7 +3,15 @@
 import pytest
 import torch
 import triton
-from vitgraph.kernels import layout, norm, patch_embed, positions, residual, rope
+from vitgraph.kernels import (
+    layout,
+    norm,
+    patch_embed,
+    positions,
+    probe_attention,
+    residual,
+    rope,
+)
 from vitgraph.kernels.compiled import inspect
 
 
@@ -57,8 +65,11 @@ def test_rope(D, has_norm):
     [
         (1536, 1152, 48, "bilinear_corners"),
         (1176, 1280, 0, "bilinear_corners"),
+        (588, 1152, 27, "bilinear_corners"),
+        (588, 1152, 27, "bilinear"),
         (1176, 1536, 24, "bilinear"),
         (1176, 1536, 24, "bicubic"),
+        (768, 1152, 16, "bilinear_antialias"),
     ],
 )
 def test_patch_embed(T, P, D, side, sampling):
@@ -99,6 +110,42 @@ def test_add_positions(sampling):
     # x and every tap of the table
     assert info.count("LDG.E.128") >= (17 if sampling == "bicubic" else 5)
     assert info.count("STG.E.128") >= 1
+
+
+def test_add_antialiased_positions():
+    info = inspect(
+        positions._add_positions_kernel,
+        {
+            "x_ptr": "*bf16", "table_ptr": "*bf16", "position_ptr": "*i32", "live_ptr": "*i32",
+            "T": "i32", "D": "i32",
+        },
+        {
+            "SIDE": 16, "SAMPLING": "bilinear_antialias", "BLOCK_T": positions.BLOCK_T,
+            "BLOCK_D": positions.BLOCK_D,
+        },
+        divisible=["D"],
+    )  # fmt: skip
+    assert info.spill_bytes <= 8  # none with Triton 3.6, two registers with 3.9
+    assert info.count("FFMA") > 0  # fp32 products
+    assert info.count("STG.E.128") >= 1
+
+
+@pytest.mark.parametrize("D", [64, 72, 96])
+def test_probe_attention(D):
+    info = inspect(
+        probe_attention._probe_attention_kernel,
+        {
+            "q_ptr": "*fp32", "k_ptr": "*bf16", "v_ptr": "*bf16", "cu_seqlens_ptr": "*i32",
+            "out_ptr": "*bf16", "stride_kt": "i32", "stride_vt": "i32", "scale": "fp32",
+        },
+        {
+            "D": D, "BLOCK_N": probe_attention.BLOCK_N,
+            "BLOCK_D": triton.next_power_of_2(D),
+        },
+        divisible=["stride_kt", "stride_vt"],
+    )  # fmt: skip
+    assert info.spill_bytes == 0
+    assert info.count("LDG.E.64") + info.count("LDG.E.128") >= 2
 
 
 @pytest.mark.parametrize("splits", [0, 3])

@@ -46,6 +46,18 @@ def test_matches_definition(grids, window, slack, device):
         assert error < 34 * torch.finfo(torch.float32).eps, name
 
 
+def test_blocks_of_one_patch_are_row_by_row(device):
+    grids = [(1, 5, 7), (2, 3, 4), (1, 1, 1)]
+    table, inv_freq = inputs(grids, device, 2)
+    sizes = {"num_rows": 70, "num_frames": 6, "num_windows": 0}
+    got = layout(table, inv_freq, **sizes, merge=1)
+    want = layout_ref(table, inv_freq, **sizes, merge=1, window=0)
+    for name in ("cu_seqlens", "position", "source", "live"):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+    assert got.position[7:9].tolist() == [[1, 0, 5, 7], [1, 1, 5, 7]]
+    assert got.live_tokens.tolist() == got.live_rows.tolist() == [60]
+
+
 def test_definition_by_hand():
     # 4 x 6 patches, windows of 4: the second window is 4 x 2
     table, inv_freq = torch.tensor([[1, 4, 6]], dtype=torch.int32), torch.ones(1)

@@ -29,8 +29,9 @@ def arguments(P, D, side, dtype, device, padding=0):
         (24, 16, 4, "bilinear_corners"),
         (1176, 40, 0, "bilinear_corners"),
         (96, 136, 9, "bilinear_corners"),
-        (24, 40, 5, "bilinear"),
+        (588, 40, 5, "bilinear"),
         (24, 40, 5, "bicubic"),
+        (48, 72, 16, "bilinear_antialias"),
     ],
 )
 def test_matches_oracle(P, D, side, sampling, dtype, device):

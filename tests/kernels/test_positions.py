@@ -10,7 +10,7 @@ from vitgraph.kernels.positions import (
 )
 from vitgraph.kernels.testing import assert_as_accurate
 
-SAMPLINGS = ["bilinear_corners", "bilinear", "bicubic"]
+SAMPLINGS = ["bilinear_corners", "bilinear", "bicubic", "bilinear_antialias"]
 # larger and smaller than the table along either side, and a single token
 GRIDS = torch.tensor([[1, 4, 6], [2, 2, 20], [1, 2, 2], [1, 18, 4]], dtype=torch.int32)
 ROWS = 24 + 80 + 4 + 72
@@ -42,8 +42,21 @@ def test_samples_are_those_of_interpolate(side, sampling):
             (height, width),
             mode="bicubic" if sampling == "bicubic" else "bilinear",
             align_corners=sampling == "bilinear_corners",
+            antialias=sampling == "bilinear_antialias",
         )
         torch.testing.assert_close(got[row], resized[0, :, h, w], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("height", [1, 3, 6, 40])
+def test_a_grid_of_one_column(height):
+    """`interpolate` with antialias errs there on a CPU (torch 2.13), so it is that of one row."""
+    table = torch.randn(6, 6, 5, generator=torch.Generator().manual_seed(0)).double()
+    row = F.interpolate(
+        table.permute(2, 1, 0)[None], (1, height), mode="bilinear", antialias=True
+    )[0, :, 0].T  # fmt: skip
+    position = torch.tensor([[i, 0, height, 1] for i in range(height)])
+    got = sample_table_ref(table.flatten(0, 1), position, "bilinear_antialias")
+    torch.testing.assert_close(got, row, rtol=0, atol=1e-7)  # its weights are fp32
 
 
 @pytest.mark.parametrize("sampling", ["bilinear", "bicubic"])

@@ -49,8 +49,9 @@ def test_report_says_what_happens(build, model_type):
 def test_report_of_refused(build, refused_type):
     name = type(build(refused_type)).__name__
     support = next(s for s in tower_report() if s.tower_class == name)
-    # those of Step have an encoder of their own
-    assert support.tier == ("fused" if refused_type == "step3p7" else "refused")
+    # these have encoders of their own
+    has_own = refused_type in ("siglip2", "step3p7")
+    assert support.tier == ("fused" if has_own else "refused")
     assert support.reason
 
 
@@ -58,9 +59,10 @@ def test_info_lists_towers():
     result = CliRunner().invoke(app, ["info", "--json"])
     towers = json.loads(result.stdout)["towers"]
     assert towers["Qwen3VLVisionModel"] == "fused"
-    assert towers["Siglip2VisionModel"].startswith("refused: takes padded batches")
+    assert towers["Siglip2VisionModel"] == "fused: padded batches, by Siglip2Encoder"
+    assert towers["MiniCPMV4_6VisionModel"].startswith("refused: takes target_sizes")
     text = CliRunner().invoke(app, ["info"]).stdout
-    assert "  Siglip2VisionModel  refused: takes padded batches" in text
+    assert "  MiniCPMV4_6VisionModel  refused: takes target_sizes" in text
 
 
 def test_bad_choices(build):

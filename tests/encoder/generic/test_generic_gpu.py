@@ -151,6 +151,7 @@ def test_stale_rows_cannot_be_seen(captured):
     assert all(value.isfinite().all() for value in second.values())
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_replays_do_not_wait_for_the_device(captured):
     grids = BATCHES["images"]
     pixels = captured.pixels(grids)

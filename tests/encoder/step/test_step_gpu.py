@@ -46,12 +46,13 @@ class Case:
             self.half = tower.cuda().bfloat16()
             spec, tensors = step3_vl_spec(WIDTHS[kind], OUT), dict(self.half.named_parameters())
         else:
-            tower = build.hf_tower(**WIDTHS[kind]).cuda().bfloat16()
+            tower = build.hf_tower(**WIDTHS[kind])
             projector = torch.nn.Linear(tower.config.hidden_size * 4, OUT, bias=False)
-            self.half = torch.nn.ModuleDict(
-                {"tower": tower, "projector": projector.to(tower.device)}
-            )
-            self.half.bfloat16()
+            self.half = torch.nn.ModuleDict({"tower": tower, "projector": projector}).cuda()
+            # not `.bfloat16()`: that rounds the buffer of rotary frequencies, too, which a loaded
+            # model keeps in fp32
+            for parameter in self.half.parameters():
+                parameter.data = parameter.data.bfloat16()
             spec = step3p7_spec(tower.config, OUT)
             tensors = live_tensors(tower, self.half["projector"])
         self.exact = copy.deepcopy(self.half).float()

@@ -1,0 +1,119 @@
+"""The swap of a SigLIP 2 tower: images come as a padded batch, and go back as one."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from ..capture import EncoderCudaGraphConfig
+from .hf_tower import GraphChoice, SwappedTower
+from .siglip2_encoder import Siglip2Encoder, image_sizes, mask_agrees
+
+logger = logging.getLogger("vitgraph")
+
+# arguments that say nothing of the result
+IGNORED = ("return_dict", "use_cache", "output_hidden_states", "output_attentions")
+
+
+class SwappedSiglip2Tower(SwappedTower):
+    """A `Siglip2VisionModel` whose calls go to the fused tower; also the handle of the swap.
+
+    Rows of `last_hidden_state` past the patches of an image are zeros; Hugging Face computes them
+    from the padding, and nothing may read them. Beside the reasons of `SwappedTower`, calls go to
+    Hugging Face's forward for masks that mark other patches than the first ones of each image
+    ("pixel_attention_mask"), for images without patches or larger than the batch is padded to
+    ("spatial_shapes"), and for arguments that only that forward knows. Sizes and masks on a GPU
+    are read on the host, as Hugging Face's forward reads the sizes.
+    """
+
+    def __init__(self, tower: torch.nn.Module, *, graphs: GraphChoice, attention: str | None):
+        # "generic": nothing is looked up among the families of packed patches
+        super().__init__(tower, graphs=graphs, attention=attention, tier="generic")
+
+    def __call__(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The tower's forward of a padded batch, with its arguments and output class."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        change = self._seen.change()
+        reason = self._reason_for_hf(pixel_values, pixel_values, change, kwargs)
+        sizes: list[tuple[int, int]] = []
+        if reason is None and pixel_values is not None:
+            sizes, reason = _readable(pixel_values, pixel_attention_mask, spatial_shapes)
+        if reason is None and pixel_values is not None:
+            self._follow(change)
+            self._fused_calls += 1
+            encoder: Any = self.encoder
+            output = encoder(pixel_values, sizes, check_finite=False)
+            state: Any = _padded(output.last_hidden_state, output.patches_per_image, pixel_values)
+            return self._pack(BaseModelOutputWithPooling(state, output.pooler_output), kwargs)
+        self._note(str(reason))
+        # an optimizer may step after this call, in ways that versions do not show
+        self._is_dirty |= reason in ("grad", "training")
+        return self._hf_forward(
+            pixel_values=pixel_values, pixel_attention_mask=pixel_attention_mask,
+            spatial_shapes=spatial_shapes, **kwargs,
+        )  # fmt: skip
+
+    def _own_attention(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def _build(self) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            encoder = HfSiglip2Tower.from_hf(self.tower, attention=self._attention)
+            if self._graphs is False:
+                return encoder
+            config = None if self._graphs is True else EncoderCudaGraphConfig.from_any(self._graphs)
+            if encoder.device.type == "cuda":
+                encoder.capture(config)
+            elif not self._said_no_graphs:
+                logger.info("vision tower on %s: no CUDA graphs, calls run eagerly", encoder.device)
+                self._said_no_graphs = True
+        return encoder
+
+
+class HfSiglip2Tower(Siglip2Encoder):
+    """An encoder that knows which arguments of Hugging Face's forward it does not serve."""
+
+    def unserved_argument(self, kwargs: Mapping[str, Any]) -> str | None:
+        """The first argument of a call that only the tower's own forward heeds."""
+        return next((n for n, v in kwargs.items() if n not in IGNORED and v is not None), None)
+
+
+def _readable(
+    pixels: torch.Tensor, mask: torch.Tensor | None, shapes: torch.Tensor | None
+) -> tuple[list[tuple[int, int]], str | None]:
+    """The sizes of the images; and why the batch belongs to Hugging Face's forward, if it does."""
+    if shapes is None:
+        return [], "no spatial_shapes"
+    if pixels.ndim != 3 or not pixels.is_floating_point():
+        return [], "pixel_values"
+    try:
+        sizes = image_sizes(shapes)
+    except (TypeError, ValueError):
+        return [], "spatial_shapes"
+    length = pixels.shape[1]
+    if len(sizes) != len(pixels) or any(h * w > length for h, w in sizes):
+        return [], "spatial_shapes"
+    # without a mask that forward lets images see their padding
+    is_whole = all(h * w == length for h, w in sizes)
+    agrees = is_whole if mask is None else mask_agrees(mask, sizes, length)
+    return sizes, None if agrees else "pixel_attention_mask"
+
+
+def _padded(rows: torch.Tensor, counts: Sequence[int], pixels: torch.Tensor) -> torch.Tensor:
+    """[images, patches, D] of packed rows, zeros past the patches of each image."""
+    images, length = pixels.shape[:2]
+    if all(count == length for count in counts):
+        return rows.view(images, length, rows.shape[1])
+    batch = rows.new_zeros(images, length, rows.shape[1])
+    places = [batch[i, :count] for i, count in enumerate(counts)]
+    torch._foreach_copy_(places, list(rows.split(list(counts))))
+    return batch
