@@ -125,6 +125,7 @@ def test_replay_is_eager_bit_for_bit(case, batch):
             assert torch.equal(fresh[key][: len(value)], value), (key, shapes)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_replay_does_not_wait(case, batch):
     """With sizes on the host, a call enqueues its work and returns."""
     case.encoder.capture({"token_budgets": BUDGETS})
