@@ -1,7 +1,5 @@
 """The kernel of gemm_few_rows.py, which says what it computes and how its work is laid out."""
 
-from typing import Any
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -14,10 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .activation import apply_activation
 from .gluon_pdl import wait_for_previous
-
-# Triton 3.7 renamed both
-_load: Any = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_store: Any = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+from .gluon_tiles import add_bias, columns, load_async, store_async
 
 
 @gluon.jit
@@ -36,12 +31,12 @@ def _load_weight(
     HEAD: gl.constexpr = block.shape[0]
     if IS_GATED:
         gate, up = start_n // 2, (N + start_n) // 2
-        _load(weight, [gate, start_k], arrived, block.slice(0, HEAD // 2))
-        _load(weight, [up, start_k], arrived, block.slice(HEAD // 2, HEAD // 2))
+        load_async(weight, [gate, start_k], arrived, block.slice(0, HEAD // 2))
+        load_async(weight, [up, start_k], arrived, block.slice(HEAD // 2, HEAD // 2))
     else:
-        _load(weight, [start_n, start_k], arrived, block)
+        load_async(weight, [start_n, start_k], arrived, block)
     if HAS_TAIL:
-        _load(weight_tail, [start_n + HEAD, start_k], arrived, tail)
+        load_async(weight_tail, [start_n + HEAD, start_k], arrived, tail)
 
 
 @gluon.jit
@@ -75,30 +70,11 @@ def _produce(
                     weight_ring.index(stage), tail_ring.index(stage), IS_GATED, HAS_TAIL,
                 )  # fmt: skip
             mbarrier.expect(x_full.index(stage), BLOCK_M * STEP_K * 2)
-            _load(x, [start_m, start_k], x_full.index(stage), x_ring.index(stage))
+            load_async(x, [start_m, start_k], x_full.index(stage), x_ring.index(stage))
     else:
         # the memory of a program that has ended belongs to others
         for i in range(early):
             mbarrier.wait(weight_full.index(i), 0)
-
-
-@gluon.jit
-def _columns(acc, COUNT: gl.constexpr):
-    """Tuple of `COUNT` tiles that lie side by side in `acc`; moves no data between threads."""
-    if COUNT == 1:
-        return (acc,)
-    else:
-        halves = acc.reshape([acc.shape[0], 2, acc.shape[1] // 2]).permute(0, 2, 1).split()
-        return _columns(halves[0], COUNT // 2) + _columns(halves[1], COUNT // 2)
-
-
-@gluon.jit
-def _add_bias(y, bias_ptr, first, end, LAYOUT: gl.constexpr):
-    if bias_ptr is not None:
-        columns = first + gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, LAYOUT))
-        bias = gl.load(bias_ptr + columns, mask=columns < end, other=0.0)
-        y += bias.to(gl.float32)[None, :]
-    return y
 
 
 @gluon.jit
@@ -113,16 +89,16 @@ def _store_rounded(
         start_n = start_n // 2
     for i in gl.static_range(PARTS):
         first = start_n + i * WIDTH
-        y = _add_bias(gl.convert_layout(parts[i], LAYOUT), bias_ptr, first, N, LAYOUT)
+        y = add_bias(gl.convert_layout(parts[i], LAYOUT), bias_ptr, first, N, LAYOUT)
         y = apply_activation(y, ACTIVATION)
         if IS_GATED:
             up = gl.convert_layout(parts[PARTS + i], LAYOUT)
-            y *= _add_bias(up, bias_ptr, N // 2 + first, N, LAYOUT)
+            y *= add_bias(up, bias_ptr, N // 2 + first, N, LAYOUT)
         if i >= BUFFERS:
             tma.store_wait(BUFFERS - 1)
         buffers.index(i % BUFFERS).store(y.to(out.dtype))
         fence_async_shared()
-        _store(out, [start_m, first], buffers.index(i % BUFFERS))
+        store_async(out, [start_m, first], buffers.index(i % BUFFERS))
     tma.store_wait(0)
 
 
@@ -131,9 +107,9 @@ def _store_partial(acc, out_ptr, M, N, start_m, start_n):
     """fp32 as they are: four threads of a row fill a sector of 32 bytes."""
     LAYOUT: gl.constexpr = acc.type.layout
     rows = start_m + gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, LAYOUT))
-    columns = start_n + gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, LAYOUT))
-    mask = (rows < M)[:, None] & (columns < N)[None, :]
-    gl.store(out_ptr + rows[:, None] * N + columns[None, :], acc, mask=mask)
+    cols = start_n + gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+    mask = (rows < M)[:, None] & (cols < N)[None, :]
+    gl.store(out_ptr + rows[:, None] * N + cols[None, :], acc, mask=mask)
 
 
 @gluon.jit
@@ -183,9 +159,9 @@ def _consume(
                 [3, 0], [NUM_WARPS, 1], [16, WIDTH, 16]
             )
             if HAS_TAIL:
-                parts = _columns(acc, HEAD // WIDTH) + _columns(tail, TAIL // WIDTH)
+                parts = columns(acc, HEAD // WIDTH) + columns(tail, TAIL // WIDTH)
             else:
-                parts = _columns(acc, HEAD // WIDTH)
+                parts = columns(acc, HEAD // WIDTH)
             _store_rounded(
                 parts, bias_ptr, out, N, start_m, start_n, buffers,
                 PART_LAYOUT, ACTIVATION, IS_GATED,

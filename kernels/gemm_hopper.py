@@ -28,6 +28,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .activation import apply_activation
 from .gemm_tuning import HopperConfig
 from .gluon_pdl import wait_for_previous
+from .gluon_tiles import add_bias, columns, load_async, store_async
 from .launch import launch_kernel
 from .pdl import starts_early
 
@@ -38,10 +39,6 @@ BUFFERS = 2  # parts of the output that are staged for every group
 GROUP_M = 8  # tiles of rows that share a column of weight tiles before the next is started
 # with the warp of the loads, three times four warps share 65536 of them
 MAX_REGISTERS = 168
-
-# Triton 3.7 renamed both
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 
 @gluon.jit
@@ -96,37 +93,17 @@ def _produce(
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             arrived = full.index(stage)
             mbarrier.expect(arrived, BYTES)
-            _load(x, [start_m, start_k], arrived, x_ring.index(stage))
+            load_async(x, [start_m, start_k], arrived, x_ring.index(stage))
             block = weight_ring.index(stage)
             if IS_GATED:
                 gate, up = start_n // 2, (N + start_n) // 2
-                _load(weight, [gate, start_k], arrived, block.slice(0, BLOCK_N // 2))
-                _load(weight, [up, start_k], arrived, block.slice(BLOCK_N // 2, BLOCK_N // 2))
+                load_async(weight, [gate, start_k], arrived, block.slice(0, BLOCK_N // 2))
+                load_async(weight, [up, start_k], arrived, block.slice(BLOCK_N // 2, BLOCK_N // 2))
             else:
-                _load(weight, [start_n, start_k], arrived, block)
+                load_async(weight, [start_n, start_k], arrived, block)
             if HEAD < BLOCK_N:
-                _load(weight_tail, [start_n + HEAD, start_k], arrived, tail_ring.index(stage))
+                load_async(weight_tail, [start_n + HEAD, start_k], arrived, tail_ring.index(stage))
             step += 1
-
-
-@gluon.jit
-def _columns(acc, COUNT: gl.constexpr):
-    """Tuple of `COUNT` tiles that lie side by side in `acc`; moves no data between threads."""
-    if COUNT == 1:
-        return (acc,)
-    else:
-        halves = acc.reshape([acc.shape[0], 2, acc.shape[1] // 2]).permute(0, 2, 1).split()
-        return _columns(halves[0], COUNT // 2) + _columns(halves[1], COUNT // 2)
-
-
-@gluon.jit
-def _add_bias(y, bias_ptr, first, end, LAYOUT: gl.constexpr):
-    """Add the bias of columns `first`.. to `y`."""
-    if bias_ptr is not None:
-        columns = first + gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, LAYOUT))
-        bias = gl.load(bias_ptr + columns, mask=columns < end, other=0.0)
-        y += bias.to(gl.float32)[None, :]
-    return y
 
 
 @gluon.jit
@@ -138,7 +115,7 @@ def _load_residual(
     barrier = arrived.index(GROUP * PARTS + part)
     mbarrier.expect(barrier, out.block_type.nbytes)
     buffer = buffers.index(GROUP * BUFFERS + part % BUFFERS)
-    _load(out, [start_m, start_n + part * WIDTH], barrier, buffer)
+    load_async(out, [start_m, start_n + part * WIDTH], barrier, buffer)
 
 
 @gluon.jit
@@ -171,11 +148,11 @@ def _finish(
                 i - 1 + BUFFERS, out, start_m, start_n, buffers, arrived, GROUP, PARTS, BUFFERS
             )
         first = start_n + i * WIDTH
-        y = _add_bias(gl.convert_layout(parts[i], LAYOUT), bias_ptr, first, N, LAYOUT)
+        y = add_bias(gl.convert_layout(parts[i], LAYOUT), bias_ptr, first, N, LAYOUT)
         y = apply_activation(y, ACTIVATION)
         if IS_GATED:
             up = gl.convert_layout(parts[PARTS + i], LAYOUT)
-            y *= _add_bias(up, bias_ptr, N // 2 + first, N, LAYOUT)
+            y *= add_bias(up, bias_ptr, N // 2 + first, N, LAYOUT)
         buffer = buffers.index(GROUP * BUFFERS + i % BUFFERS)
         if HAS_RESIDUAL:
             mbarrier.wait(arrived.index(GROUP * PARTS + i), phase)
@@ -185,7 +162,7 @@ def _finish(
             tma.store_wait(BUFFERS - 1 if i > 0 else 0)
         buffer.store(y.to(out.dtype))
         fence_async_shared()
-        _store(out, [start_m, first], buffer)
+        store_async(out, [start_m, first], buffer)
 
 
 @gluon.jit
@@ -262,10 +239,10 @@ def _consume(
         mbarrier.arrive(turn.index(1 - GROUP))
         if TAIL:
             acc, tail = warpgroup_mma_wait(0, deps=(acc, tail))
-            parts = _columns(acc, HEAD // WIDTH) + _columns(tail, TAIL // WIDTH)
+            parts = columns(acc, HEAD // WIDTH) + columns(tail, TAIL // WIDTH)
         else:
             acc = warpgroup_mma_wait(0, deps=(acc,))
-            parts = _columns(acc, HEAD // WIDTH)
+            parts = columns(acc, HEAD // WIDTH)
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
         step += steps  # those of the other group's tile
         _finish(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from vitgraph.capture import EncoderCudaGraphManager, MeasuredCosts, calibration
+from vitgraph.capture import EncoderCudaGraphManager, MeasuredCosts
 from vitgraph.capture.calibration import cache_path
 from vitgraph.capture.cost import EagerCurve, Terms
 
@@ -438,34 +438,6 @@ def test_what_is_cheaper_runs_eagerly(encoder, manager, pixels_for):
     manager.clear()
     manager.capture()
     assert not isinstance(manager.costs, MeasuredCosts)
-
-
-def test_what_calibration_runs(encoder, monkeypatch):
-    clock = [0.0]
-    runs = []
-    monkeypatch.setattr(calibration.time, "perf_counter", lambda: clock[0])
-    seconds = {16: 0.002, 2048: 0.02, 4096: 0.06, None: 0.3}
-
-    def run_on(rung, pixels, grid):
-        budget = None if rung is None else rung.token_budget
-        patches = sum(t * h * w for t, h, w in grid)
-        assert pixels.shape == (patches, 6)
-        runs.append((budget, len(grid), patches // 4))
-        # the first calls after a while find everything idle
-        clock[0] += seconds[budget] * (3 if clock[0] < 0.4 else 1)
-
-    rungs = [encoder.rung_limits(budget, 16, 16) for budget in (16, 2048, 4096)]
-    samples = calibration.calibrate(encoder, rungs, run_on)
-    for sample in samples:
-        assert sample.us == pytest.approx(1e6 * seconds[sample.token_budget])
-    # large rungs also in eight images; up to four times the largest
-    eager = {run for run in runs if run[0] is None}
-    assert {(8, 4048), (16, 2 * 4048), (32, 4 * 4048)} <= {run[1:] for run in eager}
-    assert {tokens for _, count, tokens in eager if count == 8} == {4048}
-    # one call that is not counted, and then as many as long and short ones need
-    assert runs.count((None, 8, 4048)) == 2
-    full = max(run for run in runs if run[0] == 4096)
-    assert runs.count(full) == 4
 
 
 def test_calibration_is_kept_in_a_file(encoder, make, tmp_path, monkeypatch):
