@@ -56,10 +56,11 @@ class Executor:
         self._stage = encoder.stage if isinstance(encoder, StagesInputs) else None
         known = PIXELS in self._input_specs if self._stage else self._input_specs.keys() in _INPUTS
         if not known:
+            wanted = f"exactly {GRID} and {PIXELS}, or these with {KEEP} and {KEEP_MASK}"
             raise ValueError(
                 f"EncoderCudaGraphManager: {type(encoder).__name__}.input_specs names "
-                f"{sorted(self._input_specs)}; it must name exactly {GRID} and {PIXELS}, or these "
-                f"with {KEEP} and {KEEP_MASK}"
+                f"{sorted(self._input_specs)}; it must name "
+                f"{PIXELS + ' beside what it stages' if self._stage else wanted}"
             )
         for name, spec in (*self._input_specs.items(), *self._output_specs.items()):
             if spec.shape[0] < limit_of(spec.rows, largest):

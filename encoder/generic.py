@@ -12,6 +12,7 @@ from ..capture import EncoderCudaGraphConfig, EncoderCudaGraphManager
 from ..capture.staging import grid_rows
 from .generic_tower import GenericTower
 from .hf_probe import pack_outputs
+from .tower_contents import TowerContents
 
 
 class GenericEncoder(GenericTower):
@@ -29,6 +30,7 @@ class GenericEncoder(GenericTower):
     def __init__(self, tower: torch.nn.Module, *, attention: str | None = None):
         super().__init__(tower, attention)
         self.graphs: EncoderCudaGraphManager | None = None
+        self._captured: TowerContents | None = None
         arguments = list(inspect.signature(type(tower).forward).parameters.values())
         self._other_arguments = tuple(
             p.name
@@ -58,11 +60,13 @@ class GenericEncoder(GenericTower):
         Raises:
             TypeError, ValueError: pixels that are no floats, do not belong to the grids, or are not
                 finite; grids that are no integers, or that the tower does not take.
+            RuntimeError: parameters of the tower have moved since they were captured.
         """
         grids = grid_rows(grid_thw)
         pixels = self._pixel_rows(pixel_values, grids, check_finite)
         with torch.no_grad():
             if self.graphs is not None:
+                self._check_captured()
                 tensors = self.graphs.execute(pixels, grids)
             else:
                 self.item_specs(grids)  # refuses grids
@@ -100,14 +104,24 @@ class GenericEncoder(GenericTower):
         self.release_graphs()  # room for the new ones
         manager = EncoderCudaGraphManager(self, config)
         manager.capture(graph_pool=graph_pool, show_progress=show_progress)
-        self.graphs = manager
+        self.graphs, self._captured = manager, TowerContents(self.tower)
         return manager
+
+    def _check_captured(self) -> None:
+        """Refuse to replay graphs that hold addresses which the tower has left."""
+        change = None if self._captured is None else self._captured.change()
+        if change in ("storage", "modules"):
+            raise RuntimeError(
+                f"{type(self.tower).__name__}: its {change} changed after capture() (moved, cast, "
+                "or replaced), and the graphs read the old one; call release_graphs(), and capture "
+                "an encoder made anew"
+            )
 
     def release_graphs(self) -> None:
         """Free the captured graphs and their buffers; calls run eagerly again."""
         if self.graphs is not None:
             self.graphs.clear()
-            self.graphs = None
+            self.graphs = self._captured = None
 
     def load_weights(self, tower: torch.nn.Module) -> None:
         """Nothing for the own tower, whose weights are used where they are, by graphs too.

@@ -8,6 +8,7 @@ of the installed transformers are called on the CPU, and their results handed in
 
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -137,15 +138,21 @@ class Metadata:
         }
 
 
+# it replaces functions of modules that all towers share
+_LISTENING = threading.RLock()
+
+
 @contextmanager
 def _listening(tower: torch.nn.Module, heard: list[tuple[FunctionType, tuple, dict]]):
     """Note the calls that the modules of `tower` make of functions that take a `kwargs`."""
     homes = {sys.modules[type(module).__module__] for module in tower.modules()}
     replaced: list[tuple[Any, str, FunctionType]] = []
+    listener = threading.get_ident()
 
     def spy_on(function: FunctionType) -> Callable[..., Any]:
         def spy(*args: Any, **kwargs: Any) -> Any:
-            if kwargs.get("kwargs") is not None:
+            is_mine = threading.get_ident() == listener
+            if is_mine and kwargs.get("kwargs") is not None:
                 own = {name: value for name, value in kwargs.items() if name != "kwargs"}
                 heard.append((function, args, own))
             return function(*args, **kwargs)
@@ -206,7 +213,7 @@ def hear_metadata(
                 calls.append(call)
         return calls, lengths
 
-    with _listening(tower, heard):
+    with _LISTENING, _listening(tower, heard):
         yield result
 
 

@@ -207,7 +207,8 @@ class StepEncoder(StepTower):
             self._check_images("pixel_values_local", pixel_values_local, LOCAL, check_finite)
             images[LOCAL] = pixel_values_local
         with torch.no_grad():
-            return self._join(self.run(images), counts)
+            # of crops only the projected tokens are wanted
+            return self._join(self.run(images, {LOCAL: ["pooler_output"]}), counts)
 
     def _join(
         self, outputs: Mapping[str, Mapping[str, torch.Tensor]], counts: Sequence[int]

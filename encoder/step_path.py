@@ -7,6 +7,7 @@ import torch
 from ..capture import BufferSpec, EncoderItemSpec, Pruning, RungLimits
 from ..capture.staging import leading_slices
 from ..kernels.attention import check_backend, choose_backend
+from ..kernels.few_rows_tuning import table_digest
 from ..kernels.gemm_tuning import tuning
 from ..kernels.launch import compiling
 from .grids import Grid
@@ -176,9 +177,9 @@ class StepPath:
 
     def fingerprint(self) -> str:
         """What this path's speed depends on."""
-        table = tuning(self.device).digest
+        tables = f"gemm={tuning(self.device).digest} few_rows={table_digest()}"
         size = f"{self.size.height}x{self.size.width}"
-        return f"{self._weights.spec} {size} {self.dtype} {self.attention} gemm={table}"
+        return f"{self._weights.spec} {size} {self.dtype} {self.attention} {tables}"
 
     def _widths(self) -> dict[str, int]:
         spec = self._weights.spec

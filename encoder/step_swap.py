@@ -1,6 +1,5 @@
 """The swap of a Step tower: whole images and crops come as batches of pixels, without grids."""
 
-import inspect
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -46,7 +45,6 @@ class SwappedStepTower(SwappedTower):
                 "weights have it) or 'hw' (as transformers before 5.23 computes it)"
             )
         self.rope_axes: RopeAxes = rope_axes
-        self._accepted = frozenset(inspect.signature(type(tower).forward).parameters)
         # "generic": nothing is looked up among the families of packed patches
         super().__init__(tower, graphs=graphs, attention=attention, tier="generic")
         if (theirs := rope_axes_of(tower)) != rope_axes:

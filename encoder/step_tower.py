@@ -1,6 +1,6 @@
 """A Step tower as an object: its weights, a path for each size of images, and their graphs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, Self
 
@@ -79,25 +79,27 @@ class StepTower:
         with torch.no_grad():
             for name, path in self.paths.items():
                 if (path.size.height, path.size.width) == size:
-                    state = self.run({name: pixel_values})[name]["last_hidden_state"]
+                    state = self.run({name: pixel_values}, None)[name]["last_hidden_state"]
                     break
             else:
                 path = self._other_path(*size)
                 state = self._eager(path, pixel_values)["last_hidden_state"]
         return state.view(len(pixel_values), path.size.tokens, self.spec.state_size)
 
-    def run(self, images: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-        """Outputs of the paths whose images [N, C, H, W] are given, replayed if captured."""
+    def run(
+        self, images: Mapping[str, torch.Tensor], names: Mapping[str, Sequence[str]] | None
+    ) -> dict[str, dict[str, torch.Tensor]]:
+        """Outputs of the paths whose images [N, C, H, W] are given, replayed if captured.
+
+        Replays give a path that `names` names those outputs alone.
+        """
         if self.graphs is None:
             return {name: self._eager(self.paths[name], pixels) for name, pixels in images.items()}
         inputs = {
             name: (self.paths[name].pixel_rows(pixels), [self.paths[name].fixed_grid] * len(pixels))
             for name, pixels in images.items()
         }
-        if self.spec.out_size:
-            # of crops only the projected tokens are wanted
-            return self.graphs.execute(inputs, names={LOCAL: ["pooler_output"]})
-        return self.graphs.execute(inputs)
+        return self.graphs.execute(inputs, names=names)
 
     def load_weights(self, tower: torch.nn.Module) -> None:
         """Re-read every weight from `tower` into the same memory; captured graphs see them.
@@ -179,7 +181,9 @@ class StepTower:
         return path.eager_forward(path.pixel_rows(images), [path.fixed_grid] * len(images))
 
     def _new_path(self, height: int, width: int) -> StepPath:
-        return StepPath(self.weights, ImageSize(self.weights, height, width), self._attention)
+        # tables born in inference mode could not be written when weights are loaded outside of it
+        with torch.inference_mode(False), torch.no_grad():
+            return StepPath(self.weights, ImageSize(self.weights, height, width), self._attention)
 
     def _other_path(self, height: int, width: int) -> StepPath:
         """The path of another size, kept until `MAX_OTHER_SIZES` newer ones have come."""

@@ -88,6 +88,11 @@ def linear_partials(
             f"linear_partials: splits = {config.splits} of K = {K} must be from 1 to its "
             f"{ceil_div(K, BLOCK_K)} steps of {BLOCK_K}"
         )
+    if config.splits * M * N >= 2**31:
+        raise ValueError(
+            f"linear_partials: [{config.splits}, {M}, {N}] are 2**31 sums or more; use `linear`, "
+            "which is faster for so many rows"
+        )
     if out is None:
         out = torch.empty((config.splits, M, N), dtype=torch.float32, device=x.device)
     is_right = out.shape == (config.splits, M, N) and out.dtype == torch.float32

@@ -38,10 +38,11 @@ def test_rules_cover_every_published_tower(name):
     rules = family.weight_map(spec)
     theirs = {key: tuple(p.shape) for key, p in hf.named_parameters()}
     assert {s: r.shape for r in rules for s in r.sources} == theirs
-    # rows of every matrix start on 16 bytes, which fast GEMMs need
+    # rows of every matrix start on 16 bytes, which fast GEMMs need; the patch embedding is a kernel
+    # of its own, for rows of any width (PaddleOCR-VL: 588 values)
     for rule in rules:
         packed = rule.pack(dict(hf.named_parameters()))
-        if packed.ndim == 2:
+        if packed.ndim == 2 and rule.name != "patch.weight":
             assert packed.shape[1] % 8 == 0, rule.name
 
 

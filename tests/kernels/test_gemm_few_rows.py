@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import vitgraph.bench.towers_config as towers
-from vitgraph.encoder.families import family_of_model
+from vitgraph.encoder.families import FAMILIES
 from vitgraph.kernels import gemm as gemm_module
 from vitgraph.kernels import gemm_few_rows as module
 from vitgraph.kernels import linear as linear_module
@@ -50,7 +50,7 @@ def test_parts_are_whole_steps_that_sum_to_the_product():
 def shapes_of_towers():
     found = set()
     for name, config in towers.TOWERS.items():
-        spec = family_of_model(config.family).spec(config.vision_config())
+        spec = FAMILIES[config.family].spec(config.vision_config())
         D, F = spec.hidden_size, spec.padded_mlp_size
         if not name.startswith("tiny"):
             up = (2 * F, D, GATED) if spec.mlp == "gated" else (F, D, spec.activation)

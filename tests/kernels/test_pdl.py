@@ -125,9 +125,12 @@ def inspect_residual(early, splits=2):
 def inspect_rope(early):
     return inspect(
         rope._rope_kernel,
-        {"qkv_ptr": "*bf16", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "live_ptr": "*i32"},
         {
-            "HEADS": 32, "HALF": 36, "BLOCK_H": 32,
+            "qkv_ptr": "*bf16", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "live_ptr": "*i32",
+            "num_angles": "i32",
+        },
+        {
+            "weight_ptr": None, "EPS": 0.0, "HEADS": 32, "HALF": 36, "BLOCK_H": 32,
             "BLOCK_HALF": triton.next_power_of_2(36), "PDL": early,
         },
         launch_pdl=early,

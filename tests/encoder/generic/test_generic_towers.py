@@ -16,6 +16,7 @@ from vitgraph.encoder.hf_attention import (
     packed_attention,
 )
 from vitgraph.encoder.hf_metadata import MetadataInput
+from vitgraph.encoder.tower_contents import TowerContents
 from vitgraph.kernels.testing import assert_as_accurate
 
 
@@ -316,3 +317,23 @@ def test_half_precision(build, dtype):
     for model_type in ("qwen2_5_vl", "kimi_k25", "glm4v", "paddleocr_vl"):
         encoder = GenericEncoder(build(model_type, dtype))
         assert encoder.dtype == dtype
+
+
+def test_a_tower_that_moved_is_not_replayed(build, recorder):
+    """Graphs hold addresses; a replay would read what the parameters have left."""
+    encoder = GenericEncoder(build("glm_ocr"))
+    manager = EncoderCudaGraphManager(encoder, {"token_budgets": [64]}, recorder=recorder)
+    manager.capture()
+    encoder.graphs, encoder._captured = manager, TowerContents(encoder.tower)
+    grids = [(1, 4, 6)]
+    pixels = torch.randn(24, *encoder.facts.pixel_shape)
+    encoder(pixels, grids)
+    with torch.no_grad():
+        next(encoder.tower.parameters()).mul_(1.0)  # values may change
+    encoder(pixels, grids)
+    first = next(encoder.tower.parameters())
+    first.data = first.data.clone()
+    with pytest.raises(RuntimeError, match=r"its storage changed after capture"):
+        encoder(pixels, grids)
+    encoder.release_graphs()
+    encoder(pixels, grids)

@@ -108,6 +108,24 @@ def test_results_belong_to_the_caller(build, images, rerun_recorder):
 
 
 @torch.no_grad()
+def test_states_of_images_of_every_size(build, images, rerun_recorder):
+    encoder = build.encoder(build.step3())
+    sizes = [build.image, build.crop, 112]
+    eager = [encoder.encode(images(2, side)) for side in sizes]
+    encoder._capture_with(rerun_recorder, {"token_budgets": [36]})
+    for side, want in zip(sizes, eager, strict=True):
+        assert rel_rms(encoder.encode(images(2, side)), want) < FP32
+
+
+def test_new_weights_for_sizes_first_seen_in_inference_mode(build, images):
+    encoder = build.encoder(build.hf_model(0))
+    with torch.inference_mode():
+        before = encoder.encode(images(1, 112)).clone()
+    encoder.load_weights(build.hf_model(5))
+    assert rel_rms(encoder.encode(images(1, 112)), before) > 0.1
+
+
+@torch.no_grad()
 def test_new_weights(build, images, column_first, rerun_recorder):
     model, other = build.hf_model(0), build.hf_model(5)
     encoder = build.encoder(model)
