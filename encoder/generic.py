@@ -10,6 +10,7 @@ from transformers.utils import ModelOutput
 
 from ..capture import EncoderCudaGraphConfig, EncoderCudaGraphManager
 from ..capture.staging import grid_rows
+from .capturable import check_capturable
 from .generic_tower import GenericTower
 from .hf_probe import pack_outputs
 from .tower_contents import TowerContents
@@ -91,16 +92,7 @@ class GenericEncoder(GenericTower):
             ValueError: the configuration is invalid, or the attention backend is "reference".
             RuntimeError: the tower is not on a CUDA device.
         """
-        if self.device.type != "cuda":
-            raise RuntimeError(
-                f"capture: CUDA graphs need a CUDA device, this tower is on {self.device}; move it "
-                "there, or call the encoder without capture"
-            )
-        if self.attention == "reference":
-            raise ValueError(
-                "capture: attention = 'reference' reads offsets on the host, which a graph cannot; "
-                "choose another backend (see `vitgraph info`) or call the encoder without capture"
-            )
+        check_capturable(self.device, [self.attention])
         self.release_graphs()  # room for the new ones
         manager = EncoderCudaGraphManager(self, config)
         manager.capture(graph_pool=graph_pool, show_progress=show_progress)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..capture import EncoderCudaGraphConfig, EncoderCudaGraphManager
+from .capturable import check_capturable
 from .checkpoint import Checkpoint, CheckpointError
 from .grids import PIXEL_DTYPES, Grid
 from .siglip2 import (
@@ -217,16 +218,7 @@ class Siglip2Encoder(Siglip2Tower):
             ValueError: the configuration is invalid, or the attention backend is "reference".
             RuntimeError: the tower is not on a CUDA device.
         """
-        if self.device.type != "cuda":
-            raise RuntimeError(
-                f"capture: CUDA graphs need a CUDA device, this tower is on {self.device}; "
-                "load it with device='cuda' or call it without capture"
-            )
-        if self.attention == "reference":
-            raise ValueError(
-                "capture: attention = 'reference' reads offsets on the host, which a graph cannot; "
-                "choose another backend (see `vitgraph info`) or call the encoder without capture"
-            )
+        check_capturable(self.device, [self.attention])
         self.release_graphs()  # room for the new ones
         manager = EncoderCudaGraphManager(self, config)
         manager.capture(graph_pool=graph_pool, show_progress=show_progress)

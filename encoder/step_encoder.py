@@ -13,11 +13,9 @@ from .grids import PIXEL_DTYPES
 from .step_keys import PREFIXES, to_hf_names, tower_key
 from .step_preprocess import StepPreprocessor
 from .step_spec import TOWER_CLASS, RopeAxes, StepSpec, spec_of_model, step3p7_spec
-from .step_tower import GLOBAL, LOCAL, StepTower, live_tensors, live_weights
+from .step_tower import GLOBAL, LOCAL, LOCAL_SIZE, StepTower, live_tensors, live_weights
 from .step_weights import StepWeights
 from .vision_encoder import pick_device, pick_dtype
-
-LOCAL_SIZE = 504  # pixels along a side of a crop
 
 
 @dataclass

@@ -9,11 +9,10 @@ import torch
 
 from .hf_tower import GraphChoice, SwappedTower
 from .step_spec import ROPE_AXES, RopeAxes
-from .step_tower import StepTower, path_configs
+from .step_tower import LOCAL_SIZE, StepTower, path_configs
 
 logger = logging.getLogger("vitgraph")
 
-LOCAL_SIZE = 504  # pixels along a side of a crop
 # arguments that say nothing of the result
 IGNORED = ("return_dict", "use_cache", "output_hidden_states", "output_attentions")
 
@@ -55,8 +54,13 @@ class SwappedStepTower(SwappedTower):
                 theirs, rope_axes, theirs,
             )  # fmt: skip
 
-    def __call__(self, pixel_values: torch.Tensor | None = None, *_: Any, **kwargs: Any) -> Any:
+    def __call__(self, pixel_values: torch.Tensor | None = None, *rest: Any, **kwargs: Any) -> Any:
         """The tower's forward of images [N, C, H, W], with its arguments and output class."""
+        if rest:
+            raise TypeError(
+                f"{type(self.tower).__name__}: takes pixel_values alone by position, got "
+                f"{len(rest)} more; pass them by name"
+            )
         from transformers.modeling_outputs import BaseModelOutput
 
         change = self._seen.change()

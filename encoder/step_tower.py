@@ -8,6 +8,7 @@ import torch
 
 from ..capture import EncoderCudaGraphConfig
 from ..capture.multi_path import MultiPathManager
+from .capturable import check_capturable
 from .step_forward import ImageSize
 from .step_path import StepPath
 from .step_spec import RopeAxes, StepSpec, step3p7_spec
@@ -15,6 +16,7 @@ from .step_weights import StepWeights
 from .vision_encoder import pick_dtype
 
 GLOBAL, LOCAL = "global", "local"
+LOCAL_SIZE = 504  # pixels along a side of a crop
 MAX_OTHER_SIZES = 8  # sizes beside those of the paths whose constants are kept
 
 
@@ -133,16 +135,7 @@ class StepTower:
             ValueError: the configuration is invalid, or the attention backend is "reference".
             RuntimeError: the tower is not on a CUDA device.
         """
-        if self.device.type != "cuda":
-            raise RuntimeError(
-                f"capture: CUDA graphs need a CUDA device, this tower is on {self.device}; "
-                "load it with device='cuda' or call it without capture"
-            )
-        if any(path.attention == "reference" for path in self.paths.values()):
-            raise ValueError(
-                "capture: attention = 'reference' reads offsets on the host, which a graph cannot; "
-                "choose another backend (see `vitgraph info`) or call the encoder without capture"
-            )
+        check_capturable(self.device, [path.attention for path in self.paths.values()])
         return self._capture_with(None, config, graph_pool, show_progress)
 
     def release_graphs(self) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from ..capture import EncoderCudaGraphConfig, EncoderCudaGraphManager
 from ..kernels.layout import layout_ref
+from .capturable import check_capturable
 from .checkpoint import Checkpoint
 from .families import family_of_tower
 from .forward import check_layers
@@ -263,16 +264,7 @@ class VisionEncoder(RecordableTower):
                 pruning is asked of a tower without a merger.
             RuntimeError: the tower is not on a CUDA device.
         """
-        if self.device.type != "cuda":
-            raise RuntimeError(
-                f"capture: CUDA graphs need a CUDA device, this tower is on {self.device}; "
-                "load it with device='cuda' or call it without capture"
-            )
-        if self.attention == "reference":
-            raise ValueError(
-                "capture: attention = 'reference' reads offsets on the host, which a graph cannot; "
-                "choose another backend (see `vitgraph info`) or call the encoder without capture"
-            )
+        check_capturable(self.device, [self.attention])
         if pruning:
             check_prunable(self.spec)
         self.release_graphs()  # room for the new ones

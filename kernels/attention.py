@@ -35,7 +35,7 @@ from .roofline import Cost
 
 BACKENDS = ("reference", "triton", "hopper", "torch", "fa2", "fa3", "fa4")
 LONG_SEGMENT = 8192
-# At these the two are even in one segment of 16,384 rows, and "hopper" is ahead in every mix of
+# At these the two are even in one segment of 16,384 rows, and "hopper" is even or ahead in mixes of
 # shorter ones (`python -m vitgraph.bench kernels attention`), which is what long bounds hold.
 HOPPER_HEAD_DIMS = frozenset({80})
 _HALF = (torch.float16, torch.bfloat16)

@@ -51,6 +51,13 @@ def test_the_model_goes_on_with_columns_first(build, images, column_first, caplo
 
 
 @torch.no_grad()
+def test_positions_past_the_pixels_are_refused(build, images, column_first):
+    model = build.hf_model()
+    with swap_vision_tower(model), pytest.raises(TypeError, match=r"by position, got 1 more"):
+        model.model.vision_model(images(1, build.image), True)
+
+
+@torch.no_grad()
 def test_rows_first_by_name(build, images, row_first, caplog):
     model = build.hf_model()
     tower, pixels = model.model.vision_model, images(2, build.image)
