@@ -30,3 +30,23 @@ def test_what_calibration_runs(encoder, monkeypatch):
     assert runs.count((None, 8, 4048)) == 2
     full = max(run for run in runs if run[0] == 4096)
     assert runs.count(full) == 4
+
+
+def test_short_eager_calls_forget_a_host_that_was_busy(encoder, monkeypatch):
+    clock = [0.0]
+    calls = {16: 0, 2048: 0, None: 0}
+    monkeypatch.setattr(calibration.time, "perf_counter", lambda: clock[0])
+
+    def run_on(rung, pixels, grid):
+        budget = None if rung is None else rung.token_budget
+        calls[budget] += 1
+        # the host is busy until some eager calls are done: more than one sample takes
+        clock[0] += 0.01 * (1.6 if budget is None and calls[None] < 12 else 1)
+
+    rungs = [encoder.rung_limits(budget, 16, 16) for budget in (16, 2048)]
+    samples = calibration.calibrate(encoder, rungs, run_on)
+    assert calls[None] > 24
+    for sample in samples:
+        assert sample.us == pytest.approx(10_000)
+    loads = [(sample.token_budget, sample.load) for sample in samples]
+    assert len(set(loads)) == len(loads)
