@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .embedder import Embedder
     from .fp8 import Fp8Plan
     from .generic import GenericEncoder
+    from .internvl_encoder import InternVLEncoder, InternVLOutput
     from .media import MediaError
     from .siglip2_encoder import Siglip2Encoder, Siglip2Output
     from .spec import EncoderSpec
@@ -25,6 +26,8 @@ _HOMES = {
     "EncoderSpec": ".spec",
     "Fp8Plan": ".fp8",
     "GenericEncoder": ".generic",
+    "InternVLEncoder": ".internvl_encoder",
+    "InternVLOutput": ".internvl_encoder",
     "MediaError": ".media",
     "Siglip2Encoder": ".siglip2_encoder",
     "Siglip2Output": ".siglip2_encoder",
@@ -45,6 +48,8 @@ __all__ = [
     "EncoderSpec",
     "Fp8Plan",
     "GenericEncoder",
+    "InternVLEncoder",
+    "InternVLOutput",
     "MediaError",
     "Siglip2Encoder",
     "Siglip2Output",

@@ -321,9 +321,13 @@ def _spec(model: str, revision: str | None, local_files_only: bool) -> dict[str,
         from .demo import demo_encoder
 
         return demo_encoder("cpu").spec.to_dict()
+    from . import internvl
     from .checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(model, revision=revision, local_files_only=local_files_only)
+    raw = checkpoint.raw_config()
+    if raw.get("model_type") in internvl.MODEL_TYPES:
+        return internvl.spec(internvl.model_config(raw)).to_dict()
     family, config = checkpoint.family_and_config()
     return family.spec(config).to_dict()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from . import (
     glm4v,
+    internvl,
     paddleocr_vl,
     qwen2_5_omni,
     qwen2_5_vl,
@@ -265,6 +266,11 @@ def family_of_model(config: Mapping[str, Any]) -> tuple[Family, tuple[str, ...]]
             f"model type {model_type!r} has a tower that takes spatial_shapes, not grid_thw; use "
             "vitgraph.encoder.Siglip2Encoder"
         )
+    if model_type in internvl.MODEL_TYPES:
+        raise ValueError(
+            f"model type {model_type!r} has a tower that takes tiles of one size, not packed "
+            "patches; use vitgraph.encoder.InternVLEncoder"
+        )
     supported = [t for family in FAMILIES.values() for t in family.model_types]
     raise ValueError(
         f"model type {model_type!r} has no supported vision tower; supported: "
@@ -291,6 +297,11 @@ def family_of_tower(tower: object) -> Family:
         raise ValueError(
             f"vision tower {name!r} takes spatial_shapes, not grid_thw; use "
             "vitgraph.encoder.Siglip2Encoder, or swap_vision_tower for its model"
+        )
+    if name in internvl.TOWER_CLASSES:
+        raise ValueError(
+            f"vision tower {name!r} takes tiles of one size, not packed patches; use "
+            "vitgraph.encoder.InternVLEncoder, or swap_vision_tower for its model"
         )
     supported = ", ".join(name for f in FAMILIES.values() for name in f.tower_classes)
     raise ValueError(f"vision tower {name!r} is not supported; supported: {supported}")

@@ -247,7 +247,8 @@ class SwappedTower:
 
     def _build(self) -> "VisionEncoder | GenericEncoder":
         with torch.inference_mode(False), torch.no_grad():
-            encoder = encoder_for(
+            # a tower with an encoder of its own has a swap of its own
+            encoder: Any = encoder_for(
                 self.tower,
                 tier=self._tier,
                 attention=self._attention,
@@ -283,11 +284,19 @@ def _check_tower(tower: torch.nn.Module, is_generic: bool) -> None:
     """Refuse a tower whose own forward does more than ours would.
 
     Raises:
-        ValueError: unknown class (unless generic), a module of another library inside, or a
-            quantised parameter.
+        ValueError: unknown class (unless generic), and what `check_plain` refuses.
     """
     if not is_generic:
         family_of_tower(tower)
+    check_plain(tower)
+
+
+def check_plain(tower: torch.nn.Module) -> None:
+    """Refuse modules that do more than their class in transformers says.
+
+    Raises:
+        ValueError: a module of another library inside, or a quantised parameter.
+    """
     for name, module in tower.named_modules():
         home = type(module).__module__
         if not f"{home}.".startswith(PLAIN_MODULES):

@@ -63,7 +63,7 @@ class StepEncoder(StepTower):
                 "StepEncoder: this tower comes without its projector (out_size = 0); load a whole "
                 "model, or pass one to from_hf"
             )
-        super().__init__(spec, weights, local_size, attention)
+        super().__init__(spec, weights, {GLOBAL: spec.image_size, LOCAL: local_size}, attention)
         self.source = source
         self.revision = revision
 

@@ -1,4 +1,4 @@
-"""The forward of a Step tower: images of one size, eager, recorded and replayed alike.
+"""The forward of towers of whole images: images of one size, eager, recorded and replayed alike.
 
 Every image has the same rows, so positions, angles and the places of the convolutions are constants
 of a size (`ImageSize`); only the number of live images is read on the device, from the grid table.
@@ -19,11 +19,13 @@ from ..kernels.conv_rows import conv_rows
 from ..kernels.image_embed import image_embed
 from ..kernels.linear import choose_backend, linear
 from ..kernels.norm import norm
+from ..kernels.residual import residual
 from ..kernels.rope import rope_
 from .step_spec import StepSpec
 from .step_weights import StepBlock, StepWeights
 
-ACTIVATION = "quick_gelu"
+QK_EPS = 1e-6  # of the norms of q and k
+MERGE_EPS = 1e-5  # of the norm of joined patches
 
 
 class ImageSize:
@@ -31,12 +33,13 @@ class ImageSize:
 
     Attributes:
         height, width: In pixels.
-        stages: Grids of patches, and of what each convolution makes of them.
+        stages: Grids of patches, and of what each convolution or joining makes of them.
         rows: Rows R of an image in the residual stream, class rows included.
         patches, tokens: Patches of an image, and tokens that leave the tower.
         table: [R, D] what is added to each row; class rows whole.
         cos, sin: [R, head_dim / 2] fp32 angles; None without rope.
-        counts: int32, rows of one image after the embedding and after each convolution.
+        state_rows: Rows of an image in the state: its tokens, or all of R without convolutions.
+        counts: int32, rows of one image after the embedding and in each later stage.
     """
 
     def __init__(self, weights: StepWeights, height: int, width: int):
@@ -52,6 +55,7 @@ class ImageSize:
         sizes = [h * w for h, w in self.stages]
         self.patches, self.tokens = sizes[0], sizes[-1]
         self.rows = spec.class_rows + self.patches
+        self.state_rows = self.tokens if spec.downsamples else self.rows
         self.counts = torch.tensor([self.rows, *sizes[1:]], dtype=torch.int32, device=device)
         self.table = torch.empty(self.rows, spec.hidden_size, dtype=weights.wide, device=device)
         self.cos, self.sin = _angles(spec, *self.stages[0], device)
@@ -60,14 +64,14 @@ class ImageSize:
     def read_positions(self, weights: StepWeights) -> None:
         """Fill `table` from the weights, in place."""
         spec, table = weights.spec, weights.tensors["position.table"].to(weights.wide)
+        table = table.view(-1, spec.hidden_size)
         side, skipped = spec.position_grid, len(table) - spec.position_grid**2
         grid = table[skipped:].T.reshape(1, -1, side, side)
         if self.stages[0] != (side, side):
-            is_cubic = spec.position_sampling == "bicubic_antialias"
+            mode, _, antialias = spec.position_sampling.partition("_")
             grid = F.interpolate(
-                grid, self.stages[0], mode="bicubic" if is_cubic else "bilinear",
-                align_corners=False, antialias=is_cubic,
-            )  # fmt: skip
+                grid, self.stages[0], mode=mode, align_corners=False, antialias=bool(antialias)
+            )
         self.table[spec.class_rows :] = grid.flatten(2)[0].T
         if spec.class_rows:
             self.table[: spec.class_rows] = weights.tensors["class_row"] + table[:skipped]
@@ -112,9 +116,13 @@ class _Workspace:
     def __init__(self, weights: StepWeights, x: torch.Tensor):
         spec, block, T = weights.spec, weights.blocks[0], x.shape[0]
         self.normed = torch.empty_like(x)  # pre-norm: the norm; post-norm: the branch
-        self.qkv = _output(x, block.qkv_weight, None).view(T, 3, spec.num_heads, spec.head_dim)
+        if spec.qk_norm:
+            # apart, since a norm takes contiguous rows
+            self.qkv = x.new_zeros(3, T, spec.num_heads, spec.head_dim)
+        else:
+            self.qkv = _output(x, block.qkv_weight, None).view(T, 3, spec.num_heads, spec.head_dim)
         self.attended = x.new_zeros(T, spec.num_heads, spec.head_dim)
-        self.up = _output(x, block.up_weight, ACTIVATION)
+        self.up = _output(x, block.up_weight, spec.activation)
 
 
 def _output(x: torch.Tensor, weight: torch.Tensor, activation: str | None) -> torch.Tensor:
@@ -132,7 +140,7 @@ def step_forward(
     Args:
         weights: Prepared weights.
         batch: What to encode.
-        outputs: "last_hidden_state" [I * tokens, state_size] and, with a projector,
+        outputs: "last_hidden_state" [I * state_rows, state_size] and, with a projector,
             "pooler_output" [I * tokens, out_size]; live rows first, padding rows of any value.
         attention: Backend of the attention.
     """
@@ -167,7 +175,23 @@ def _forward(
     run = _pre_norm_block if spec.block == "pre_norm" else _post_norm_block
     for block in weights.blocks:
         run(spec, block, x, size, cu_seqlens, live[:1], work, attention)
-    _downsample(weights, x, size, live, outputs)
+    finish = _downsample if spec.downsamples else _merge
+    finish(weights, x, size, live, outputs)
+
+
+def _project(
+    spec: StepSpec, block: StepBlock, x: torch.Tensor, live: torch.Tensor, work: _Workspace
+) -> None:
+    """q, k and v of the rows of x, into `work.qkv`."""
+    if block.q_norm is None or block.k_norm is None:
+        linear(x, block.qkv_weight, block.qkv_bias, out=work.qkv.flatten(1), live_rows=live)
+        return
+    biases = (None,) * 3 if block.qkv_bias is None else block.qkv_bias.chunk(3)
+    parts = work.qkv.flatten(2)
+    for rows, weight, bias in zip(parts, block.qkv_weight.chunk(3), biases, strict=True):
+        linear(x, weight, bias, out=rows, live_rows=live)
+    for rows, weight in zip(parts[:2], (block.q_norm, block.k_norm), strict=True):
+        norm(rows, weight, None, QK_EPS, kind="rms", live_rows=live, out=rows)
 
 
 def _attention(
@@ -181,7 +205,7 @@ def _attention(
     """Attention of the images in `work.qkv`, each to itself; [T, D]."""
     if size.cos is not None and size.sin is not None:
         rope_(work.qkv, size.cos, size.sin, live)
-    q, k, v = work.qkv.unbind(1)
+    q, k, v = work.qkv.unbind(0 if spec.qk_norm else 1)
     varlen_attention(
         q, k, v, cu_seqlens, max_seqlen=size.rows, scale=spec.head_dim**-0.5,
         out=work.attended, backend=attention,
@@ -202,19 +226,18 @@ def _pre_norm_block(
     """x += f(norm(x)) twice; the biases of both products stay out of x."""
     norm(
         x, block.norm1_weight, block.norm1_bias, spec.eps,
-        kind="layer", offset=block.norm1_offset, live_rows=live, out=work.normed,
+        kind=spec.norm, offset=block.norm1_offset, live_rows=live, out=work.normed,
     )  # fmt: skip
-    qkv = work.qkv.flatten(1)
-    linear(work.normed, block.qkv_weight, block.qkv_bias, out=qkv, live_rows=live)
+    _project(spec, block, work.normed, live, work)
     attended = _attention(spec, size, cu_seqlens, live, work, attention)
     linear(attended, block.proj_weight, residual=x, live_rows=live)
     norm(
         x, block.norm2_weight, block.norm2_bias, spec.eps,
-        kind="layer", offset=block.norm2_offset, live_rows=live, out=work.normed,
+        kind=spec.norm, offset=block.norm2_offset, live_rows=live, out=work.normed,
     )  # fmt: skip
     linear(
         work.normed, block.up_weight, block.up_bias,
-        activation=ACTIVATION, out=work.up, live_rows=live,
+        activation=spec.activation, out=work.up, live_rows=live,
     )  # fmt: skip
     linear(work.up, block.down_weight, residual=x, live_rows=live)
 
@@ -230,12 +253,14 @@ def _post_norm_block(
     attention: str,
 ) -> None:
     """x += norm(f(x)) twice."""
-    linear(x, block.qkv_weight, block.qkv_bias, out=work.qkv.flatten(1), live_rows=live)
+    assert block.norm1_bias is not None  # of a LayerNorm
+    assert block.norm2_bias is not None
+    _project(spec, block, x, live, work)
     attended = _attention(spec, size, cu_seqlens, live, work, attention)
     linear(attended, block.proj_weight, block.proj_bias, out=work.normed, live_rows=live)
     add_norm_(x, work.normed, block.norm1_weight, block.norm1_bias, spec.eps, live)
     linear(
-        x, block.up_weight, block.up_bias, activation=ACTIVATION, out=work.up, live_rows=live
+        x, block.up_weight, block.up_bias, activation=spec.activation, out=work.up, live_rows=live
     )  # fmt: skip
     linear(work.up, block.down_weight, block.down_bias, out=work.normed, live_rows=live)
     add_norm_(x, work.normed, block.norm2_weight, block.norm2_bias, spec.eps, live)
@@ -268,3 +293,42 @@ def _downsample(
             x, tensors["projector.weight"], tensors.get("projector.bias"),
             out=outputs["pooler_output"], live_rows=live[-1:],
         )  # fmt: skip
+
+
+def _merge(
+    weights: StepWeights,
+    x: torch.Tensor,
+    size: ImageSize,
+    live: torch.Tensor,
+    outputs: Mapping[str, torch.Tensor],
+) -> None:
+    """The stream behind the last norm, and the projector of joined patches."""
+    spec, tensors, state = weights.spec, weights.tensors, outputs["last_hidden_state"]
+    if spec.final_norm:
+        norm(
+            x, tensors["final_norm.weight"], tensors["final_norm.bias"], spec.eps,
+            kind="layer", offset=weights.offset, live_rows=live[:1], out=state,
+        )  # fmt: skip
+    else:
+        residual(x, weights.offset, live_rows=live[:1], out=state)
+    if not spec.out_size:
+        return
+    live_rows, side = live[1:2], spec.merge_size
+    # squares of patches side by side are the rows of a convolution whose stride is its kernel
+    joined = conv_rows(
+        state, size.stages[0], skip=spec.class_rows, kernel=side, stride=side, padding=0,
+        live_rows=live_rows,
+    )  # fmt: skip
+    norm(
+        joined, tensors["projector.norm.weight"], tensors["projector.norm.bias"], MERGE_EPS,
+        kind="layer", live_rows=live_rows, out=joined,
+    )  # fmt: skip
+    weight, activation = tensors["projector.fc1.weight"], spec.projector_activation
+    hidden = linear(
+        joined, weight, tensors["projector.fc1.bias"],
+        activation=activation, out=_output(joined, weight, activation), live_rows=live_rows,
+    )  # fmt: skip
+    linear(
+        hidden, tensors["projector.fc2.weight"], tensors["projector.fc2.bias"],
+        out=outputs["pooler_output"], live_rows=live_rows,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""One path of a Step tower, images of one size, as capture sees it."""
+"""One path of a tower of whole images, images of one size, as capture sees it."""
 
 from collections.abc import Mapping, Sequence
 
@@ -46,6 +46,13 @@ class StepPath:
     def fixed_grid(self) -> Grid:
         """The grid of every item."""
         return (1, *self.size.stages[0])
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(rows of an image, width) of each output."""
+        spec, size = self._weights.spec, self.size
+        shapes = {"last_hidden_state": (size.state_rows, spec.state_size)}
+        return shapes | ({"pooler_output": (size.tokens, spec.out_size)} if spec.out_size else {})
 
     def pixel_rows(self, images: torch.Tensor) -> torch.Tensor:
         """[N * patches, P] of images [N, C, H, W]; a view where they are contiguous."""
@@ -111,10 +118,15 @@ class StepPath:
 
     def output_specs(self, limits: RungLimits) -> dict[str, BufferSpec]:
         """Static outputs of a rung."""
-        return {
-            name: BufferSpec((limits.token_budget, width), self.dtype, "tokens")
-            for name, width in self._widths().items()
-        }
+        specs = {}
+        for name, (rows, width) in self.shapes.items():
+            if rows == self.size.tokens:
+                specs[name] = BufferSpec((limits.token_budget, width), self.dtype, "tokens")
+            else:
+                # rows that are neither patches nor tokens are counted by images
+                shape = (limits.max_items, rows * width)
+                specs[name] = BufferSpec(shape, self.dtype, "items")
+        return specs
 
     def graph_forward(
         self,
@@ -127,7 +139,10 @@ class StepPath:
         batch = ImageBatch(
             inputs["pixel_values"][: items * self.size.patches], inputs["grid"], self.size
         )
-        used = {name: rows[: items * self.size.tokens] for name, rows in outputs.items()}
+        used = {
+            name: outputs[name].view(-1, width)[: items * rows]
+            for name, (rows, width) in self.shapes.items()
+        }
         step_forward(self._weights, batch, used, self.attention)
 
     def compile_kernels(
@@ -163,25 +178,24 @@ class StepPath:
             ValueError: `pruning` is given: tokens of images are not pruned.
         """
         if pruning is not None:
-            raise ValueError("pruning: the images of a Step tower lose no tokens; leave it out")
+            raise ValueError("pruning: images of one size lose no tokens; leave it out")
         pixels = pixel_values.to(device=self.device, dtype=self.dtype).contiguous()
+        images = len(grid_thw)
         outputs = {
-            name: pixels.new_empty(len(grid_thw) * self.size.tokens, width)
-            for name, width in self._widths().items()
+            name: pixels.new_empty(images * rows, width)
+            for name, (rows, width) in self.shapes.items()
         }
-        if len(grid_thw):
+        if images:
             table = torch.tensor(grid_thw, dtype=torch.int32).to(self.device, non_blocking=True)
             batch = ImageBatch(pixels, table, self.size)
             step_forward(self._weights, batch, outputs, self.attention)
-        return outputs
+        return {
+            name: rows if len(rows) == images * self.size.tokens else rows.view(images, -1)
+            for name, rows in outputs.items()
+        }
 
     def fingerprint(self) -> str:
         """What this path's speed depends on."""
         tables = f"gemm={tuning(self.device).digest} few_rows={table_digest()}"
         size = f"{self.size.height}x{self.size.width}"
         return f"{self._weights.spec} {size} {self.dtype} {self.attention} {tables}"
-
-    def _widths(self) -> dict[str, int]:
-        spec = self._weights.spec
-        widths = {"last_hidden_state": spec.state_size}
-        return widths | ({"pooler_output": spec.out_size} if spec.out_size else {})

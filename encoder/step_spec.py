@@ -1,17 +1,21 @@
-"""What the image towers of the Step models are, as data, and how their configs say so.
+"""What towers of whole images are, as data, and how the configs of the Step models say so.
 
-Two towers, both dense: every image of a path has the same size, and no grid comes with it.
+All are dense: every image of a path has the same size, and no grid comes with it.
 
     step3p7   Step-3.7 and Step3-VL-10B ("StepVL"): PerceptionEncoder, pre-norm blocks with layer
               scale, positions from a table and from rope, two convolutions, a projector
     step3_vl  Step3 (321B): post-norm blocks, class rows, positions from a table, two convolutions,
               a projector
+    internvl, qianfan_ocr
+              pre-norm blocks with layer scale, a class row, positions from a table, a projector
+              that joins patches; their configs are read in internvl.py
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from ..kernels.activation import Activation
 from ..kernels.conv_rows import out_size
 
 RopeAxes = Literal["wh", "hw"]
@@ -34,17 +38,18 @@ class StepSpec:
     """A tower of whole images: geometry, block, positions, convolutions, projector.
 
     Attributes:
-        family: "step3p7" or "step3_vl".
+        family: "step3p7", "step3_vl", "internvl" or "qianfan_ocr".
         hidden_size: Width D of the residual stream.
         num_heads: Attention heads H; the head dim is D / H.
         depth: Number of blocks.
-        mlp_size: Width F of the plain MLP with quick GELU.
-        downsamples: The convolutions after the blocks, in order.
+        mlp_size: Width F of the plain MLP.
+        downsamples: The convolutions after the blocks, in order; without any, all rows of the
+            stream are an output.
         out_size: Width of a projected token; 0 for a tower without its projector.
         image_size: Pixels along a side of a whole image; with `patch_size`, the side of the
             position table.
         patch_size, in_channels: Pixels along a side of a patch, and channels.
-        eps: Of every LayerNorm.
+        eps: Of every norm of the tower.
         block: "pre_norm" is x + f(norm(x)), "post_norm" is x + norm(f(x)).
         layer_scale: Whether branches are scaled by a vector.
         embed_norm: Whether a LayerNorm stands in front of the blocks.
@@ -54,6 +59,14 @@ class StepSpec:
         rope_axes: Which axis turns the lower half of a head's pairs: "wh" the column, as in the
             released weights, "hw" the row; None for no rope.
         rope_theta: Base of the rotary embedding.
+        norm: Kind of the norms of blocks.
+        activation: Of the MLP.
+        qkv_bias: Whether the layer of q, k and v has a bias.
+        qk_norm: Whether an RMSNorm over all heads stands behind q, and one behind k.
+        final_norm: Whether a LayerNorm stands behind the last block.
+        merge_size: 0 for a projector that is one linear layer, or none; else it is a LayerNorm and
+            two linear layers over squares of merge_size x merge_size patches.
+        projector_activation: Between its two layers.
     """
 
     family: str
@@ -64,7 +77,7 @@ class StepSpec:
     downsamples: tuple[Downsample, ...]
     out_size: int
     block: Literal["pre_norm", "post_norm"]
-    position_sampling: Literal["bilinear", "bicubic_antialias"]
+    position_sampling: Literal["bilinear", "bicubic", "bicubic_antialias"]
     image_size: int = 728
     patch_size: int = 14
     in_channels: int = 3
@@ -76,6 +89,13 @@ class StepSpec:
     class_rows: int = 0
     rope_axes: RopeAxes | None = None
     rope_theta: float = 10000.0
+    norm: Literal["layer", "rms"] = "layer"
+    activation: Activation = "quick_gelu"
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    final_norm: bool = False
+    merge_size: int = 0
+    projector_activation: Activation = "gelu_erf"
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads or self.head_dim % 8:
@@ -111,30 +131,38 @@ class StepSpec:
 
     @property
     def state_size(self) -> int:
-        """Width of a token before the projector."""
-        return self.downsamples[-1].width
+        """Width of a row of the state: of a token before the projector, or of the stream."""
+        return self.downsamples[-1].width if self.downsamples else self.hidden_size
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """(rows, columns) of patches of an image of height x width pixels.
 
         Raises:
-            ValueError: not whole patches, or too few for the convolutions.
+            ValueError: not whole patches, too few for the convolutions, or not whole squares of
+                `merge_size`.
         """
         side = self.patch_size
         grid = height // side, width // side
-        if height % side or width % side or min(self.stages(*grid)[-1]) < 1:
+        joined = side * (self.merge_size or 1)
+        if height % joined or width % joined or min(height, width) < 1:
             raise ValueError(
-                f"images of {height} x {width} pixels: both sides must be multiples of {side}, "
-                "and large enough for the convolutions after the blocks"
+                f"images of {height} x {width} pixels: both sides must be multiples of {joined}"
+            )
+        if min(self.stages(*grid)[-1]) < 1:
+            raise ValueError(
+                f"images of {height} x {width} pixels: both sides must be large enough for the "
+                "convolutions after the blocks"
             )
         return grid
 
     def stages(self, rows: int, columns: int) -> list[tuple[int, int]]:
-        """Grids of an image: its patches, and what each convolution makes of them."""
+        """Grids of an image: its patches, and what each convolution or joining makes of them."""
         grids = [(rows, columns)]
         for conv in self.downsamples:
             h, w = (out_size(n, conv.kernel, conv.stride, conv.padding) for n in grids[-1])
             grids.append((h, w))
+        if self.merge_size:
+            grids.append((rows // self.merge_size, columns // self.merge_size))
         return grids
 
     def to_dict(self) -> dict[str, Any]:

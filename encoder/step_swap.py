@@ -3,13 +3,21 @@
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from .hf_tower import GraphChoice, SwappedTower
-from .step_spec import ROPE_AXES, RopeAxes
-from .step_tower import LOCAL_SIZE, StepTower, path_configs
+from .step_spec import ROPE_AXES, RopeAxes, step3p7_spec
+from .step_tower import (
+    GLOBAL,
+    LOCAL,
+    LOCAL_SIZE,
+    StepTower,
+    live_tensors,
+    live_weights,
+    path_configs,
+)
 
 logger = logging.getLogger("vitgraph")
 
@@ -91,7 +99,7 @@ class SwappedStepTower(SwappedTower):
     def _build(self) -> Any:
         with torch.inference_mode(False), torch.no_grad():
             encoder = HfStepTower.of_tower(
-                self.tower, LOCAL_SIZE, attention=self._attention, rope_axes=self.rope_axes
+                self.tower, attention=self._attention, rope_axes=self.rope_axes
             )
             if self._graphs is False:
                 return encoder
@@ -107,6 +115,19 @@ class SwappedStepTower(SwappedTower):
 
 class HfStepTower(StepTower):
     """A tower that knows which arguments of Hugging Face's forward it does not serve."""
+
+    @classmethod
+    def of_tower(
+        cls, tower: torch.nn.Module, *, attention: str | None, rope_axes: RopeAxes
+    ) -> Self:
+        """The tower alone of a live `Step3p7VisionModel`, where it is.
+
+        Raises:
+            ValueError: its parameters are on several devices, or hold no data.
+        """
+        spec = step3p7_spec(tower.config, rope_axes=rope_axes)
+        weights = live_weights(spec, live_tensors(tower, None))
+        return cls(spec, weights, {GLOBAL: spec.image_size, LOCAL: LOCAL_SIZE}, attention)
 
     def unserved_argument(self, kwargs: Mapping[str, Any]) -> str | None:
         """The first argument of a call that only the tower's own forward heeds."""

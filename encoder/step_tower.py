@@ -1,8 +1,8 @@
-"""A Step tower as an object: its weights, a path for each size of images, and their graphs."""
+"""A tower of whole images as an object: weights, a path for each size of images, their graphs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -11,7 +11,7 @@ from ..capture.multi_path import MultiPathManager
 from .capturable import check_capturable
 from .step_forward import ImageSize
 from .step_path import StepPath
-from .step_spec import RopeAxes, StepSpec, step3p7_spec
+from .step_spec import StepSpec
 from .step_weights import StepWeights
 from .vision_encoder import pick_dtype
 
@@ -21,10 +21,10 @@ MAX_OTHER_SIZES = 8  # sizes beside those of the paths whose constants are kept
 
 
 class StepTower:
-    """A Step tower with fused kernels, eager until `capture` is called.
+    """A tower of whole images with fused kernels, eager until `capture` is called.
 
-    It has two paths, each for images of one size and with CUDA graphs of its own: "global" for
-    whole images, "local" for crops. Images of other sizes are encoded eagerly.
+    It has a path for each size of images that it expects, with CUDA graphs of its own: a Step tower
+    has "global" for whole images and "local" for crops. Images of other sizes are encoded eagerly.
 
     Attributes:
         spec: What the tower is.
@@ -35,9 +35,13 @@ class StepTower:
     """
 
     def __init__(
-        self, spec: StepSpec, weights: StepWeights, local_size: int, attention: str | None = None
+        self,
+        spec: StepSpec,
+        weights: StepWeights,
+        sizes: Mapping[str, int],
+        attention: str | None = None,
     ):
-        """A tower for square whole images of `spec.image_size` and crops of `local_size` pixels.
+        """A tower with paths of these names for square images of so many pixels along a side.
 
         Raises:
             ValueError: sides that the tower cannot cut, or an attention backend that cannot be
@@ -46,47 +50,37 @@ class StepTower:
         self.spec = spec
         self.weights = weights
         self._attention = attention
-        self.paths = {
-            GLOBAL: self._new_path(spec.image_size, spec.image_size),
-            LOCAL: self._new_path(local_size, local_size),
-        }
+        self.paths = {name: self._new_path(side, side) for name, side in sizes.items()}
         self._others: dict[tuple[int, int], StepPath] = {}
-        self.device, self.dtype = self.paths[GLOBAL].device, self.paths[GLOBAL].dtype
+        first = next(iter(self.paths.values()))
+        self.device, self.dtype = first.device, first.dtype
         self.graphs: MultiPathManager | None = None
 
-    @classmethod
-    def of_tower(
-        cls,
-        tower: torch.nn.Module,
-        local_size: int,
-        *,
-        attention: str | None = None,
-        rope_axes: RopeAxes = "wh",
-    ) -> Self:
-        """The tower alone of a live `Step3p7VisionModel`, where it is.
-
-        Raises:
-            ValueError: its parameters are on several devices, or hold no data.
-        """
-        spec = step3p7_spec(tower.config, rope_axes=rope_axes)
-        return cls(spec, live_weights(spec, live_tensors(tower, None)), local_size, attention)
-
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[N, tokens, state_size] of images [N, C, H, W] of any size that can be cut into patches.
+        """[N, rows, state_size] of images [N, C, H, W] of any size that can be cut into patches.
 
         Raises:
             ValueError: sides that the tower cannot cut.
         """
-        size = (pixel_values.shape[2], pixel_values.shape[3])
+        return self.features(pixel_values, ("last_hidden_state",))["last_hidden_state"]
+
+    def features(self, pixel_values: torch.Tensor, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The outputs `names` [N, rows, width] of images as `encode` takes them.
+
+        Raises:
+            ValueError: sides that the tower cannot cut.
+        """
+        height, width = pixel_values.shape[2:]
         with torch.no_grad():
             for name, path in self.paths.items():
-                if (path.size.height, path.size.width) == size:
-                    state = self.run({name: pixel_values}, None)[name]["last_hidden_state"]
+                if (path.size.height, path.size.width) == (height, width):
+                    outputs = self.run({name: pixel_values}, {name: names})[name]
                     break
             else:
-                path = self._other_path(*size)
-                state = self._eager(path, pixel_values)["last_hidden_state"]
-        return state.view(len(pixel_values), path.size.tokens, self.spec.state_size)
+                path = self._other_path(height, width)
+                outputs = self._eager(path, pixel_values)
+        images, shapes = len(pixel_values), path.shapes
+        return {name: outputs[name].view(images, *shapes[name]) for name in names}
 
     def run(
         self, images: Mapping[str, torch.Tensor], names: Mapping[str, Sequence[str]] | None
@@ -122,10 +116,10 @@ class StepTower:
         graph_pool: Any = None,
         show_progress: bool = False,
     ) -> MultiPathManager:
-        """Record CUDA graphs for both paths; later calls replay them where that is fastest.
+        """Record CUDA graphs for every path; later calls replay them where that is fastest.
 
         Args:
-            config: Which graphs: one configuration for both paths, or {"global": .., "local": ..}.
+            config: Which graphs: one configuration for all paths, or one by the name of each.
                 Token budgets are multiples of the tokens of an image; without any, a path gets
                 rungs of 1 image up to some 65,000 patches.
             graph_pool: Memory pool to share with other graphs.
@@ -188,12 +182,10 @@ class StepTower:
 
 
 def live_tensors(
-    tower: torch.nn.Module, projector: torch.nn.Module | None
+    tower: torch.nn.Module, projector: torch.nn.Module | None, place: str = "vision_model"
 ) -> dict[str, torch.Tensor]:
-    """Parameters of a live tower and projector by their names inside the model."""
-    named: dict[str, torch.Tensor] = {
-        f"vision_model.{name}": p for name, p in tower.named_parameters()
-    }
+    """Parameters of a live tower and projector by their names inside a model with it at `place`."""
+    named: dict[str, torch.Tensor] = {f"{place}.{n}": p for n, p in tower.named_parameters()}
     if projector is not None:
         named |= {f"multi_modal_projector.{name}": p for name, p in projector.named_parameters()}
     return named

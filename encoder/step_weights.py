@@ -1,4 +1,4 @@
-"""The weights of a Step tower: rules, layer scale folded in, convolutions as matrices.
+"""The weights of a tower of whole images: rules, layer scale folded in, convolutions as matrices.
 
 `tensors` are exact images of the checkpoint's (in Hugging Face's names), so `state_dict` returns
 them bit for bit. Derived from them, and computed again when weights are loaded:
@@ -14,12 +14,15 @@ from dataclasses import dataclass
 
 import torch
 
+from . import internvl
 from .step_spec import StepSpec
 from .weight_map import Rule, linear, norm
 
 
 def weight_map(s: StepSpec) -> list[Rule]:
     """Rules for every tensor of the tower and its projector."""
+    if s.family in internvl.LAYERS:
+        return internvl.weight_map(s)
     return _step3p7_rules(s) if s.family == "step3p7" else _step3_vl_rules(s)
 
 
@@ -86,18 +89,21 @@ class StepBlock:
     """One block as the forward reads it.
 
     `proj_bias` and `down_bias` are None where the stream leaves them out; the offsets are what it
-    lacks at either norm, and None in post-norm blocks.
+    lacks at either norm, and None in post-norm blocks. An RMSNorm has no bias; `q_norm` and
+    `k_norm` are weights, None in a tower without them.
     """
 
     norm1_weight: torch.Tensor
-    norm1_bias: torch.Tensor
+    norm1_bias: torch.Tensor | None
     norm1_offset: torch.Tensor | None
     qkv_weight: torch.Tensor
-    qkv_bias: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
     proj_weight: torch.Tensor
     proj_bias: torch.Tensor | None
     norm2_weight: torch.Tensor
-    norm2_bias: torch.Tensor
+    norm2_bias: torch.Tensor | None
     norm2_offset: torch.Tensor | None
     up_weight: torch.Tensor
     up_bias: torch.Tensor
@@ -106,7 +112,7 @@ class StepBlock:
 
 
 class StepWeights:
-    """Prepared weights of a Step tower.
+    """Prepared weights of a tower of whole images.
 
     Attributes:
         tensors: Images of Hugging Face's tensors, by our names.
@@ -191,14 +197,16 @@ class StepWeights:
         is_deferred = self.spec.block == "pre_norm"
         return StepBlock(
             norm1_weight=get("norm1.weight"),
-            norm1_bias=get("norm1.bias"),
+            norm1_bias=self.tensors.get(f"blocks.{i}.norm1.bias"),
             norm1_offset=self._offsets[2 * i] if is_deferred else None,
             qkv_weight=get("qkv.weight"),
-            qkv_bias=get("qkv.bias"),
+            qkv_bias=self.tensors.get(f"blocks.{i}.qkv.bias"),
+            q_norm=self.tensors.get(f"blocks.{i}.q_norm.weight"),
+            k_norm=self.tensors.get(f"blocks.{i}.k_norm.weight"),
             proj_weight=get("proj.weight"),
             proj_bias=None if is_deferred else get("proj.bias"),
             norm2_weight=get("norm2.weight"),
-            norm2_bias=get("norm2.bias"),
+            norm2_bias=self.tensors.get(f"blocks.{i}.norm2.bias"),
             norm2_offset=self._offsets[2 * i + 1] if is_deferred else None,
             up_weight=get("up.weight"),
             up_bias=get("up.bias"),

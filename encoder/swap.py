@@ -8,6 +8,8 @@ import torch
 from .families import FAMILIES, WRAPPERS
 from .fp8 import Fp8Plan, pick_plan
 from .hf_tower import GraphChoice, SwappedTower, SwapStats
+from .internvl import TOWER_CLASSES as INTERNVL
+from .internvl_swap import SwappedInternVLTower, parent_of
 from .siglip2 import TOWER_CLASS as SIGLIP2
 from .siglip2_swap import SwappedSiglip2Tower
 from .step_spec import TOWER_CLASS, RopeAxes
@@ -40,7 +42,8 @@ def swap_vision_tower(
 
     Args:
         model: A full model of a supported family (`vitgraph info` lists them), its inner
-            `...Model`, or any model that has one of their towers where they have it.
+            `...Model`, or any model that has one of their towers where they have it. The tower of
+            InternVL may also come alone.
         graphs: True replays CUDA graphs with an automatic ladder of budgets, a configuration says
             which, False runs the same kernels without graphs. Without CUDA, nothing is captured.
         attention: Backend for whole-frame attention; None chooses.
@@ -81,6 +84,9 @@ def swap_vision_tower(
         )
     if name == SIGLIP2:
         return SwappedSiglip2Tower(tower, graphs=graphs, attention=attention)
+    if name in INTERNVL:
+        parent = parent_of(model, tower)
+        return SwappedInternVLTower(tower, parent, graphs=graphs, attention=attention)
     return SwappedTower(tower, graphs=graphs, attention=attention, precision=precision, tier=tier)
 
 
@@ -90,6 +96,8 @@ def _find_tower(model: torch.nn.Module, tier: Tier) -> torch.nn.Module:
     Raises:
         ValueError: there is none; the message lists what is supported.
     """
+    if type(model).__name__ in INTERNVL:
+        return model
     found = None
     for family in FAMILIES.values():
         for tower in _at_paths(model, family.tower_paths):

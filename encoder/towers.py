@@ -11,12 +11,14 @@ import torch
 from .families import FAMILIES
 from .fp8 import Fp8Plan, pick_plan
 from .hf_metadata import TowerRefusedError
+from .internvl import TOWER_CLASSES as INTERNVL
 from .siglip2 import TOWER_CLASS as SIGLIP2
 from .step_spec import TOWER_CLASS
 from .vision_encoder import VisionEncoder
 
 if TYPE_CHECKING:
     from .generic import GenericEncoder
+    from .internvl_encoder import InternVLEncoder
 
 Tier = Literal["auto", "fused", "generic"]
 TIERS = ("auto", "fused", "generic")
@@ -25,6 +27,7 @@ TIERS = ("auto", "fused", "generic")
 OWN_ENCODERS = {
     TOWER_CLASS: ("whole images and crops", "StepEncoder"),
     SIGLIP2: ("padded batches", "Siglip2Encoder"),
+    **dict.fromkeys(INTERNVL, ("batches of tiles", "InternVLEncoder")),
 }
 # Of transformers 5.17, beside the fused families: model type, class of the tower, and why it cannot
 # be captured. What is done with a tower is decided by trying it (`hf_probe`), not by this table,
@@ -130,11 +133,12 @@ def encoder_for(
     tier: Tier = "auto",
     attention: str | None = None,
     precision: str | Fp8Plan = "native",
-) -> "VisionEncoder | GenericEncoder":
+) -> "VisionEncoder | GenericEncoder | InternVLEncoder":
     """An encoder of a live Hugging Face tower, on its device and in its dtype.
 
     Args:
-        tower: Any vision tower of transformers that takes packed patches and `grid_thw`.
+        tower: Any vision tower of transformers that takes packed patches and `grid_thw`, or that
+            of InternVL, which takes tiles.
         tier: "fused" for kernels of ours, "generic" for the tower's own modules with our attention;
             "auto" is "fused" where there is such a family (`vitgraph info`), else "generic".
         attention: Backend for attention; None chooses.
@@ -146,9 +150,18 @@ def encoder_for(
     """
     if tier not in TIERS:
         raise ValueError(f"encoder_for: tier = {tier!r} must be one of {', '.join(TIERS)}")
+    name = type(tower).__name__
+    if name in INTERNVL and tier != "generic":
+        if pick_plan(precision) is not None:
+            raise ValueError(
+                f"{name} runs with fused kernels in its own dtype; leave precision = "
+                f"{precision!r} out"
+            )
+        from .internvl_encoder import InternVLEncoder
+
+        return InternVLEncoder.from_hf(tower, attention=attention)
     if tier == "fused" or (tier == "auto" and is_fused(tower)):
         return VisionEncoder.from_hf(tower, attention=attention, precision=precision)
-    name = type(tower).__name__
     if pick_plan(precision) is not None:
         raise ValueError(
             f"{name} runs with its own modules (generic tier), which compute in their own "

@@ -9,7 +9,8 @@ from vitgraph.kernels.patch_embed import config
 
 
 @pytest.mark.parametrize(
-    ("T", "D", "class_rows", "side"), [(2704, 1536, 0, 728), (1300, 1792, 4, 504)]
+    ("T", "D", "class_rows", "side"),
+    [(2704, 1536, 0, 728), (1300, 1792, 4, 504), (1025, 1024, 1, 448)],
 )
 def test_image_embed(T, D, class_rows, side):
     launch = config(T, torch.bfloat16)
@@ -31,7 +32,9 @@ def test_image_embed(T, D, class_rows, side):
     assert info.count("HGMMA") > 0
 
 
-@pytest.mark.parametrize(("D", "kernel", "has_offset"), [(1536, 3, True), (1792, 2, False)])
+@pytest.mark.parametrize(
+    ("D", "kernel", "has_offset"), [(1536, 3, True), (1792, 2, False), (3200, 2, False)]
+)
 def test_conv_rows(D, kernel, has_offset):
     info = inspect(
         conv_rows._conv_rows_kernel,
