@@ -51,10 +51,11 @@ class SwappedInternVLTower(SwappedTower):
         self.parent: Any = parent
         self._projector: Any = None
         self._seen_projector: TowerContents | None = None
+        home = sys.modules[type(tower).__module__]
+        output_class = getattr(home, f"{type(tower).__name__}OutputWithPooling")
         # "generic": nothing is looked up among the families of packed patches
         super().__init__(tower, graphs=graphs, attention=attention, tier="generic")
-        home = sys.modules[type(tower).__module__]
-        self._output_class = getattr(home, f"{type(tower).__name__}OutputWithPooling")
+        self._output_class = output_class
         if parent is not None:
             self._seen_projector = TowerContents(self._projector)
             self._hf_features = self.parent.get_image_features

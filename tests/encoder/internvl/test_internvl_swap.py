@@ -236,6 +236,13 @@ def test_parts_that_move_apart_and_together_again(build, tiles, caplog):
     model.model.multi_modal_projector.float()
     assert rel_rms(model.get_image_features(images).pooler_output, want) < FP32
     assert handle.stats().hf_calls == {"projector": 2}
+    # new values of the tower do not hide where the projector has gone meanwhile
+    model.model.multi_modal_projector.double()
+    model.model.vision_tower.embeddings.cls_token.mul_(-1)
+    model.model.vision_tower(images)
+    with pytest.raises(RuntimeError):
+        model.get_image_features(images)
+    assert handle.stats().hf_calls == {"projector": 3}
 
 
 @torch.no_grad()
@@ -300,6 +307,7 @@ def test_what_wraps_the_features_stays(build, tiles):
     assert len(calls) == 1
     assert inner.get_image_features is wrapper
     assert handle.stats().fused_calls == 0
+    assert handle.stats().hf_calls == {}
 
 
 def test_refusals(build):
