@@ -51,6 +51,7 @@ class SwappedInternVLTower(SwappedTower):
         self.parent: Any = parent
         self._projector: Any = None
         self._seen_projector: TowerContents | None = None
+        self._is_projector_dirty = False
         home = sys.modules[type(tower).__module__]
         output_class = getattr(home, f"{type(tower).__name__}OutputWithPooling")
         # "generic": nothing is looked up among the families of packed patches
@@ -78,9 +79,11 @@ class SwappedInternVLTower(SwappedTower):
         if reason is None and pixel_values is not None and not self._can_cut(pixel_values):
             reason = "image size"
         if reason is None and pixel_values is not None:
-            self._follow(
-                max(change, self._projector_change(), key=CHANGES.index) if projected else change
-            )
+            if projected:
+                change = max(change, self._projector_change(), key=CHANGES.index)
+                self._is_dirty |= self._is_projector_dirty
+                self._is_projector_dirty = False
+            self._follow(change)
             self._fused_calls += 1
             encoder: Any = self.encoder
             names = ["last_hidden_state"]
@@ -128,7 +131,8 @@ class SwappedInternVLTower(SwappedTower):
                     return output if return_dict else output.to_tuple()
                 reason = "projector"
             self._note(reason)
-            self._is_dirty |= reason in ("projector grad", "projector training")
+            # as in `__call__`; calls of the tower alone need not read the projector again
+            self._is_projector_dirty |= reason in ("projector grad", "projector training")
         return self._hf_features(
             pixel_values=pixel_values, vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy, **kwargs,

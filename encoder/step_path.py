@@ -190,8 +190,10 @@ class StepPath:
             batch = ImageBatch(pixels, table, self.size)
             step_forward(self._weights, batch, outputs, self.attention)
         return {
-            name: rows if len(rows) == images * self.size.tokens else rows.view(images, -1)
-            for name, rows in outputs.items()
+            name: outputs[name]
+            if rows == self.size.tokens
+            else outputs[name].view(images, rows * width)
+            for name, (rows, width) in self.shapes.items()
         }
 
     def fingerprint(self) -> str:
