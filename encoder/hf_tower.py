@@ -243,7 +243,7 @@ class SwappedTower:
         """While Hugging Face's forward runs: no other thread gives the tower our attention."""
         if isinstance(self.encoder, VisionEncoder):
             return nullcontext()
-        return self.encoder.switch.lock
+        return self.encoder.switch.held()
 
     def _build(self) -> "VisionEncoder | GenericEncoder":
         with torch.inference_mode(False), torch.no_grad():

@@ -186,7 +186,7 @@ def test_own_forward_keeps_its_attention(ernie):
     tower = ernie.tower
     taken = []
     with swap_vision_tower(ernie.model, tier="generic") as handle:
-        lock = handle.encoder.switch.lock
+        (lock,) = handle.encoder.switch.locks
 
         def look(*_):
             thread = threading.Thread(target=lambda: taken.append(lock.acquire(blocking=False)))
