@@ -346,12 +346,13 @@ def _attention_backends() -> dict[str, str | None]:
 def _towers() -> dict[str, str]:
     from .towers import tower_report
 
-    return {
-        support.tower_class: support.tier
-        if support.reason is None
-        else f"{support.tier}: {support.reason}"
-        for support in tower_report()
-    }
+    lines = {}
+    for support in tower_report():
+        notes = [support.reason] if support.reason else []
+        if not support.is_installed:
+            notes.append("not in the installed transformers")
+        lines[support.tower_class] = support.tier + (": " + "; ".join(notes) if notes else "")
+    return lines
 
 
 def _families() -> dict[str, str]:
