@@ -18,19 +18,47 @@ from dataclasses import dataclass
 
 from .gemm_tuning import GATED, RESIDUAL
 
+_SHARED_BYTES = 227 << 10  # that a program may have on compute capability 9.0
+
 
 @dataclass(frozen=True)
 class FewRowsConfig:
     """Tile [block_m, block_n] of a program of gemm_few_rows.py, and the parts of K.
 
-    `block_m` is 64 or 128, `block_n` 2^a or 2^a + 2^b, a multiple of 64 up to 256. `num_stages`
-    steps of 64 along K are in flight.
+    `block_m` is 64 or 128, `block_n` a multiple of 64 up to 256. `num_stages` steps of 64 along K
+    are in flight, two or more, as deep as shared memory holds; what is rounded takes some of that
+    for its results.
+
+    Raises:
+        ValueError: a field that the kernel cannot run with.
     """
 
     block_m: int
     block_n: int
     num_stages: int
     splits: int = 1
+
+    def __post_init__(self):
+        for name, values in (("block_m", (64, 128)), ("block_n", (64, 128, 192, 256))):
+            value = getattr(self, name)
+            if type(value) is not int or value not in values:
+                raise ValueError(
+                    f"FewRowsConfig: {name} = {value!r} must be one of "
+                    f"{', '.join(map(str, values))}"
+                )
+        # 16-bit rows of both operands; what whole stages leave is enough for the barriers
+        most = _SHARED_BYTES // ((self.block_m + self.block_n) * 64 * 2)
+        if type(self.num_stages) is not int or not 2 <= self.num_stages <= most:
+            raise ValueError(
+                f"FewRowsConfig: num_stages = {self.num_stages!r} must be from 2 to the {most} "
+                f"that {_SHARED_BYTES} bytes of shared memory hold of {self.block_m} x "
+                f"{self.block_n}"
+            )
+        if type(self.splits) is not int or self.splits < 1:
+            raise ValueError(
+                f"FewRowsConfig: splits = {self.splits!r} must be an integer of at least 1, the "
+                "parts of K"
+            )
 
     @property
     def max_registers(self) -> int:

@@ -75,17 +75,17 @@ def linear_partials(
         out: where to write; a new tensor if None.
 
     Raises:
-        ValueError: shapes disagree, rows that do not start at multiples of 16 bytes, no part or
-            more than steps along K, or a device or dtype that the kernel does not run with.
+        ValueError: shapes disagree, rows that do not start at multiples of 16 bytes, more parts
+            than steps along K, or a device or dtype that the kernel does not run with.
         TypeError: dtypes or devices disagree.
     """
     check_arguments("linear_partials", x, weight, None, None, None, None, live_rows)
     if reason := hopper_reason(x.device, x.dtype):
         raise ValueError(f"linear_partials cannot run here: {reason}; use `linear`")
     (M, K), N = x.shape, weight.shape[0]
-    if not 1 <= config.splits <= ceil_div(K, BLOCK_K):
+    if config.splits > ceil_div(K, BLOCK_K):
         raise ValueError(
-            f"linear_partials: splits = {config.splits} of K = {K} must be from 1 to its "
+            f"linear_partials: splits = {config.splits} of K = {K} must be at most its "
             f"{ceil_div(K, BLOCK_K)} steps of {BLOCK_K}"
         )
     if config.splits * M * N >= 2**31:
