@@ -7,7 +7,7 @@ what the GPU needs for the live rows, but never less than the host needs to laun
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import le
 from typing import Any, NamedTuple, Protocol
 
@@ -105,6 +105,18 @@ class EagerCurve:
     def of(self, load: Load) -> float:
         """Microseconds of `load`."""
         return max(self.host(load.tokens), self.gpu(load))
+
+    def with_margin(self, margin: float) -> "EagerCurve":
+        """The curve that reaches the cost of replays where eager calls save `margin` of it."""
+        share = 1 - margin
+        return replace(
+            self,
+            floor=self.floor / share,
+            us=tuple(us / share for us in self.us),
+            per_pair=self.per_pair / share,
+            pair_rise=tuple(rise / share for rise in self.pair_rise),
+            floor_steps=tuple((tokens, us / share) for tokens, us in self.floor_steps),
+        )
 
     def host(self, tokens: int) -> float:
         """Time in which the host launches what `tokens` take."""

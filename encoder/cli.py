@@ -253,8 +253,8 @@ def tune(
 ) -> None:
     """Measure which matrix products are fastest on this GPU, and keep the table for later runs.
 
-    It replaces an earlier one of this GPU and these versions, and stands before the shipped table
-    for the layers that were measured. `vitgraph info` says which table is in use.
+    It replaces an earlier one of this GPU and these versions, and stands before the shipped tables,
+    that of few rows too, for the layers that were measured. `vitgraph info` says which is in use.
     """
     with _usage_errors():
         from ..bench.timing import TimeBudget
@@ -346,12 +346,13 @@ def _attention_backends() -> dict[str, str | None]:
 def _towers() -> dict[str, str]:
     from .towers import tower_report
 
-    return {
-        support.tower_class: support.tier
-        if support.reason is None
-        else f"{support.tier}: {support.reason}"
-        for support in tower_report()
-    }
+    lines = {}
+    for support in tower_report():
+        notes = [support.reason] if support.reason else []
+        if not support.is_installed:
+            notes.append("not in the installed transformers")
+        lines[support.tower_class] = support.tier + (": " + "; ".join(notes) if notes else "")
+    return lines
 
 
 def _families() -> dict[str, str]:
@@ -363,7 +364,7 @@ def _families() -> dict[str, str]:
 def _launch_table() -> str:
     import torch
 
-    from ..kernels.gemm_tuning import tuning_report
+    from ..kernels.tables import tuning_report
 
     return tuning_report(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 

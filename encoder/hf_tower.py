@@ -20,7 +20,7 @@ from ..capture import EncoderCudaGraphConfig
 from .families import family_of_tower
 from .fp8 import Fp8Plan
 from .tower_contents import TowerContents
-from .towers import Tier, encoder_for, is_fused
+from .towers import OWN_ENCODERS, Tier, encoder_for, is_fused
 from .vision_encoder import VisionEncoder, VisionOutput
 
 if TYPE_CHECKING:
@@ -243,7 +243,7 @@ class SwappedTower:
         """While Hugging Face's forward runs: no other thread gives the tower our attention."""
         if isinstance(self.encoder, VisionEncoder):
             return nullcontext()
-        return self.encoder.switch.lock
+        return self.encoder.switch.held()
 
     def _build(self) -> "VisionEncoder | GenericEncoder":
         with torch.inference_mode(False), torch.no_grad():
@@ -288,12 +288,19 @@ def _check_tower(tower: torch.nn.Module, is_generic: bool) -> None:
     """
     if not is_generic:
         family_of_tower(tower)
+    runs_own_modules = is_generic and type(tower).__name__ not in OWN_ENCODERS
     for name, module in tower.named_modules():
         home = type(module).__module__
         if not f"{home}.".startswith(PLAIN_MODULES):
+            why = "which the fused forward would not run"
+            if runs_own_modules:
+                why = (
+                    "and graphs of the generic tier would go on as recorded when such a module is "
+                    "switched without a change of weights"
+                )
             raise ValueError(
-                f"swap_vision_tower: {name!r} is a {home}.{type(module).__name__}, which the fused "
-                "forward would not run; merge adapters and dequantise the vision tower first"
+                f"swap_vision_tower: {name!r} is a {home}.{type(module).__name__}, {why}; merge "
+                "adapters and dequantise the vision tower first"
             )
     for name, parameter in tower.named_parameters():
         if not parameter.is_floating_point():

@@ -8,10 +8,9 @@ from ..capture import BufferSpec, EncoderItemSpec, Pruning, RungLimits
 from ..capture.protocol import Rows
 from ..capture.staging import leading_slices
 from ..kernels.attention import LONG_SEGMENT, check_backend, choose_backend
-from ..kernels.few_rows_tuning import table_digest
-from ..kernels.gemm_tuning import tuning
 from ..kernels.launch import compiling
 from ..kernels.layout import num_windows
+from ..kernels.tables import tuning
 from .forward import Batch, output_shapes, tower_forward
 from .grids import Grid
 from .pruning import KEPT_INDEX, check_prunable, plan_pruning, prune
@@ -152,7 +151,7 @@ class RecordableTower:
 
     def fingerprint(self) -> str:
         """What this tower's speed depends on."""
-        tables = f"gemm={tuning(self.device).digest} few_rows={table_digest()}"
+        tables = tuning(self.device).fingerprint()
         attention = f"{self.attention} {self.attention_for(LONG_SEGMENT)}"
         tower = f"{self.spec} {self.dtype} {attention} pruning={self._records_pruning}"
         plan = self.weights.fp8.plan

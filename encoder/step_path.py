@@ -7,9 +7,8 @@ import torch
 from ..capture import BufferSpec, EncoderItemSpec, Pruning, RungLimits
 from ..capture.staging import leading_slices
 from ..kernels.attention import check_backend, choose_backend
-from ..kernels.few_rows_tuning import table_digest
-from ..kernels.gemm_tuning import tuning
 from ..kernels.launch import compiling
+from ..kernels.tables import tuning
 from .grids import Grid
 from .step_forward import ImageBatch, ImageSize, step_forward
 from .step_weights import StepWeights
@@ -177,7 +176,7 @@ class StepPath:
 
     def fingerprint(self) -> str:
         """What this path's speed depends on."""
-        tables = f"gemm={tuning(self.device).digest} few_rows={table_digest()}"
+        tables = tuning(self.device).fingerprint()
         size = f"{self.size.height}x{self.size.width}"
         return f"{self._weights.spec} {size} {self.dtype} {self.attention} {tables}"
 

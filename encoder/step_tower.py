@@ -1,5 +1,6 @@
 """A Step tower as an object: its weights, a path for each size of images, and their graphs."""
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, Self
@@ -51,6 +52,7 @@ class StepTower:
             LOCAL: self._new_path(local_size, local_size),
         }
         self._others: dict[tuple[int, int], StepPath] = {}
+        self._others_lock = threading.Lock()
         self.device, self.dtype = self.paths[GLOBAL].device, self.paths[GLOBAL].dtype
         self.graphs: MultiPathManager | None = None
 
@@ -166,9 +168,10 @@ class StepTower:
         return manager
 
     def _load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self.weights.load(tensors)
-        for path in (*self.paths.values(), *self._others.values()):
-            path.size.read_positions(self.weights)
+        with self._others_lock:  # a path made meanwhile would keep the old positions
+            self.weights.load(tensors)
+            for path in (*self.paths.values(), *self._others.values()):
+                path.size.read_positions(self.weights)
 
     def _eager(self, path: StepPath, images: torch.Tensor) -> dict[str, torch.Tensor]:
         return path.eager_forward(path.pixel_rows(images), [path.fixed_grid] * len(images))
@@ -180,10 +183,11 @@ class StepTower:
 
     def _other_path(self, height: int, width: int) -> StepPath:
         """The path of another size, kept until `MAX_OTHER_SIZES` newer ones have come."""
-        path = self._others.pop((height, width), None) or self._new_path(height, width)
-        self._others[height, width] = path
-        if len(self._others) > MAX_OTHER_SIZES:
-            del self._others[next(iter(self._others))]
+        with self._others_lock:
+            path = self._others.pop((height, width), None) or self._new_path(height, width)
+            self._others[height, width] = path
+            if len(self._others) > MAX_OTHER_SIZES:
+                del self._others[next(iter(self._others))]
         return path
 
 
