@@ -104,6 +104,26 @@ class Checkpoint:
             download(name, commit)
         return cls(str(path_or_id), config.parent, commit, lambda name: download(name, commit))
 
+    def raw_config(self) -> dict[str, Any]:
+        """config.json as it is.
+
+        Raises:
+            CheckpointError: it, or a config of a tower in it, is no JSON object.
+        """
+        path = self.folder / "config.json"
+        try:
+            raw = json.loads(path.read_text())
+        except ValueError as error:
+            raise CheckpointError(f"{path}: not a JSON object: {error}") from error
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"{path}: not a JSON object but a {type(raw).__name__}")
+        for key in ("vision_config", "text_config"):
+            if not isinstance(raw.get(key) or {}, dict):
+                raise CheckpointError(
+                    f"{path}: {key} is a {type(raw[key]).__name__}, not a JSON object"
+                )
+        return raw
+
     def family_and_config(self) -> tuple[Family, Any]:
         """The tower's family and its vision config.
 
@@ -113,14 +133,7 @@ class Checkpoint:
         """
         from transformers import AutoConfig
 
-        path = self.folder / "config.json"
-        try:
-            raw = json.loads(path.read_text())
-        except ValueError as error:
-            raise CheckpointError(f"{path}: not a JSON object: {error}") from error
-        if not isinstance(raw, dict):
-            raise CheckpointError(f"{path}: not a JSON object but a {type(raw).__name__}")
-        family, inner = family_of_model(raw)
+        family, inner = family_of_model(self.raw_config())
         config = AutoConfig.from_pretrained(self.folder)
         for name in inner:
             config = getattr(config, name)

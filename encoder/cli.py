@@ -71,7 +71,14 @@ def embed(
         int | None, typer.Option(min=0, help="Threads that decode. [default: cores, up to 8]")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first inputs.")] = None,
-    pool: Annotated[str, typer.Option(help="mean, max, or tokens for all of them.")] = "mean",
+    pool: Annotated[
+        str | None,
+        typer.Option(
+            help="mean, max, tokens for all of them, or the head of the tower. "
+            "[default: head in a tower that has one, else mean]",
+            show_default=False,
+        ),
+    ] = None,
     normalize: Annotated[bool, typer.Option(help="Scale embeddings to length 1.")] = False,
     layers: Annotated[
         str | None, typer.Option(help="Blocks to pool as well, such as 3,7,-1.")
@@ -117,10 +124,9 @@ def embed(
         paths = _find_inputs(inputs, recursive, glob)[:limit]
 
         from .embedder import POOLS, Embedder
-        from .forward import check_layers
         from .pruning import check_rate
 
-        if pool not in POOLS:
+        if pool is not None and pool not in POOLS:
             raise ValueError(f"--pool {pool}: choose from {', '.join(POOLS)}")
         check_rate("--pruning-rate", pruning_rate)
         choice = graph_choice(
@@ -148,14 +154,14 @@ def embed(
             pruning=pruning_rate is not None,
         )
         encoder = embedder.encoder
-        checked = check_layers(encoder.spec, blocks or ())
+        pooling, checked = embedder.choices(pool, blocks, pruning_rate)
 
     with _out_of_memory():
         result = embedder.encode(
             paths,
             batch_size=batch_size,
             num_workers=num_workers,
-            pool=pool,  # pyright: ignore[reportArgumentType]
+            pool=pooling,
             normalize_embeddings=normalize,
             layers=blocks,
             pruning_rate=pruning_rate,
@@ -175,7 +181,7 @@ def embed(
         revision=encoder.revision,
         dtype=str(encoder.dtype).removeprefix("torch."),
         precision=encoder.precision,
-        pooling=pool,
+        pooling=pooling,
         normalized=normalize,
         layers=checked,
         pruning_rate=pruning_rate,
@@ -322,10 +328,10 @@ def _spec(model: str, revision: str | None, local_files_only: bool) -> dict[str,
 
         return demo_encoder("cpu").spec.to_dict()
     from .checkpoint import Checkpoint
+    from .load import tower_spec
 
     checkpoint = Checkpoint.open(model, revision=revision, local_files_only=local_files_only)
-    family, config = checkpoint.family_and_config()
-    return family.spec(config).to_dict()
+    return tower_spec(checkpoint).to_dict()
 
 
 def _device_name() -> str:

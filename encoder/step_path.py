@@ -178,7 +178,9 @@ class StepPath:
         """What this path's speed depends on."""
         tables = tuning(self.device).fingerprint()
         size = f"{self.size.height}x{self.size.width}"
-        return f"{self._weights.spec} {size} {self.dtype} {self.attention} {tables}"
+        plan = self._weights.fp8.plan
+        tower = f"{self._weights.spec} {size} {self.dtype} {self.attention} {tables}"
+        return tower + ("" if plan is None else f" {plan}")
 
     def _widths(self) -> dict[str, int]:
         spec = self._weights.spec

@@ -10,7 +10,7 @@ Two towers, both dense: every image of a path has the same size, and no grid com
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ..kernels.conv_rows import out_size
 
@@ -76,6 +76,12 @@ class StepSpec:
     class_rows: int = 0
     rope_axes: RopeAxes | None = None
     rope_theta: float = 10000.0
+
+    # what `fp8` and `stream` ask of any tower
+    norm: ClassVar[Literal["layer"]] = "layer"
+    merger: ClassVar[Literal["none"]] = "none"
+    gate_limit: ClassVar[None] = None
+    deepstack_layers: ClassVar[tuple[int, ...]] = ()
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads or self.head_dim % 8:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .fp8 import Fp8Plan
 from .hf_tower import GraphChoice, SwappedTower
 from .step_spec import ROPE_AXES, RopeAxes
 from .step_tower import LOCAL_SIZE, StepTower, path_configs
@@ -36,6 +37,7 @@ class SwappedStepTower(SwappedTower):
         *,
         graphs: GraphChoice,
         attention: str | None,
+        precision: str | Fp8Plan = "native",
         rope_axes: RopeAxes = "wh",
     ):
         if rope_axes not in ROPE_AXES:
@@ -45,7 +47,9 @@ class SwappedStepTower(SwappedTower):
             )
         self.rope_axes: RopeAxes = rope_axes
         # "generic": nothing is looked up among the families of packed patches
-        super().__init__(tower, graphs=graphs, attention=attention, tier="generic")
+        super().__init__(
+            tower, graphs=graphs, attention=attention, precision=precision, tier="generic"
+        )
         if (theirs := rope_axes_of(tower)) != rope_axes:
             logger.warning(
                 "vision tower: the installed transformers rotates with axes %r, the swapped calls "
@@ -91,8 +95,9 @@ class SwappedStepTower(SwappedTower):
     def _build(self) -> Any:
         with torch.inference_mode(False), torch.no_grad():
             encoder = HfStepTower.of_tower(
-                self.tower, LOCAL_SIZE, attention=self._attention, rope_axes=self.rope_axes
-            )
+                self.tower, LOCAL_SIZE, attention=self._attention, precision=self._precision,
+                rope_axes=self.rope_axes,
+            )  # fmt: skip
             if self._graphs is False:
                 return encoder
             config = None if self._graphs is True else self._graphs

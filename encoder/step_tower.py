@@ -10,6 +10,7 @@ import torch
 from ..capture import EncoderCudaGraphConfig
 from ..capture.multi_path import MultiPathManager
 from .capturable import check_capturable
+from .fp8 import Fp8Plan, pick_plan
 from .step_forward import ImageSize
 from .step_path import StepPath
 from .step_spec import RopeAxes, StepSpec, step3p7_spec
@@ -32,18 +33,27 @@ class StepTower:
         weights: Its weights, shared by the paths.
         paths: The paths by name.
         device, dtype: Where the weights are, and their type.
+        precision: "fp8" if some linear layers of the blocks compute in it, else "native".
         graphs: The capture manager, None while not captured.
     """
 
     def __init__(
-        self, spec: StepSpec, weights: StepWeights, local_size: int, attention: str | None = None
+        self,
+        spec: StepSpec,
+        weights: StepWeights,
+        local_size: int,
+        attention: str | None = None,
+        precision: str | Fp8Plan = "native",
     ):
         """A tower for square whole images of `spec.image_size` and crops of `local_size` pixels.
 
         Raises:
-            ValueError: sides that the tower cannot cut, or an attention backend that cannot be
-                used.
+            ValueError: sides that the tower cannot cut, an attention backend that cannot be used,
+                or a precision that cannot be had.
         """
+        plan = pick_plan(precision)
+        weights.quantize(plan)
+        self.precision = "native" if plan is None else "fp8"
         self.spec = spec
         self.weights = weights
         self._attention = attention
@@ -63,15 +73,18 @@ class StepTower:
         local_size: int,
         *,
         attention: str | None = None,
+        precision: str | Fp8Plan = "native",
         rope_axes: RopeAxes = "wh",
     ) -> Self:
         """The tower alone of a live `Step3p7VisionModel`, where it is.
 
         Raises:
-            ValueError: its parameters are on several devices, or hold no data.
+            ValueError: its parameters are on several devices, or hold no data; or a precision that
+                cannot be had.
         """
         spec = step3p7_spec(tower.config, rope_axes=rope_axes)
-        return cls(spec, live_weights(spec, live_tensors(tower, None)), local_size, attention)
+        weights = live_weights(spec, live_tensors(tower, None))
+        return cls(spec, weights, local_size, attention, precision)
 
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[N, tokens, state_size] of images [N, C, H, W] of any size that can be cut into patches.
