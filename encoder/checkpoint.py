@@ -104,6 +104,21 @@ class Checkpoint:
             download(name, commit)
         return cls(str(path_or_id), config.parent, commit, lambda name: download(name, commit))
 
+    def config(self) -> dict[str, Any]:
+        """What config.json holds.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        path = self.folder / "config.json"
+        try:
+            raw = json.loads(path.read_text())
+        except ValueError as error:
+            raise CheckpointError(f"{path}: not a JSON object: {error}") from error
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"{path}: not a JSON object but a {type(raw).__name__}")
+        return raw
+
     def family_and_config(self) -> tuple[Family, Any]:
         """The tower's family and its vision config.
 
@@ -113,14 +128,7 @@ class Checkpoint:
         """
         from transformers import AutoConfig
 
-        path = self.folder / "config.json"
-        try:
-            raw = json.loads(path.read_text())
-        except ValueError as error:
-            raise CheckpointError(f"{path}: not a JSON object: {error}") from error
-        if not isinstance(raw, dict):
-            raise CheckpointError(f"{path}: not a JSON object but a {type(raw).__name__}")
-        family, inner = family_of_model(raw)
+        family, inner = family_of_model(self.config())
         config = AutoConfig.from_pretrained(self.folder)
         for name in inner:
             config = getattr(config, name)

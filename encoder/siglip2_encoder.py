@@ -1,6 +1,5 @@
 """SigLIP 2 with native aspect ratio (NaFlex) as an object: padded or packed images to features."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 
 from ..capture import EncoderCudaGraphConfig, EncoderCudaGraphManager
 from .capturable import check_capturable
-from .checkpoint import Checkpoint, CheckpointError
+from .checkpoint import Checkpoint
 from .grids import PIXEL_DTYPES, Grid
 from .siglip2 import (
     PLACES,
@@ -24,7 +23,7 @@ from .siglip2 import (
 )
 from .siglip2_tower import Siglip2Tower
 from .spec import EncoderSpec
-from .vision_encoder import pick_device, pick_dtype
+from .vision_encoder import pick_device, pick_dtype, place_of_live
 from .weights import TowerWeights
 
 
@@ -102,11 +101,7 @@ class Siglip2Encoder(Siglip2Tower):
             token=token,
             cache_dir=cache_dir,
         )
-        path = checkpoint.folder / "config.json"
-        try:
-            config = vision_config(json.loads(path.read_text()))
-        except (json.JSONDecodeError, AttributeError) as error:
-            raise CheckpointError(f"{path}: not a JSON object: {error}") from error
+        config = vision_config(checkpoint.config())
         tensors = checkpoint.named_tensors(tower_key, PREFIXES, place)
         kind = pick_dtype(dtype, place, next(iter(tensors.values())).dtype)
         tower = spec(config)
@@ -133,17 +128,9 @@ class Siglip2Encoder(Siglip2Tower):
         """
         tower = find_tower(model)
         parameters = dict(tower.named_parameters())
-        devices = {p.device for p in parameters.values()}
-        parameter = next(iter(parameters.values()))
-        if len(devices) > 1 or parameter.device.type == "meta":
-            raise ValueError(
-                f"from_hf: the tower's parameters are on {sorted(map(str, devices))}; move the "
-                "whole tower to one device first (no device_map that splits or offloads it)"
-            )
-        kind = pick_dtype(parameter.dtype, parameter.device, parameter.dtype)
-        place, with_head = parameter.device, hasattr(tower, "head")
         shape = spec(tower.config)
-        weights = TowerWeights(shape, weight_map(shape, with_head), parameters, place, kind)
+        rules = weight_map(shape, hasattr(tower, "head"))
+        weights = TowerWeights(shape, rules, parameters, *place_of_live(parameters))
         return cls(shape, weights, attention=attention)
 
     def load_weights(self, tower: torch.nn.Module) -> None:

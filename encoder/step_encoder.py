@@ -1,6 +1,5 @@
 """The image towers of Step-3.7, Step3-VL-10B and Step3 as an object: whole images and crops."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint import Checkpoint, CheckpointError
+from .checkpoint import Checkpoint
 from .grids import PIXEL_DTYPES
 from .step_keys import PREFIXES, to_hf_names, tower_key
 from .step_preprocess import StepPreprocessor
@@ -110,12 +109,7 @@ class StepEncoder(StepTower):
             token=token,
             cache_dir=cache_dir,
         )
-        path = checkpoint.folder / "config.json"
-        try:
-            config = json.loads(path.read_text())
-            spec = spec_of_model(config, rope_axes)
-        except (json.JSONDecodeError, AttributeError) as error:
-            raise CheckpointError(f"{path}: not a JSON object: {error}") from error
+        spec = spec_of_model(checkpoint.config(), rope_axes)
         stored = checkpoint.named_tensors(tower_key, PREFIXES, place)
         tensors = to_hf_names(stored, spec.family, spec.num_heads)
         kind = pick_dtype(dtype, place, next(iter(tensors.values())).dtype)
