@@ -6,11 +6,10 @@ import torch
 
 from ..capture import BufferSpec, EncoderItemSpec, Pruning, RungLimits
 from ..capture.protocol import Rows
-from ..capture.staging import leading_slices
 from ..kernels.attention import LONG_SEGMENT, check_backend, choose_backend
-from ..kernels.launch import compiling
 from ..kernels.layout import num_windows
 from ..kernels.tables import tuning
+from .capturable import compile_by_halves
 from .forward import Batch, output_shapes, tower_forward
 from .grids import Grid
 from .pruning import KEPT_INDEX, check_prunable, plan_pruning, prune
@@ -122,21 +121,8 @@ class RecordableTower:
         outputs: Mapping[str, torch.Tensor],
         rungs: Sequence[RungLimits],
     ) -> None:
-        """Compile the kernels of some of `rungs`, several at a time.
-
-        Kernels differ by thresholds of rows, so the rungs are taken by halves; what only one of the
-        others launches is compiled when that is warmed up.
-        """
-        with compiling():
-            patches = 2 * rungs[-1].max_patches
-            for limits in reversed(rungs):
-                if 2 * limits.max_patches <= patches:
-                    patches = limits.max_patches
-                    self.graph_forward(
-                        leading_slices(inputs, self.input_specs(limits)),
-                        leading_slices(outputs, self.output_specs(limits)),
-                        limits,
-                    )
+        """Compile the kernels of some of `rungs`, several at a time."""
+        compile_by_halves(self, inputs, outputs, rungs)
 
     def eager_forward(
         self,

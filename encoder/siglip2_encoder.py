@@ -25,7 +25,7 @@ from .siglip2 import (
 )
 from .siglip2_tower import Siglip2Tower
 from .spec import EncoderSpec
-from .vision_encoder import pick_device, pick_dtype
+from .vision_encoder import pick_device, pick_dtype, place_of_live
 from .weights import TowerWeights
 
 
@@ -162,17 +162,9 @@ class Siglip2Encoder(Siglip2Tower):
         """
         tower = find_tower(model)
         parameters = dict(tower.named_parameters())
-        devices = {p.device for p in parameters.values()}
-        parameter = next(iter(parameters.values()))
-        if len(devices) > 1 or parameter.device.type == "meta":
-            raise ValueError(
-                f"from_hf: the tower's parameters are on {sorted(map(str, devices))}; move the "
-                "whole tower to one device first (no device_map that splits or offloads it)"
-            )
-        kind = pick_dtype(parameter.dtype, parameter.device, parameter.dtype)
-        place, with_head = parameter.device, hasattr(tower, "head")
         shape = spec(tower.config)
-        weights = TowerWeights(shape, weight_map(shape, with_head), parameters, place, kind)
+        rules = weight_map(shape, hasattr(tower, "head"))
+        weights = TowerWeights(shape, rules, parameters, *place_of_live(parameters))
         return cls(shape, weights, attention=attention, precision=precision)
 
     def load_weights(self, tower: torch.nn.Module) -> None:

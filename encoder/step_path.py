@@ -5,10 +5,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ..capture import BufferSpec, EncoderItemSpec, Pruning, RungLimits
-from ..capture.staging import leading_slices
 from ..kernels.attention import check_backend, choose_backend
-from ..kernels.launch import compiling
 from ..kernels.tables import tuning
+from .capturable import compile_by_halves
 from .grids import Grid
 from .step_forward import ImageBatch, ImageSize, step_forward
 from .step_weights import StepWeights
@@ -135,20 +134,8 @@ class StepPath:
         outputs: Mapping[str, torch.Tensor],
         rungs: Sequence[RungLimits],
     ) -> None:
-        """Compile the kernels of some of `rungs`, several at a time.
-
-        Kernels differ by thresholds of rows, so the rungs are taken by halves.
-        """
-        with compiling():
-            patches = 2 * rungs[-1].max_patches
-            for limits in reversed(rungs):
-                if 2 * limits.max_patches <= patches:
-                    patches = limits.max_patches
-                    self.graph_forward(
-                        leading_slices(inputs, self.input_specs(limits)),
-                        leading_slices(outputs, self.output_specs(limits)),
-                        limits,
-                    )
+        """Compile the kernels of some of `rungs`, several at a time."""
+        compile_by_halves(self, inputs, outputs, rungs)
 
     def eager_forward(
         self,

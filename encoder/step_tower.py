@@ -15,7 +15,7 @@ from .step_forward import ImageSize
 from .step_path import StepPath
 from .step_spec import RopeAxes, StepSpec, step3p7_spec
 from .step_weights import StepWeights
-from .vision_encoder import pick_dtype
+from .vision_encoder import place_of_live
 
 GLOBAL, LOCAL = "global", "local"
 LOCAL_SIZE = 504  # pixels along a side of a crop
@@ -222,15 +222,7 @@ def live_weights(spec: StepSpec, tensors: Mapping[str, torch.Tensor]) -> StepWei
     Raises:
         ValueError: they are on several devices, or hold no data.
     """
-    parameter = next(iter(tensors.values()))
-    devices = {p.device for p in tensors.values()}
-    if len(devices) > 1 or parameter.device.type == "meta":
-        raise ValueError(
-            f"from_hf: the tower's parameters are on {sorted(map(str, devices))}; move the whole "
-            "tower and its projector to one device first (no device_map that splits or offloads it)"
-        )
-    kind = pick_dtype(parameter.dtype, parameter.device, parameter.dtype)
-    return StepWeights(spec, tensors, parameter.device, kind)
+    return StepWeights(spec, tensors, *place_of_live(tensors, "tower and its projector"))
 
 
 def path_configs(paths: Mapping[str, StepPath], config: Any) -> dict[str, EncoderCudaGraphConfig]:

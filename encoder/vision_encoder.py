@@ -168,15 +168,7 @@ class VisionEncoder(RecordableTower):
         family = family_of_tower(tower)
         spec = family.spec(tower.config)
         state = dict(tower.named_parameters())
-        parameter = next(iter(state.values()))
-        devices = {p.device for p in state.values()}
-        if len(devices) > 1 or parameter.device.type == "meta":
-            raise ValueError(
-                f"from_hf: the tower's parameters are on {sorted(map(str, devices))}; move the "
-                "whole tower to one device first (no device_map that splits or offloads it)"
-            )
-        kind = pick_dtype(parameter.dtype, parameter.device, parameter.dtype)
-        weights = TowerWeights(spec, family.weight_map(spec), state, parameter.device, kind)
+        weights = TowerWeights(spec, family.weight_map(spec), state, *place_of_live(state))
         return cls(spec, weights, attention=attention, precision=precision)
 
     def load_weights(self, tower: torch.nn.Module) -> None:
@@ -324,6 +316,25 @@ def pick_device(device: torch.device | str | None) -> torch.device:
             "cuda", torch.cuda.current_device() if place.index is None else place.index
         )
     return place
+
+
+def place_of_live(
+    tensors: Mapping[str, torch.Tensor], what: str = "tower"
+) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of the parameters of a live model; `what` they are, for messages.
+
+    Raises:
+        ValueError: they are on several devices, hold no data, or have a dtype that is not
+            supported.
+    """
+    parameter = next(iter(tensors.values()))
+    devices = {tensor.device for tensor in tensors.values()}
+    if len(devices) > 1 or parameter.device.type == "meta":
+        raise ValueError(
+            f"from_hf: the tower's parameters are on {sorted(map(str, devices))}; move the whole "
+            f"{what} to one device first (no device_map that splits or offloads it)"
+        )
+    return parameter.device, pick_dtype(parameter.dtype, parameter.device, parameter.dtype)
 
 
 def pick_dtype(

@@ -356,9 +356,10 @@ def test_other_folders(build, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl", "vision_config": {}}')
     with pytest.raises(ValueError, match="'qwen2_vl' is no Step model"):
         StepEncoder.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="not a JSON object"):
-        StepEncoder.from_pretrained(tmp_path)
+    for content in (b"[]", b"{", b"\xff"):
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(CheckpointError, match="not a JSON object"):
+            StepEncoder.from_pretrained(tmp_path)
     config = {"model_type": "step3_vl", "vision_config": build.step3_config,
               "text_config": {"hidden_size": 48}}  # fmt: skip
     write(tmp_path, config, {"model.norm.weight": torch.zeros(2)})
