@@ -304,7 +304,9 @@ class Embedder:
         pruning_rate: float | None,
     ) -> dict[int | None, list[torch.Tensor]]:
         """Pooled fp32 rows of each item, of the output (None) and of each layer."""
-        grids = [grid for _, grid in batch]
+        # a video may be several items: those of Kimi are clips of a few frames
+        clips = [self.encoder.spec.clips(*grid) for _, grid in batch]
+        grids = [clip for item in clips for clip in item]
         num_rows = sum(len(rows) for rows, _ in batch)
         pixels = torch.empty(
             (num_rows, self.encoder.spec.patch_values),
@@ -313,9 +315,11 @@ class Embedder:
         )
         torch.cat([rows for rows, _ in batch], out=pixels)
         output = self.encoder(pixels, grids, layers=layers, pruning_rate=pruning_rate)
-        patches = [t * h * w for t, h, w in grids]
+        patches = [t * h * w for _, (t, h, w) in batch]
+        per_clip = iter(output.tokens_per_item)
+        tokens = [sum(islice(per_clip, len(item))) for item in clips]
         results: dict[int | None, list[torch.Tensor]] = {
-            None: _pooled(output.pooler_output, output.tokens_per_item, pool)
+            None: _pooled(output.pooler_output, tokens, pool)
         }
         order = self.encoder.row_order(grids) if layers else None
         for layer in layers:
