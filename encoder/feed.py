@@ -5,6 +5,7 @@ each item: its embedding (key None), and the states of the blocks asked for (by 
 """
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -146,10 +147,14 @@ class PackedFeed:
         pruning_rate: float | None,
     ) -> Rows:
         """As in `Feed`."""
-        grids = [item.grid for item in batch]
+        # a video may be several items: those of Kimi are clips of a few frames
+        clips = [self.encoder.spec.clips(*item.grid) for item in batch]
+        grids = [grid for item in clips for grid in item]
         pixels = _packed([item.pixels[0] for item in batch], self.encoder)
         output = self.encoder(pixels, grids, layers=layers, pruning_rate=pruning_rate)
-        results: Rows = {None: _pooled(output.pooler_output, output.tokens_per_item, pool)}
+        per_clip = iter(output.tokens_per_item)
+        tokens = [sum(islice(per_clip, len(item))) for item in clips]
+        results: Rows = {None: _pooled(output.pooler_output, tokens, pool)}
         order = self.encoder.row_order(grids) if layers else None
         for layer in layers:
             states = output.hidden_states[layer]

@@ -270,8 +270,11 @@ class SwappedTower:
             assert self._output_class is not None
             fields: dict[str, Any] = {"last_hidden_state": features.last_hidden_state}
             assert isinstance(self.encoder, VisionEncoder)
-            if self.encoder.spec.merger != "none":  # transformers leaves the field empty there
-                fields["pooler_output"] = features.pooler_output
+            spec, pooled = self.encoder.spec, features.pooler_output
+            if spec.merger == "mean":  # patches of a token on an axis of their own
+                pooled = pooled.view(-1, spec.patches_per_token, spec.hidden_size)
+            if spec.merger != "none":  # transformers leaves the field empty there
+                fields["pooler_output"] = pooled
             if self._output_class.__name__ == "BaseModelOutputWithDeepstackFeatures":
                 fields["deepstack_features"] = features.deepstack_features or []
             output = self._output_class(**fields)

@@ -43,7 +43,10 @@ class Preprocessor(Protocol):
         ...
 
     def __call__(self, source: Any) -> tuple[np.ndarray, Grid]:
-        """Rows [t*h*w, C*tp*P*P] fp32 and (t, h, w) of one image or video."""
+        """Rows [t*h*w, C*tp*P*P] fp32 and (t, h, w) of one image or video.
+
+        A video may have more frames than an item of the tower: `EncoderSpec.clips` cuts it.
+        """
         ...
 
 
@@ -61,7 +64,8 @@ class ImagePreprocessor:
         video_min_pixels, video_max_pixels: Limits of videos.
         video_rule: Whose arithmetic samples and resizes videos, and GLM's images.
         video_fps: Frames taken a second; None takes all, up to `max_frames`.
-        min_frames, max_frames: Bounds of the frames that are taken; GLM's rules have none.
+        min_frames, max_frames: Bounds of the frames that are taken; GLM's and Kimi's rules have
+            none.
         video_max_seconds: Length of a video from which the rules "glm4v" and "glm5" take no more
             frames; 0 is none for the latter.
         video_token_cap: `max_video_tokens` where `cap_pixels_per_frame` is on; None is off.
@@ -256,6 +260,11 @@ class ImagePreprocessor:
     def _factor(self) -> int:
         return self.patch_size * self.merge_size
 
+    @property
+    def _block(self) -> int:
+        """Patches along a side of the blocks that rows come in."""
+        return self.merge_size
+
     @cached_property
     def _table(self) -> np.ndarray:
         return value_table(self.rescale_factor, self.image_mean, self.image_std)
@@ -270,7 +279,7 @@ class ImagePreprocessor:
 
         Rows follow (t, h / merge, w / merge, merge, merge), values (C, tp, P, P).
         """
-        size, merge = self.patch_size, self.merge_size
+        size, merge = self.patch_size, self._block
         depth = min(len(frames), self.temporal_patch_size)
         t, h, w = len(frames) // depth, frames.shape[1] // size, frames.shape[2] // size
         blocks = frames.reshape(

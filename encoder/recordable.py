@@ -52,14 +52,14 @@ class RecordableTower:
 
     def item_specs(self, grid_thw: Sequence[Grid]) -> list[EncoderItemSpec]:
         """What each item takes of a rung."""
-        window, per_token = self.spec.window_size, self.spec.patches_per_token
+        spec = self.spec
         return [
             EncoderItemSpec(
                 input_size=t * h * w,
-                output_tokens=t * h * w // per_token,
-                num_frames=t,
-                num_windows=t * num_windows(h, w, window),
-                attention_pairs=t * (h * w) ** 2,
+                output_tokens=spec.num_tokens(t, h, w),
+                num_frames=spec.num_segments(t),
+                num_windows=t * num_windows(h, w, spec.window_size),
+                attention_pairs=spec.num_segments(t) * spec.segment_size(t, h, w) ** 2,
             )
             for t, h, w in grid_thw
         ]
@@ -164,14 +164,15 @@ class RecordableTower:
         if pruning is not None:
             check_prunable(self.spec)
         pixels = pixel_values.to(device=self.device, dtype=self.dtype).contiguous()
+        tokens = sum(self.spec.num_tokens(*grid) for grid in grids)
         outputs = {
             name: pixels.new_empty(shape)
-            for name, shape in output_shapes(self.spec, pixels.shape[0]).items()
+            for name, shape in output_shapes(self.spec, pixels.shape[0], tokens).items()
         }
         states.update({i: pixels.new_empty(len(pixels), self.spec.hidden_size) for i in layers})
         if grids:
             table = torch.tensor(grids, dtype=torch.int32).to(self.device, non_blocking=True)
-            longest = max(h * w for _, h, w in grids)
+            longest = max(self.spec.segment_size(*grid) for grid in grids)
             batch = Batch(pixels, table, self._exact_limits(grids), longest)
             attention = self.attention_for(longest)
             tower_forward(self.weights, batch, outputs, attention=attention, states=states)

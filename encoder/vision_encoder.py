@@ -31,8 +31,9 @@ class VisionOutput:
         last_hidden_state: [T, D] patches before the merger, in Hugging Face's row order (that of
             the windows in a tower with windows; see `VisionEncoder.row_order`). In towers of GLM
             [M, out], the tokens that their merger begins with, which is what transformers returns.
-            In towers without a merger, behind their last norm.
-        pooler_output: [M, out] merged tokens; the last hidden state in towers without a merger.
+            In towers that end in a norm (merger "none" or "mean"), behind it.
+        pooler_output: [M, out] merged tokens; the last hidden state in towers without a merger. In
+            towers of Kimi the patches of a token side by side, averaged over the frames of a clip.
         deepstack_features: [M, out] for each deepstack merger; None for towers without them.
         hidden_states: [T, D] after each block asked for, by block index.
         kept_index: [M] int32, the place within its item of each token left by pruning; None if
@@ -139,7 +140,7 @@ class VisionEncoder(RecordableTower):
         pick_plan(precision)  # an unknown name is refused before the weights are read
         family, config = checkpoint.family_and_config()
         spec = family.spec(config)
-        tensors = checkpoint.tower_tensors(family, place)
+        tensors = family.hf_tensors(checkpoint.tower_tensors(family, place), spec)
         stored = next(iter(tensors.values())).dtype
         kind = pick_dtype(dtype, place, stored)
         weights = TowerWeights(spec, family.weight_map(spec), tensors, place, kind)
@@ -223,14 +224,13 @@ class VisionEncoder(RecordableTower):
             with torch.no_grad():
                 outputs = self._eager(pixel_values, grids, wanted, states, pruning)
         num_deepstack = len(self.spec.deepstack_layers)
-        per_token = self.spec.patches_per_token
         return VisionOutput(
             outputs["last_hidden_state"],
             outputs["last_hidden_state" if self.spec.merger == "none" else "pooler_output"],
             [outputs[f"deepstack_{j}"] for j in range(num_deepstack)] if num_deepstack else None,
             states,
             outputs[KEPT_INDEX] if pruning is not None else None,
-            tuple([t * h * w // per_token for t, h, w in grids])
+            tuple([self.spec.num_tokens(*grid) for grid in grids])
             if pruning is None
             else pruning.keep,
         )
