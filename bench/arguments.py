@@ -47,9 +47,10 @@ def parser() -> argparse.ArgumentParser:
     breakdown.add_argument("--towers", nargs="+", metavar="NAME")
     breakdown.add_argument("--workloads", nargs="+", metavar="NAME", help="default: img224")
     breakdown.add_argument("--attention", metavar="BACKEND", help="default: the tower's own choice")
-    step = add("step", "the tower of Step-3.7 on whole images and crops, against Hugging Face's")
-    step.add_argument("--workloads", nargs="+", metavar="NAME", help="default: all of them")
-    step.add_argument("--providers", nargs="+", metavar="NAME")
+    images = add("images", "towers of images (Step, SigLIP 2) against Hugging Face's")
+    images.add_argument("--towers", nargs="+", metavar="NAME", help="default: all of them")
+    images.add_argument("--workloads", nargs="+", metavar="NAME", help="default: all of each tower")
+    images.add_argument("--providers", nargs="+", metavar="NAME")
     packing = add("packing", "padding that packing leaves; runs nothing")
     tune = add("tune", "launch tables: the library against our tiles, and tiles of attention")
     tune.add_argument("--shapes", nargs="+", metavar="TEXT", help="only labels that hold a TEXT")
@@ -79,18 +80,29 @@ def parser() -> argparse.ArgumentParser:
             action="store_true",
             help="`ours` as it is without any package of FlashAttention",
         )
-    for command in (towers, peers, scaling, step, tune, few_rows):
+    for command in (towers, peers, scaling, images, tune, few_rows):
         command.add_argument(
             "--budget-s", type=float, metavar="SECONDS", help="start nothing new after that"
         )
-    for command in (towers, peers, scaling, step, kernels):
+    for command in (towers, peers, scaling, images, kernels):
         command.add_argument("--dtype", choices=DTYPES, default="bfloat16")
         command.add_argument("--device", help="default: the GPU if there is one")
     few_rows.add_argument("--seed", type=int, default=0)
-    for command in (towers, peers, scaling, step, kernels, capture, breakdown):
+    for command in (towers, peers, scaling, images, kernels, capture, breakdown):
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--quick", action="store_true", help="fewer repetitions and points")
-    measured = (towers, peers, scaling, step, kernels, capture, breakdown, packing, tune, few_rows)
+    measured = (
+        towers,
+        peers,
+        scaling,
+        images,
+        kernels,
+        capture,
+        breakdown,
+        packing,
+        tune,
+        few_rows,
+    )
     for command in measured:
         command.add_argument("--json", metavar="FILE", help="write conditions and rows")
 

@@ -61,18 +61,20 @@ def dispatch(session: Session) -> Result:
 def settled_ms(
     calls: Mapping[str, Callable[[], object]], turns: int, seed: int
 ) -> dict[str, float]:
-    """Median ms of whole calls, each among calls of its own kind; turns come in random order.
+    """Ms of whole calls, each among calls of its own kind; turns come in random order.
 
-    Near its limit of power a GPU runs a call up to some per cent faster or slower by what ran in
-    the tenths of a second before. Where contenders alternate, the one after a light contender wins.
+    The least of the medians of each turn: other processes slow the host, and with it short calls,
+    for tenths of a second. Near its limit of power a GPU runs a call up to some per cent faster or
+    slower by what ran in the tenths of a second before. Where contenders alternate, the one after a
+    light contender wins.
     """
     rng = random.Random(seed)
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    medians: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(turns):
         for name in rng.sample(list(calls), len(calls)):
             _run_for(calls[name], _SETTLE_S, 1)
-            samples[name] += _run_for(calls[name], _COUNT_S, _LEAST_COUNTED)
-    return {name: summarise(taken).ms for name, taken in samples.items()}
+            medians[name].append(median(_run_for(calls[name], _COUNT_S, _LEAST_COUNTED)))
+    return {name: min(taken) for name, taken in medians.items()}
 
 
 def _run_for(call: Callable[[], object], seconds: float, least: int) -> list[float]:

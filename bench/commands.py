@@ -113,19 +113,20 @@ def run_capture(arguments: argparse.Namespace) -> Outcome:
     return rows, settings, capture.summary(rows)
 
 
-def run_step(arguments: argparse.Namespace) -> Outcome:
-    """`step`."""
-    from . import step
+def run_images(arguments: argparse.Namespace) -> Outcome:
+    """`images`."""
+    from . import images
 
-    names = arguments.workloads or tuple(step.WORKLOADS)
-    if unknown := sorted(set(names) - set(step.WORKLOADS)):
+    names = arguments.towers or tuple(images.TOWERS)
+    if unknown := sorted(set(names) - set(images.TOWERS)):
         raise ValueError(
-            f"bench: workload {', '.join(unknown)} is not known; use {', '.join(step.WORKLOADS)}"
+            f"bench: tower {', '.join(unknown)} is not known; use {', '.join(images.TOWERS)}"
         )
     time_budget = TimeBudget(arguments.budget_s)
-    rows = step.run(
-        {name: step.WORKLOADS[name] for name in names},
-        arguments.providers or step.PROVIDERS,
+    rows = images.run(
+        {name: images.TOWERS[name] for name in names},
+        arguments.workloads,
+        arguments.providers or images.PROVIDERS,
         device=_place(arguments),
         dtype=getattr(torch, arguments.dtype),
         effort=QUICK if arguments.quick else Effort(),
@@ -133,7 +134,7 @@ def run_step(arguments: argparse.Namespace) -> Outcome:
         time_budget=time_budget,
     )
     settings = {"dtype": arguments.dtype, "seed": arguments.seed, **time_budget.to_json()}
-    return rows, settings, "\n".join(filter(None, [step.summary(rows), time_budget.note()]))
+    return rows, settings, "\n".join(filter(None, [images.summary(rows), time_budget.note()]))
 
 
 def run_breakdown(arguments: argparse.Namespace) -> Outcome:
@@ -195,7 +196,7 @@ MEASURING: Mapping[str, Callable[[argparse.Namespace], Outcome]] = {
     "kernels": run_kernels,
     "capture": run_capture,
     "breakdown": run_breakdown,
-    "step": run_step,
+    "images": run_images,
     "packing": run_packing,
     "tune": run_tune,
     "few-rows": run_few_rows,

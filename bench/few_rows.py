@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from ..encoder.vision_encoder import VisionEncoder
-from ..kernels import few_rows_tuning
 from ..kernels.few_rows_tuning import FewRowsConfig
 from ..kernels.gated_linear import gated_linear
 from ..kernels.gemm import hopper_reason
@@ -25,6 +24,7 @@ from ..kernels.launch import compiling
 from ..kernels.pdl import FEW_ROWS
 from ..kernels.residual import residual
 from ..kernels.rows import num_sms
+from ..kernels.tables import tuning
 from .few_rows_search import Choice, Sweep, Tile, candidates, descend, tile_name
 from .report import number, table
 from .timing import Effort, TimeBudget, record, time_graphs
@@ -200,9 +200,10 @@ class CapturedTower:
 
     @contextmanager
     def _table(self, choice: Choice) -> Iterator[None]:
-        """The shipped table replaced by one that names `choice` for every number of rows."""
-        shipped = few_rows_tuning.TABLE
-        few_rows_tuning.TABLE = {
+        """The table in force replaced by one that names `choice` for every number of rows."""
+        tables = tuning(self._encoder.device)
+        in_force = tables.few_rows
+        tables.few_rows = {
             self.shapes[layer].key: ((FEW_ROWS, tile),)
             for layer, tile in choice.items()
             if tile is not None
@@ -210,7 +211,7 @@ class CapturedTower:
         try:
             yield
         finally:
-            few_rows_tuning.TABLE = shipped
+            tables.few_rows = in_force
 
 
 def image_of(rows: int, merge: int) -> tuple[int, int, int]:

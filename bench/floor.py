@@ -61,7 +61,8 @@ class TowerShape:
     @classmethod
     def of(cls, config: Any) -> "TowerShape":
         """Read a Hugging Face vision configuration of a family in `towers_config`."""
-        if config.model_type == "paddleocr_vl_vision":
+        if config.model_type in ("paddleocr_vl_vision", "kimi_k25_vision"):
+            joined = 1 if config.model_type == "paddleocr_vl_vision" else 4
             return cls(
                 hidden=config.hidden_size,
                 heads=config.num_attention_heads,
@@ -69,8 +70,8 @@ class TowerShape:
                 mlp=config.intermediate_size,
                 is_gated=False,
                 patch_values=patch_values(config),
-                out=config.hidden_size,
-                merge=1,
+                out=config.hidden_size * joined,
+                merge=joined,
                 num_mergers=0,
                 full_layers=config.num_hidden_layers,
             )

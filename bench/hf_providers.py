@@ -9,6 +9,7 @@
 """
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -65,7 +66,8 @@ def precomputed_kwargs(tower: Any, grid_thw: torch.Tensor) -> dict[str, Any]:
     sequence) the forward neither reads the device nor has a shape that depends on data.
     """
     config = tower.config
-    is_raster = config.model_type == "paddleocr_vl_vision"
+    is_kimi = config.model_type == "kimi_k25_vision"
+    is_raster = is_kimi or config.model_type == "paddleocr_vl_vision"
     merge = 1 if is_raster else config.spatial_merge_size
     cu_seqlens = get_vision_cu_seqlens(grid_thw)
     kwargs: dict[str, Any] = {
@@ -83,7 +85,9 @@ def precomputed_kwargs(tower: Any, grid_thw: torch.Tensor) -> dict[str, Any]:
     if is_raster or hasattr(config, "num_position_embeddings"):
         if not hasattr(vision_utils, "get_vision_interpolation_indices_and_weights"):
             raise UnavailableError("precomputed positions need a newer transformers, such as 5.17")
-        table = tower.vision_model.embeddings if is_raster else tower
+        table = tower
+        if is_raster:
+            table = tower.patch_embed.pos_emb if is_kimi else tower.vision_model.embeddings
         indices, weights = vision_utils.get_vision_interpolation_indices_and_weights(
             grid_thw,
             num_grid_per_side=table.num_grid_per_side,
@@ -93,6 +97,12 @@ def precomputed_kwargs(tower: Any, grid_thw: torch.Tensor) -> dict[str, Any]:
         )
         kwargs["interp_indices"] = indices
         kwargs["interp_weights"] = weights
+    if is_kimi:  # of images alone, whose segments are frames as well
+        home = sys.modules[type(tower).__module__]
+        kwargs["frame_index"] = home.get_vision_frame_index(grid_thw)
+        kwargs["temporal_merge_index"] = home.get_vision_temporal_merge_index(
+            grid_thw, *config.merge_kernel_size
+        )
     return kwargs
 
 

@@ -60,11 +60,12 @@ Builders = Mapping[str, Builder]
 def features_of(output: Any) -> list[torch.Tensor]:
     """[pooler_output, *deepstack_features] of a Hugging Face output or a `VisionOutput`.
 
-    Of a tower without a merger, whose `pooler_output` is None, the last hidden state.
+    Of a tower without a merger, whose `pooler_output` is None, the last hidden state. Patches of a
+    token on an axis of their own (Kimi) are brought side by side.
     """
     pooled = output.pooler_output
     pooled = output.last_hidden_state if pooled is None else pooled
-    return [pooled, *(getattr(output, "deepstack_features", None) or [])]
+    return [pooled.flatten(1), *(getattr(output, "deepstack_features", None) or [])]
 
 
 def make_job(

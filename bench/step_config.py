@@ -1,4 +1,4 @@
-"""The published Step towers, as specs: they take whole images, so `towers_config` has no place."""
+"""The published Step towers, as specs: they take whole images, so `towers_config` has none."""
 
 from ..encoder.step_spec import StepSpec, step3_vl_spec, step3p7_spec
 

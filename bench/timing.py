@@ -2,9 +2,11 @@
 
 Whole calls are timed from synchronise to synchronise on the host clock, as a caller sees them.
 Kernels are timed by replaying a CUDA graph of many calls between two events: a launch from Python
-costs more than most kernels do. Contenders take turns, so that a change of clocks meets them all.
+costs more than most kernels do. Contenders take turns in random order, so that a change of clocks
+meets them all and none always follows the same one.
 """
 
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -138,13 +140,12 @@ def _take_turns(measure: Mapping[str, Callable[[], float]], effort: Effort) -> d
             once()
     samples: dict[str, list[float]] = {name: [] for name in measure}
     end = time.perf_counter() + effort.limit_s
+    order = random.Random(0)
     for turn in range(effort.rounds):
         if turn >= effort.min_rounds and time.perf_counter() > end:
             break
-        # another one goes first each time: what ran before it shows in a short call
-        names = list(measure)
-        first = turn % max(1, len(names))
-        for name in names[first:] + names[:first]:
+        # What ran before shows: in caches for a short call, in clocks for one at the power limit.
+        for name in order.sample(list(measure), len(measure)):
             samples[name].append(measure[name]())
     return {name: summarise(taken) for name, taken in samples.items()}
 

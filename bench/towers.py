@@ -50,9 +50,11 @@ def run(
         log: Takes one line for each finished row.
 
     Raises:
-        ValueError: an unknown tower or provider, or a dtype as wide as the oracle's.
+        ValueError: an unknown tower or provider, a dtype as wide as the oracle's, or videos for a
+            tower that is measured on images.
     """
     place = check_arguments(towers, providers, dtype, device)
+    check_workloads(towers, workloads)
     meter = FloorMeter(place) if place.type == "cuda" else None
     time_budget = time_budget or TimeBudget()
     rows: list[Row] = []
@@ -102,3 +104,19 @@ def check_arguments(
     for name in towers:
         tower_config(name)
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def check_workloads(towers: Sequence[str], workloads: Mapping[str, Sequence[Grid]]) -> None:
+    """Refuse videos for towers that are measured on images.
+
+    Raises:
+        ValueError: there are some.
+    """
+    videos = [label for label, grids in workloads.items() if any(t > 1 for t, _, _ in grids)]
+    for name in towers:
+        if tower_config(name).images_only and videos:
+            images = " ".join(label for label in workloads if label not in videos)
+            raise ValueError(
+                f"bench: {name} is measured on images, and there are videos in "
+                f"{', '.join(videos)}; use --workloads {images or 'img448'}"
+            )

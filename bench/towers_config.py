@@ -8,7 +8,7 @@ dropping the rotary embedding or a segment boundary changes the output by tens o
 
 import importlib
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers.initialization import no_init_weights
@@ -26,6 +26,7 @@ _FAMILIES = {
     "glm_ocr": ("GlmOcrVisionModel", "GlmOcrVisionConfig"),
     "glm5_next": ("Glm5NextVisionModel", "Glm5NextVisionConfig"),
     "paddleocr_vl": ("PaddleOCRVisionModel", "PaddleOCRVisionConfig"),
+    "kimi_k25": ("Kimi_K25VisionModel", "Kimi_K25VisionConfig"),
 }
 # projections that add to the residual stream, by the end of their path in each family
 _INTO_STREAM = ("attn.proj", "attn.out_proj", "mlp.linear_fc2", "mlp.fc2", "mlp.down_proj")
@@ -34,10 +35,17 @@ _QUERY_KEY = ("qkv", "q_proj", "k_proj", "q", "k")  # projections that hold q or
 
 @dataclass(frozen=True)
 class TowerConfig:
-    """A family and the arguments of its Hugging Face vision configuration."""
+    """A family and the arguments of its Hugging Face vision configuration.
+
+    Attributes:
+        family, arguments: As said.
+        images_only: Whether its own forward takes no batches with videos of several lengths, so
+            that only images are measured.
+    """
 
     family: str
     arguments: dict[str, Any]
+    images_only: bool = False
 
     def vision_config(self) -> Any:
         """A fresh Hugging Face configuration (towers change theirs when attention is switched)."""
@@ -134,6 +142,8 @@ TOWERS: dict[str, TowerConfig] = {
         {**_GLM_OCR, "out_hidden_size": 4096, "projection_intermediate_size": 10240},
     ),
     "paddleocr-vl": TowerConfig("paddleocr_vl", {"image_size": 384}),
+    # no tiny one: those are tried on mixtures of images and videos
+    "kimi-k2.5": TowerConfig("kimi_k25", {}, images_only=True),
     # seconds on a CPU, for trying the benchmark itself
     "tiny-qwen3-vl": TowerConfig(
         "qwen3_vl",
@@ -218,7 +228,7 @@ def boost_(tower: torch.nn.Module, seed: int) -> torch.nn.Module:
         is_norm = "Norm" in type(module).__name__
         leaf = path.rpartition(".")[2]
         for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, torch.nn.Embedding):
+            if isinstance(module, torch.nn.Embedding) or name == "position_embeddings":
                 value = noise(parameter) * 0.3
             elif parameter.ndim >= 2:
                 scale = parameter[0].numel() ** -0.5 * (2 if leaf in _QUERY_KEY else 1)
@@ -243,23 +253,32 @@ def hf_grid(tower: torch.nn.Module, grid_thw: torch.Tensor) -> torch.Tensor:
 
 
 def hf_pixels(tower: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
-    """Pixel rows as Hugging Face's tower takes them: for PaddleOCR-VL patches in a batch of one."""
-    if type(tower).__name__ != "PaddleOCRVisionModel":
+    """Pixel rows as Hugging Face's tower takes them.
+
+    For Kimi-K2.5 as patches, for PaddleOCR-VL as patches in a batch of one.
+    """
+    name, config = type(tower).__name__, cast(Any, tower.config)
+    if name not in ("PaddleOCRVisionModel", "Kimi_K25VisionModel"):
         return rows
-    config: Any = tower.config
-    return rows.view(1, len(rows), config.num_channels, config.patch_size, config.patch_size)
+    patches = rows.view(len(rows), 3, config.patch_size, config.patch_size)
+    return patches if name == "Kimi_K25VisionModel" else patches[None]
 
 
 def hf_blocks(tower: torch.nn.Module) -> Any:
     """The blocks of Hugging Face's tower."""
     home: Any = tower
-    return home.blocks if hasattr(home, "blocks") else home.vision_model.encoder.layers
+    for name in ("blocks", "layers"):
+        if hasattr(home, name):
+            return getattr(home, name)
+    return home.vision_model.encoder.layers
 
 
 def patch_values(config: Any) -> int:
     """Values in a row of pixels, by Hugging Face's vision configuration."""
     if config.model_type == "paddleocr_vl_vision":
         return config.num_channels * config.patch_size**2
+    if config.model_type == "kimi_k25_vision":
+        return 3 * config.patch_size**2
     return config.in_channels * config.temporal_patch_size * config.patch_size**2
 
 

@@ -1,10 +1,12 @@
 """Which launch is the fastest on this GPU: the measurements behind the launch tables.
 
-Matrix products: cuBLAS with the passes that it needs against each tile of gemm_hopper.py, in bf16,
-every row live, for the linear layers of all towers at several M. Calls lie in CUDA graphs, with
-weights rotated beyond L2 under 16,384 rows as in a tower; a time is the median of interleaved
-rounds, and only candidates that are as accurate as plain PyTorch get one. The result is the table
-of kernels/gemm_tuning.py, as its literal or as the file in the user's cache that stands before it.
+Matrix products: cuBLAS with the passes that it needs against each tile of gemm_hopper.py, and for
+few rows of gemm_few_rows.py, in bf16, every row live, for the linear layers of all towers at
+several M. Calls lie in CUDA graphs, with weights rotated beyond L2 under 16,384 rows as in a tower;
+a time is the median of interleaved rounds, and only candidates that are as accurate as plain
+PyTorch get one. The result is the table
+of kernels/gemm_tuning.py, as its literal or as the file in the user's cache that stands before it
+and before the tiles of few rows (kernels/tables.py).
 
 Attention: our Triton kernel against each usable tile of FlashAttention-4, for classes of lengths,
 beside the tile that `choose_tile` of attention_fa4.py takes. That rule is code; nothing is stored.
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from triton import __version__ as triton_version
 
+from ..kernels import few_rows_tuning
 from ..kernels.attention_fa4 import choose_tile, usable_tiles
 from ..kernels.gemm import hopper_reason
 from ..kernels.gemm_tuning import Table, table_to_json
@@ -36,7 +39,7 @@ from .tune_shapes import (
     linear_shapes,
     select,
 )
-from .tune_table import Row, literal, measured_table
+from .tune_table import Row, literal, measured_few_rows, measured_table
 
 Log = Callable[[str], None]
 
@@ -52,12 +55,14 @@ class Result:
     Attributes:
         rows: One for each shape and M, with microseconds, error ratios and reasons by candidate.
         table: Entries of the shapes measured at every M.
+        few_rows: Their entries of few rows.
         labels: Names of the shapes, by the keys of `table`.
         unmeasured: Labels of the shapes without an entry, or without a time for attention.
     """
 
     rows: list[Row]
     table: Table
+    few_rows: few_rows_tuning.Table
     labels: Mapping[tuple[int, int, str], str]
     unmeasured: list[str]
 
@@ -100,7 +105,8 @@ def run(
     timed = {row["label"] for row in rows if row["us"]}
     unmeasured = [shape.label for shape in linears if shape.key not in found]
     unmeasured += [shape.label for shape in attentions if shape.label not in timed]
-    return Result(rows, found, {shape.key: shape.label for shape in linears}, unmeasured)
+    few_rows = measured_few_rows(rows, found)
+    return Result(rows, found, few_rows, {shape.key: shape.label for shape in linears}, unmeasured)
 
 
 def run_here(
@@ -185,9 +191,12 @@ def store(result: Result, gpu: str, made_of: Sources | None = None) -> Path:
             f"tune: none of {len(result.unmeasured)} shapes was measured in full, so nothing is "
             "stored; give it more time, or fewer shapes"
         )
-    return write_tuning(
-        gpu, {"gemm": table_to_json(result.table), "conditions": conditions(made_of=made_of)}
-    )
+    content = {
+        "gemm": table_to_json(result.table),
+        "few_rows": table_to_json(result.few_rows),
+        "conditions": conditions(made_of=made_of),
+    }
+    return write_tuning(gpu, content)
 
 
 def settings(result: Result, patches: Sequence[int]) -> dict[str, Any]:
@@ -195,6 +204,7 @@ def settings(result: Result, patches: Sequence[int]) -> dict[str, Any]:
     return {
         "patches": list(patches),
         "table": table_to_json(result.table),
+        "few_rows": table_to_json(result.few_rows),
         "unmeasured": result.unmeasured,
     }
 

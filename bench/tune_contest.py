@@ -14,10 +14,14 @@ import torch
 from ..kernels.attention import attention_ref
 from ..kernels.attention_fa4 import usable_tiles, varlen_attention_fa4
 from ..kernels.attention_triton import varlen_attention_triton
+from ..kernels.few_rows_tuning import FewRowsConfig, shipped_few_rows
 from ..kernels.gated_linear import gated_linear, gated_linear_ref
-from ..kernels.gemm import gemm, gemm_ref
+from ..kernels.gemm import gemm, gemm_ref, hopper_reason
+from ..kernels.gemm_few_rows import launch, linear_partials
 from ..kernels.gemm_tuning import GATED, RESIDUAL, HopperConfig, shipped_tiles
 from ..kernels.linear import linear
+from ..kernels.norm import norm
+from ..kernels.pdl import kernel_chain
 from ..kernels.testing import error_ratio
 from .timing import Effort, record_each, time_graphs
 from .tune_shapes import AttentionShape, LinearShape
@@ -25,6 +29,7 @@ from .tune_shapes import AttentionShape, LinearShape
 LIBRARY = "library"
 TRITON = "triton"
 MAX_ERR_RATIO = 2.0
+MOST_FEW_ROWS = 512  # up to which tiles of few rows are tried
 
 Work = Callable[[], object]
 # microseconds of a call by name, for the calls that each candidate makes in a row
@@ -88,9 +93,10 @@ def time_graphs_us(works: Mapping[str, Sequence[Work]]) -> dict[str, float]:
     return {name: timing.ms * 1e3 for name, timing in time_graphs(graphs, _EFFORT).items()}
 
 
-def tile_name(tile: HopperConfig) -> str:
+def tile_name(tile: HopperConfig | FewRowsConfig) -> str:
     """A tile as rows and reports name it."""
-    return f"{tile.block_m}x{tile.block_n}s{tile.num_stages}"
+    name = f"{tile.block_m}x{tile.block_n}s{tile.num_stages}"
+    return f"few {name}p{tile.splits}" if isinstance(tile, FewRowsConfig) else name
 
 
 @torch.inference_mode()
@@ -102,7 +108,12 @@ def contest_linear(
     time: Timer = time_graphs_us,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Outcome:
-    """The library against each tile of gemm_hopper.py that is shipped for the epilogue."""
+    """The library against each tile that is shipped for the epilogue.
+
+    Those of gemm_few_rows.py are tried up to `MOST_FEW_ROWS`; where they are, every candidate may
+    start early, as in a forward. Parts of K are added up by the norm that reads the stream, so each
+    product into the stream is timed with that norm there.
+    """
     operands = LinearOperands(shape, M, device, dtype)
     is_gated = shape.epilogue == GATED
     functions: dict[str, Callable[..., object]] = {
@@ -111,6 +122,15 @@ def contest_linear(
     for tile in shipped_tiles(shape.epilogue):
         kernel = partial(gated_linear, backend="hopper") if is_gated else gemm
         functions[tile_name(tile)] = partial(kernel, config=tile)
+    if M <= MOST_FEW_ROWS and hopper_reason(device, dtype) is None:
+        tiles = shipped_few_rows(shape.epilogue, shape.K)
+        if shape.epilogue == RESIDUAL:
+            scale = torch.ones(shape.N, device=device, dtype=dtype)
+            functions = {n: partial(_then_norm, f, scale) for n, f in functions.items()}
+            functions |= {tile_name(t): partial(_parts_then_norm, t, scale) for t in tiles}
+        else:
+            functions |= {tile_name(t): partial(_few_rows, t, is_gated) for t in tiles}
+        functions = {name: partial(_early, function) for name, function in functions.items()}
     return contest(
         {
             name: Candidate(partial(operands.check, function), operands.works(function))
@@ -118,6 +138,40 @@ def contest_linear(
         },
         time,
     )
+
+
+def _few_rows(
+    tile: FewRowsConfig, is_gated: bool, x, weight, bias, *, live_rows, out, activation=None
+) -> None:
+    """A product with `tile` that is rounded."""
+    if is_gated:
+        place: dict[str, Any] = {"backend": "few_rows", "config": tile, "live_rows": live_rows}
+        gated_linear(x, weight, bias, out=out, **place)
+    else:
+        launch(x, weight, bias, out, live_rows, activation=activation, config=tile)
+
+
+def _parts_then_norm(
+    tile: FewRowsConfig, scale: torch.Tensor, x, weight, bias, *, live_rows, residual, **_: Any
+) -> None:
+    """A product in parts, which the norm adds to the stream `residual`."""
+    parts = linear_partials(x, weight, config=tile, live_rows=live_rows)
+    norm(residual, scale, None, 1e-6, kind="rms", live_rows=live_rows, partials=parts)
+
+
+def _then_norm(
+    function: Callable[..., object], scale: torch.Tensor, *args: Any, residual, live_rows,
+    **options: Any,
+) -> None:  # fmt: skip
+    """A product that is added to the stream `residual`, and the norm that reads it."""
+    function(*args, residual=residual, live_rows=live_rows, **options)
+    norm(residual, scale, None, 1e-6, kind="rms", live_rows=live_rows)
+
+
+def _early(function: Callable[..., object], *args: Any, **options: Any) -> None:
+    """`function` with kernels that may start early: nothing writes weights meanwhile."""
+    with kernel_chain():
+        function(*args, **options)
 
 
 class LinearOperands:

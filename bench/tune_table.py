@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from textwrap import wrap
 from typing import Any
 
-from ..kernels import gemm_tuning
+from ..kernels import few_rows_tuning, gemm_tuning
+from ..kernels.few_rows_tuning import FewRowsConfig, shipped_few_rows
 from ..kernels.gemm_tuning import RESIDUAL, HopperConfig, Table, shipped_tiles
-from .tune_contest import LIBRARY, tile_name
+from .tune_contest import LIBRARY, MOST_FEW_ROWS, tile_name
 from .tune_shapes import LinearShape
 
 Row = dict[str, Any]
@@ -55,6 +56,34 @@ def measured_table(
             tiles = {tile_name(tile): tile for tile in shipped_tiles(shape.epilogue)}
             table[shape.key] = row_classes({M: times[M] for M in wanted}, tiles)
     return table
+
+
+def few_rows_classes(
+    times: Mapping[int, Mapping[str, float]], tiles: Mapping[str, FewRowsConfig]
+) -> tuple[tuple[int, FewRowsConfig | None], ...]:
+    """The fastest tile of few rows at each M up to which it is faster than all other candidates.
+
+    A class ends at the last measured M at which its tile is named, and begins after the one before.
+    """
+    classes: list[tuple[int, FewRowsConfig | None]] = []
+    for M in sorted(m for m in times if m <= MOST_FEW_ROWS):
+        fastest = min(times[M], key=times[M].__getitem__)
+        chosen = tiles.get(fastest)
+        if classes and classes[-1][1] == chosen:
+            classes.pop()
+        classes.append((M, chosen))
+    return tuple(classes if classes and classes[-1][1] else classes[:-1])
+
+
+def measured_few_rows(rows: Sequence[Row], table: Table) -> few_rows_tuning.Table:
+    """Entries of few rows of the shapes that `table` has."""
+    found = {}
+    for key in table:
+        times = {r["M"]: r["us"] for r in rows if r["kind"] == "linear" and _key(r) == key}
+        _, K, epilogue = key
+        tiles = {tile_name(tile): tile for tile in shipped_few_rows(epilogue, K)}
+        found[key] = few_rows_classes(times, tiles)
+    return found
 
 
 def literal(table: Table, labels: Mapping[tuple[int, int, str], str], note: str) -> str:

@@ -54,8 +54,9 @@ def calibrate(
 ) -> list[CostSample]:
     """Wall times of whole calls, medians: of rungs at 30, 60 and 100 % live, and eagerly.
 
-    Every small rung is measured and up to 12 of the others. Eager calls are measured on layouts of
-    some of both, large ones also in eight images, and on up to four times the largest rung.
+    Every small rung is measured and up to 12 of the others; of the rest one call with eight images.
+    Eager calls are measured on full layouts of some of both and on up to four times the largest
+    rung.
     """
     small = [rung for rung in rungs if rung.token_budget <= _ALL_UP_TO_TOKENS]
     large = rungs[len(small) :]
@@ -68,9 +69,11 @@ def calibrate(
     jobs += [(None, g) for rung in (*some_small, *some_large) for g in _full(encoder, rung)]
     many = equal_images(encoder, largest, largest.token_budget, 8)
     jobs += [(None, many * times) for times in (2, 4) if many]
-    # What most eager calls are like: neither a few huge images nor as many as there are slots.
-    several = (equal_images(encoder, rung, rung.token_budget, 8) for rung in some_large)
-    jobs += [(None, grid) for grid in several if grid]
+    # What most large calls are like: neither a few huge images nor as many as there are slots. Both
+    # ways of running them, or one would be believed cheaper.
+    for rung in large:
+        several = equal_images(encoder, rung, rung.token_budget, 8)
+        jobs += [(way, several) for way in (rung, None) if several]
     longest = max(_patches(encoder.item_specs(grid)) for _, grid in jobs)
     spec = encoder.input_specs(largest)[PIXELS]
     pixels = torch.randn(longest, *spec.shape[1:], device=encoder.device).to(spec.dtype)

@@ -6,8 +6,8 @@ what the GPU needs for the live rows, but never less than the host needs to laun
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from operator import le
 from typing import Any, NamedTuple, Protocol
 
@@ -23,9 +23,9 @@ _NEVER = 1e6
 # predictions add up, between rungs that were not all measured, and are off by a few per cent each.
 _EXACT_MARGIN = 0.01
 _MEASURED_MARGIN = 0.1
-# Of a replay and an eager call that are predicted to take as long, to within half of what the fit
-# errs, the replay is taken: it leaves the host free.
-_EAGER_MARGIN = 0.005
+# Of a replay and an eager call that are predicted to take about as long the replay is taken: it
+# leaves the host free, and large eager calls that promised half a per cent were seen to lose two.
+_EAGER_MARGIN = 0.01
 
 
 class Load(NamedTuple):
@@ -105,6 +105,18 @@ class EagerCurve:
     def of(self, load: Load) -> float:
         """Microseconds of `load`."""
         return max(self.host(load.tokens), self.gpu(load))
+
+    def with_margin(self, margin: float) -> "EagerCurve":
+        """The curve that reaches the cost of replays where eager calls save `margin` of it."""
+        share = 1 - margin
+        return replace(
+            self,
+            floor=self.floor / share,
+            us=tuple(us / share for us in self.us),
+            per_pair=self.per_pair / share,
+            pair_rise=tuple(rise / share for rise in self.pair_rise),
+            floor_steps=tuple((tokens, us / share) for tokens, us in self.floor_steps),
+        )
 
     def host(self, tokens: int) -> float:
         """Time in which the host launches what `tokens` take."""
@@ -206,6 +218,19 @@ class AssumedCosts:
 _ASSUMED_EAGER = EagerCurve(_NEVER, (0, 1 << 20), (_NEVER, _NEVER * (1 + (1 << 20))), 0.0)
 
 
+def interpolated(replays: Sequence[tuple[int, Terms]], budget: int) -> Terms:
+    """Terms of a rung of `budget` tokens between those of `replays`, which ascend."""
+    above = bisect_left(replays, budget, key=lambda entry: entry[0])
+    if above == 0:
+        return replays[0][1]
+    low, low_terms = replays[above - 1]
+    if above == len(replays):
+        return low_terms._replace(base=low_terms.base * budget / low)
+    high, high_terms = replays[above]
+    share = (budget - low) / (high - low)
+    return Terms(*(a + share * (b - a) for a, b in zip(low_terms, high_terms, strict=True)))
+
+
 @dataclass(frozen=True)
 class MeasuredCosts:
     """Costs fitted to measurements (see `fit_costs`).
@@ -238,7 +263,7 @@ class MeasuredCosts:
         """The terms of `rung`, interpolated where it was not measured."""
         known = self._known.get(rung.token_budget)
         if known is None:
-            known = self._known[rung.token_budget] = self._interpolated(rung.token_budget)
+            known = self._known[rung.token_budget] = interpolated(self.replays, rung.token_budget)
         return known
 
     def replay(self, rung: RungLimits, load: Load) -> float:
@@ -248,19 +273,6 @@ class MeasuredCosts:
     def eager(self, load: Load) -> float:
         """Microseconds of `load` computed eagerly."""
         return self.eager_curve.of(load)
-
-    def _interpolated(self, budget: int) -> Terms:
-        above = bisect_left(self.replays, budget, key=lambda entry: entry[0])
-        if above == 0:
-            return self.replays[0][1]
-        low, low_terms = self.replays[above - 1]
-        if above == len(self.replays):
-            return low_terms._replace(base=low_terms.base * budget / low)
-        high, high_terms = self.replays[above]
-        share = (budget - low) / (high - low)
-        return Terms(
-            *(a + share * (b - a) for a, b in zip(low_terms, high_terms, strict=True)),
-        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values that `from_json` reads."""

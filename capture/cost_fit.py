@@ -1,11 +1,11 @@
 """Costs from measurements: least squares on relative errors, no coefficient negative."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from .cost import CostSample, EagerCurve, Load, MeasuredCosts, Terms
+from .cost import CostSample, EagerCurve, Load, MeasuredCosts, Terms, interpolated
 from .packing import room_of, within
 from .protocol import RungLimits
 
@@ -21,7 +21,7 @@ _PLATEAU_RATIO = 1.25
 _FILLED = 0.8
 _WAITS = 1.05
 # Knots of the eager curve lie at least this far apart: closer ones would fit noise.
-_KNOT_RATIO = 1.15
+_KNOT_RATIO = 1.1
 
 
 def fit_costs(samples: Sequence[CostSample], rungs: Sequence[RungLimits]) -> MeasuredCosts:
@@ -30,7 +30,8 @@ def fit_costs(samples: Sequence[CostSample], rungs: Sequence[RungLimits]) -> Mea
     Args:
         samples: calls on some of `rungs` and eager ones, each rung with several loads: full and
             partly filled, in few large and many small frames.
-        rungs: the ladder that was measured; rungs without samples are interpolated.
+        rungs: the ladder that was measured; rungs without samples are interpolated, and those with
+            one are interpolated and scaled.
 
     Raises:
         ValueError: a sample of another rung or of no time, or none of a replay or an eager call.
@@ -55,13 +56,25 @@ def fit_costs(samples: Sequence[CostSample], rungs: Sequence[RungLimits]) -> Mea
             f"fit_costs: {len(by_rung)} rungs and {len(eager)} eager calls are measured; "
             "at least 1 of each is needed"
         )
-    replays = {
-        rung: _fit_rung(by_rung[rung.token_budget])
-        for rung in sorted(rungs, key=lambda rung: rung.token_budget)
-        if rung.token_budget in by_rung
-    }
-    by_budget = tuple((rung.token_budget, terms) for rung, terms in replays.items())
-    return MeasuredCosts(by_budget, _fit_eager(eager, tuple(replays.items())))
+    by_budget = _fit_replays(by_rung)
+    terms = dict(by_budget)
+    replays = [(rung, terms[rung.token_budget]) for rung in rungs if rung.token_budget in terms]
+    replays.sort(key=lambda entry: entry[0].token_budget)
+    return MeasuredCosts(by_budget, _fit_eager(eager, replays))
+
+
+def _fit_replays(by_rung: Mapping[int, Sequence[CostSample]]) -> tuple[tuple[int, Terms], ...]:
+    """Terms of each rung: fitted to its samples or, if it has one, its neighbours' scaled to it."""
+    fitted = {
+        budget: _fit_rung(samples) for budget, samples in by_rung.items() if len(samples) > 1
+    } or {budget: _fit_rung(samples) for budget, samples in by_rung.items()}
+    between = tuple(sorted(fitted.items()))
+    for budget in by_rung.keys() - fitted.keys():
+        (sample,) = by_rung[budget]
+        near = interpolated(between, budget)
+        ratio = sample.us / near.of(sample.load)
+        fitted[budget] = Terms(*(ratio * term for term in near))
+    return tuple(sorted(fitted.items()))
 
 
 def _fit_rung(samples: Sequence[CostSample]) -> Terms:
@@ -81,9 +94,10 @@ def _fit_eager(
     bound_by_gpu = []
     for sample, gpu in zip(samples, replayed, strict=True):
         host = max(us for first, us in floors if first <= sample.load.tokens)
-        if sample.us > _PLATEAU * host:
+        waited = sample.us <= _PLATEAU * host or (gpu is not None and sample.us > _WAITS * gpu)
+        if not waited:
             bound_by_gpu.append(sample)
-        elif gpu is not None:  # it waited for the host
+        elif gpu is not None:
             bound_by_gpu.append(replace(sample, us=min(sample.us, gpu)))
     slowest = max(samples, key=lambda sample: sample.us)
     return _fit_curve(floors, bound_by_gpu or [slowest])

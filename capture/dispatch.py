@@ -68,9 +68,10 @@ class Dispatcher:
         self._room = rooms[-1]
         self._rooms = rooms
         self._columns = tuple(zip(*rooms, strict=True))
-        self._eager = costs.eager_curve
+        # Choices go by it, so that every eager call of a plan, alone or in a division, saves the
+        # margin over the replays that it stands for.
+        self._eager = costs.eager_curve.with_margin(costs.eager_margin)
         self._margin = costs.split_margin
-        self._eager_share = 1 - costs.eager_margin
         terms = np.array([costs.terms(rung) for rung in rungs], dtype=float)
         self._runs = Runs(rooms, terms)
         # For each rung its terms, and the least of all from it on: where to stop looking.
@@ -83,7 +84,7 @@ class Dispatcher:
 
         Where a bound shows that no split can win, this takes microseconds, else up to milliseconds.
         The predicted cost is never above that of the best single choice, which is any rung that
-        holds all items or one eager call, but for the margin that an eager call has to save.
+        holds all items or one eager call, but for the margin that eager calls have to save.
         """
         if not items:
             return []
@@ -107,7 +108,7 @@ class Dispatcher:
     def price(self, load: Load) -> tuple[float, int]:
         """Cost of the cheapest single call for `load` and its rung's index, -1 for eager.
 
-        An eager call counts as cheapest only where it beats replays by the margin of the costs.
+        The cost of an eager call is with the margin by which it has to beat replays.
         """
         tokens, pairs = load.tokens, load.pairs
         cost, rung = float("inf"), -1
@@ -122,7 +123,7 @@ class Dispatcher:
                 cost, rung = here, index
         if cost > self._eager.floor:
             eager = self._eager.of(load)
-            if eager < cost * self._eager_share:
+            if eager < cost:
                 return eager, -1
         return cost, rung
 

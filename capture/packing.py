@@ -42,7 +42,7 @@ class Batch:
 
 
 class Call(NamedTuple):
-    """A group of items with its load, its predicted cost, and its rung (-1: eager)."""
+    """A group of items with its load, its cost by `Price`, and its rung (-1: eager)."""
 
     indices: tuple[int, ...]
     load: Load

@@ -10,8 +10,10 @@ if TYPE_CHECKING:
     from .fp8 import Fp8Plan
     from .generic import GenericEncoder
     from .internvl_encoder import InternVLEncoder, InternVLOutput
+    from .load import load_encoder
     from .media import MediaError
     from .siglip2_encoder import Siglip2Encoder, Siglip2Output
+    from .siglip2_preprocess import Siglip2Preprocessor
     from .spec import EncoderSpec
     from .step_encoder import StepEncoder, StepOutput
     from .step_preprocess import StepPreprocessor
@@ -31,6 +33,7 @@ _HOMES = {
     "MediaError": ".media",
     "Siglip2Encoder": ".siglip2_encoder",
     "Siglip2Output": ".siglip2_encoder",
+    "Siglip2Preprocessor": ".siglip2_preprocess",
     "StepEncoder": ".step_encoder",
     "StepOutput": ".step_encoder",
     "StepPreprocessor": ".step_preprocess",
@@ -38,6 +41,7 @@ _HOMES = {
     "VisionEncoder": ".vision_encoder",
     "VisionOutput": ".vision_encoder",
     "encoder_for": ".towers",
+    "load_encoder": ".load",
     "swap_vision_tower": ".swap",
 }
 
@@ -53,6 +57,7 @@ __all__ = [
     "MediaError",
     "Siglip2Encoder",
     "Siglip2Output",
+    "Siglip2Preprocessor",
     "StepEncoder",
     "StepOutput",
     "StepPreprocessor",
@@ -60,6 +65,7 @@ __all__ = [
     "VisionEncoder",
     "VisionOutput",
     "encoder_for",
+    "load_encoder",
     "swap_vision_tower",
 ]
 

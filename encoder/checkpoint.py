@@ -105,10 +105,10 @@ class Checkpoint:
         return cls(str(path_or_id), config.parent, commit, lambda name: download(name, commit))
 
     def raw_config(self) -> dict[str, Any]:
-        """What config.json holds.
+        """config.json as it is.
 
         Raises:
-            CheckpointError: it cannot be read.
+            CheckpointError: it, or a config of a tower in it, is no JSON object.
         """
         path = self.folder / "config.json"
         try:
@@ -117,6 +117,11 @@ class Checkpoint:
             raise CheckpointError(f"{path}: not a JSON object: {error}") from error
         if not isinstance(raw, dict):
             raise CheckpointError(f"{path}: not a JSON object but a {type(raw).__name__}")
+        for key in ("vision_config", "text_config"):
+            if not isinstance(raw.get(key) or {}, dict):
+                raise CheckpointError(
+                    f"{path}: {key} is a {type(raw[key]).__name__}, not a JSON object"
+                )
         return raw
 
     def family_and_config(self) -> tuple[Family, Any]:

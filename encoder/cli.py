@@ -71,7 +71,14 @@ def embed(
         int | None, typer.Option(min=0, help="Threads that decode. [default: cores, up to 8]")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first inputs.")] = None,
-    pool: Annotated[str, typer.Option(help="mean, max, or tokens for all of them.")] = "mean",
+    pool: Annotated[
+        str | None,
+        typer.Option(
+            help="mean, max, tokens for all of them, or the head of the tower. "
+            "[default: head in a tower that has one, else mean]",
+            show_default=False,
+        ),
+    ] = None,
     normalize: Annotated[bool, typer.Option(help="Scale embeddings to length 1.")] = False,
     layers: Annotated[
         str | None, typer.Option(help="Blocks to pool as well, such as 3,7,-1.")
@@ -117,10 +124,9 @@ def embed(
         paths = _find_inputs(inputs, recursive, glob)[:limit]
 
         from .embedder import POOLS, Embedder
-        from .forward import check_layers
         from .pruning import check_rate
 
-        if pool not in POOLS:
+        if pool is not None and pool not in POOLS:
             raise ValueError(f"--pool {pool}: choose from {', '.join(POOLS)}")
         check_rate("--pruning-rate", pruning_rate)
         choice = graph_choice(
@@ -148,14 +154,14 @@ def embed(
             pruning=pruning_rate is not None,
         )
         encoder = embedder.encoder
-        checked = check_layers(encoder.spec, blocks or ())
+        pooling, checked = embedder.choices(pool, blocks, pruning_rate)
 
     with _out_of_memory():
         result = embedder.encode(
             paths,
             batch_size=batch_size,
             num_workers=num_workers,
-            pool=pool,  # pyright: ignore[reportArgumentType]
+            pool=pooling,
             normalize_embeddings=normalize,
             layers=blocks,
             pruning_rate=pruning_rate,
@@ -175,7 +181,7 @@ def embed(
         revision=encoder.revision,
         dtype=str(encoder.dtype).removeprefix("torch."),
         precision=encoder.precision,
-        pooling=pool,
+        pooling=pooling,
         normalized=normalize,
         layers=checked,
         pruning_rate=pruning_rate,
@@ -253,8 +259,8 @@ def tune(
 ) -> None:
     """Measure which matrix products are fastest on this GPU, and keep the table for later runs.
 
-    It replaces an earlier one of this GPU and these versions, and stands before the shipped table
-    for the layers that were measured. `vitgraph info` says which table is in use.
+    It replaces an earlier one of this GPU and these versions, and stands before the shipped tables,
+    that of few rows too, for the layers that were measured. `vitgraph info` says which is in use.
     """
     with _usage_errors():
         from ..bench.timing import TimeBudget
@@ -321,15 +327,11 @@ def _spec(model: str, revision: str | None, local_files_only: bool) -> dict[str,
         from .demo import demo_encoder
 
         return demo_encoder("cpu").spec.to_dict()
-    from . import internvl
     from .checkpoint import Checkpoint
+    from .load import tower_spec
 
     checkpoint = Checkpoint.open(model, revision=revision, local_files_only=local_files_only)
-    raw = checkpoint.raw_config()
-    if raw.get("model_type") in internvl.MODEL_TYPES:
-        return internvl.spec(internvl.model_config(raw)).to_dict()
-    family, config = checkpoint.family_and_config()
-    return family.spec(config).to_dict()
+    return tower_spec(checkpoint).to_dict()
 
 
 def _device_name() -> str:
@@ -350,12 +352,13 @@ def _attention_backends() -> dict[str, str | None]:
 def _towers() -> dict[str, str]:
     from .towers import tower_report
 
-    return {
-        support.tower_class: support.tier
-        if support.reason is None
-        else f"{support.tier}: {support.reason}"
-        for support in tower_report()
-    }
+    lines = {}
+    for support in tower_report():
+        notes = [support.reason] if support.reason else []
+        if not support.is_installed:
+            notes.append("not in the installed transformers")
+        lines[support.tower_class] = support.tier + (": " + "; ".join(notes) if notes else "")
+    return lines
 
 
 def _families() -> dict[str, str]:
@@ -367,7 +370,7 @@ def _families() -> dict[str, str]:
 def _launch_table() -> str:
     import torch
 
-    from ..kernels.gemm_tuning import tuning_report
+    from ..kernels.tables import tuning_report
 
     return tuning_report(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 

@@ -19,22 +19,21 @@ from tqdm.auto import tqdm
 
 from .checkpoint import Checkpoint
 from .demo import demo_encoder
-from .families import FAMILIES
-from .forward import check_layers
+from .feed import POOLS, Pool, Prepared, check_feed, feed_of, folder_preprocessor
 from .fp8 import Fp8Plan
+from .load import AnyEncoder, encoder_class, encoder_of_checkpoint
 from .media import MediaError, Video
-from .preprocess import Grid, Preprocessor, preprocess_named
-from .pruning import check_prunable, check_rate
+from .preprocess import preprocess_named
+from .pruning import check_rate
 from .vision_encoder import VisionEncoder, pick_device
 
 logger = logging.getLogger("vitgraph")
 
-Pool = Literal["mean", "max", "tokens"]
-POOLS: tuple[Pool, ...] = ("mean", "max", "tokens")
-
 # Rows in one call of the tower, unless a single item has more: bounds the memory that a batch of
 # large images takes (65,536 rows of 1,536 values are 200 MB in bf16).
 MAX_BATCH_PATCHES = 65536
+
+_POOLS: dict[str, Pool] = {pool: pool for pool in POOLS}
 
 Result = Any  # array or tensor [N, out], or a list of [m_i, out]
 
@@ -68,21 +67,18 @@ class Embedder:
         errors: Inputs that the last `encode` skipped.
     """
 
-    def __init__(self, encoder: VisionEncoder, preprocessor: Preprocessor | None = None):
+    def __init__(self, encoder: AnyEncoder, preprocessor: Any = None):
         """`preprocessor` is by default the one that the tower's family was released with.
 
+        That is a `Preprocessor` for a `VisionEncoder`, a `Siglip2Preprocessor` for a
+        `Siglip2Encoder`, a `StepPreprocessor` for a `StepEncoder`.
+
         Raises:
-            ValueError: the preprocessor cuts other patches than the tower reads.
+            ValueError: the preprocessor makes other pixels than the tower reads.
         """
-        own: Preprocessor = preprocessor or _preprocessor_class(encoder).for_family(encoder.spec)
-        for key in ("patch_size", "temporal_patch_size", "merge_size"):
-            if getattr(own, key) != getattr(encoder.spec, key):
-                raise ValueError(
-                    f"Embedder: the preprocessor has {key} = {getattr(own, key)}, the "
-                    f"tower {getattr(encoder.spec, key)}; use that of the tower's family"
-                )
+        self._feed = feed_of(encoder, preprocessor)
         self.encoder = encoder
-        self.preprocessor = own
+        self.preprocessor = self._feed.preprocessor
         self.errors: list[SkippedInput] = []
 
     @classmethod
@@ -101,7 +97,7 @@ class Embedder:
         graphs: Any = None,
         pruning: bool = False,
     ) -> "Embedder":
-        """Load a tower and its preprocessing.
+        """Load a tower, of the class that `load_encoder` chooses, and its preprocessing.
 
         Args:
             model: Hub id, folder, or "demo" for a small tower with random weights (a folder of
@@ -114,8 +110,8 @@ class Embedder:
                 runs without graphs.
 
         Raises:
-            ValueError: as `VisionEncoder.from_pretrained` and `ImagePreprocessor.from_folder`, or
-                pruning of a tower without a merger.
+            ValueError: as `load_encoder` and `from_folder` of the preprocessor, or pruning of a
+                tower without a merger or videos.
             RuntimeError: graphs asked for without a GPU.
         """
         place = pick_device(device)
@@ -137,18 +133,17 @@ class Embedder:
                 token=token,
                 cache_dir=cache_dir,
             )
-            encoder = VisionEncoder.from_checkpoint(
+            check_feed(encoder_class(checkpoint.raw_config()))
+            encoder = encoder_of_checkpoint(
                 checkpoint, dtype=dtype, device=place, attention=attention, precision=precision
             )
-            read = _preprocessor_class(encoder).from_folder
-            embedder = cls(encoder, read(checkpoint.folder, encoder.spec))
+            embedder = cls(encoder, folder_preprocessor(encoder, checkpoint.folder))
         if pruning:
-            check_prunable(encoder.spec)
+            embedder._feed.check("mean", None, 0.0)
         if graphs is not False:
+            options = {"pruning": pruning} if isinstance(encoder, VisionEncoder) else {}
             encoder.capture(
-                None if graphs is True else graphs,
-                show_progress=_show_progress(None),
-                pruning=pruning,
+                None if graphs is True else graphs, show_progress=_show_progress(None), **options
             )
         return embedder
 
@@ -158,7 +153,7 @@ class Embedder:
         *,
         batch_size: int = 32,
         show_progress_bar: bool | None = None,
-        pool: Pool = "mean",
+        pool: Pool | None = None,
         normalize_embeddings: bool = False,
         convert_to_numpy: bool = True,
         convert_to_tensor: bool = False,
@@ -176,17 +171,22 @@ class Embedder:
         Args:
             inputs: One item, or an iterable of items (a generator is read as it goes). An item is
                 a path, encoded bytes, a PIL image, an array or tensor of pixels (see
-                `media.load_image`), a `Video`, or {"frames": ..., "fps": ...}.
+                `media.load_image`), a `Video`, or {"frames": ..., "fps": ...}. Towers of Step and
+                SigLIP 2 take images alone.
             batch_size: Items in one call of the tower; fewer where they have more than 65,536
                 patches together.
             show_progress_bar: None shows it when the logger "vitgraph" is at INFO.
-            pool: "mean" or "max" over an item's merged tokens, or "tokens" for all of them.
+            pool: "mean" or "max" over an item's merged tokens, or "tokens" for all of them (of
+                SigLIP 2 its patches behind the last norm, of Step the tokens of its crops and then
+                of the whole image); "head" for what the head of SigLIP 2 makes of an image. None is
+                "head" in a tower that has one, else "mean".
             normalize_embeddings: Scale embeddings (with "tokens", each token) to length 1.
             convert_to_numpy: Results in numpy; otherwise a list of tensors.
             convert_to_tensor: Results as tensors on the tower's device; wins over numpy.
             truncate_dim: Keep that many leading values, before normalising.
             layers: Blocks whose patches are pooled as well (negative ones count from the end), for
-                "tokens" in the row order of `pixel_values`.
+                "tokens" and "head" all of them in the row order of `pixel_values`. A Step tower
+                returns none.
             pruning_rate: Fraction of each video's merged tokens to drop before they are pooled, in
                 [0, 1): those most like the frame before. Images lose none, `layers` neither.
             on_error: "raise" stops at the first bad input; "skip" leaves bad inputs out of the
@@ -201,11 +201,9 @@ class Embedder:
             MediaError: an input cannot be used (always for a single item).
             ValueError: an argument has no such value.
         """
-        _check(batch_size, pool, truncate_dim, on_error, num_workers, self._widths(layers))
-        check_rate("encode: pruning_rate", pruning_rate)
-        if pruning_rate is not None:
-            check_prunable(self.encoder.spec)
-        wanted = check_layers(self.encoder.spec, layers or ())
+        pool, wanted = self.choices(pool, layers, pruning_rate)
+        widths = [self._feed.width, *([self.encoder.spec.hidden_size] if layers else [])]
+        _check(batch_size, truncate_dim, on_error, num_workers, widths)
         single = _is_item(inputs)
         items: Iterable[Any] = [inputs] if single else inputs
         if num_workers is None:
@@ -220,7 +218,7 @@ class Embedder:
             closing(self._prepared(items, batch_size, num_workers)) as prepared,
         ):
             for batch in self._batches(prepared, batch_size, single or on_error == "raise"):
-                for key, rows in self._encode_batch(batch, pool, wanted, pruning_rate).items():
+                for key, rows in self._feed.encode(batch, pool, wanted, pruning_rate).items():
                     for row in rows:
                         row = row[..., :truncate_dim]
                         if normalize_embeddings:
@@ -228,10 +226,11 @@ class Embedder:
                         results[key].append(row if convert_to_tensor else row.cpu())
                 bar.update(len(batch))
 
-        ragged = pool == "tokens"
         outputs = {}
         for key, rows in results.items():
-            width = self.encoder.spec.out_size if key is None else self.encoder.spec.hidden_size
+            # nothing pools the patches of a layer as the head does those of the last
+            ragged = pool == "tokens" or (pool == "head" and key is not None)
+            width = self._feed.width if key is None else self.encoder.spec.hidden_size
             width = min(width, truncate_dim or width)
             outputs[key] = _collect(
                 rows, single, ragged, convert_to_numpy, convert_to_tensor, width
@@ -239,14 +238,25 @@ class Embedder:
         embeddings = outputs.pop(None)
         return embeddings if layers is None else LayerResults(embeddings, outputs)
 
-    def _widths(self, layers: Sequence[int] | None) -> list[int]:
-        spec = self.encoder.spec
-        return [spec.out_size, *([spec.hidden_size] if layers else [])]
+    def choices(
+        self, pool: str | None, layers: Sequence[int] | None, pruning_rate: float | None = None
+    ) -> tuple[Pool, list[int]]:
+        """The pooling and the blocks, counted from the start, that such an `encode` gives.
+
+        Raises:
+            ValueError: the tower does not give that, or an argument has no such value.
+        """
+        chosen = self._feed.default_pool if pool is None else _POOLS.get(pool)
+        if chosen is None:
+            raise ValueError(f"encode: pool = {pool!r} is unknown; choose from {', '.join(POOLS)}")
+        check_rate("encode: pruning_rate", pruning_rate)
+        self._feed.check(chosen, layers, pruning_rate)
+        return chosen, self._feed.layers(layers or ())
 
     def _prepared(
         self, items: Iterable[Any], batch_size: int, num_workers: int
-    ) -> Generator[tuple[torch.Tensor, Grid] | MediaError, None, None]:
-        """Pixel rows of each item in order, or its error; up to a batch ahead of the reader."""
+    ) -> Generator[Prepared | MediaError, None, None]:
+        """Pixels of each item in order, or its error; up to a batch ahead of the reader."""
         numbered = enumerate(items)
         if num_workers == 0:
             for index, item in numbered:
@@ -266,21 +276,17 @@ class Embedder:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _prepare(self, item: Any, index: int) -> tuple[torch.Tensor, Grid] | MediaError:
+    def _prepare(self, item: Any, index: int) -> Prepared | MediaError:
         try:
-            rows, grid = preprocess_named(self.preprocessor, item, index)
+            return preprocess_named(self._feed.prepare, item, index)
         except MediaError as error:
             return error
-        return torch.from_numpy(rows).to(self.encoder.dtype), grid
 
     def _batches(
-        self,
-        prepared: Iterator[tuple[torch.Tensor, Grid] | MediaError],
-        batch_size: int,
-        raises: bool,
-    ) -> Iterator[list[tuple[torch.Tensor, Grid]]]:
-        batch: list[tuple[torch.Tensor, Grid]] = []
-        num_rows = 0
+        self, prepared: Iterator[Prepared | MediaError], batch_size: int, raises: bool
+    ) -> Iterator[list[Prepared]]:
+        batch: list[Prepared] = []
+        num_patches = 0
         for index, item in enumerate(prepared):
             if isinstance(item, MediaError):
                 if raises:
@@ -288,54 +294,14 @@ class Embedder:
                 self.errors.append(SkippedInput(index, str(item)))
                 logger.info("skipped: %s", item)
                 continue
-            if batch and (len(batch) == batch_size or num_rows + len(item[0]) > MAX_BATCH_PATCHES):
+            is_full = len(batch) == batch_size
+            if batch and (is_full or num_patches + item.num_patches > MAX_BATCH_PATCHES):
                 yield batch
-                batch, num_rows = [], 0
+                batch, num_patches = [], 0
             batch.append(item)
-            num_rows += len(item[0])
+            num_patches += item.num_patches
         if batch:
             yield batch
-
-    def _encode_batch(
-        self,
-        batch: list[tuple[torch.Tensor, Grid]],
-        pool: Pool,
-        layers: list[int],
-        pruning_rate: float | None,
-    ) -> dict[int | None, list[torch.Tensor]]:
-        """Pooled fp32 rows of each item, of the output (None) and of each layer."""
-        grids = [grid for _, grid in batch]
-        num_rows = sum(len(rows) for rows, _ in batch)
-        pixels = torch.empty(
-            (num_rows, self.encoder.spec.patch_values),
-            dtype=self.encoder.dtype,
-            pin_memory=self.encoder.device.type == "cuda",
-        )
-        torch.cat([rows for rows, _ in batch], out=pixels)
-        output = self.encoder(pixels, grids, layers=layers, pruning_rate=pruning_rate)
-        patches = [t * h * w for t, h, w in grids]
-        results: dict[int | None, list[torch.Tensor]] = {
-            None: _pooled(output.pooler_output, output.tokens_per_item, pool)
-        }
-        order = self.encoder.row_order(grids) if layers else None
-        for layer in layers:
-            states = output.hidden_states[layer]
-            if order is not None:
-                states = states[order.to(states.device)]
-            results[layer] = _pooled(states, patches, pool)
-        return results
-
-
-def _preprocessor_class(encoder: VisionEncoder) -> Any:
-    return FAMILIES[encoder.spec.family].preprocessor_class()
-
-
-def _pooled(rows: torch.Tensor, counts: Sequence[int], pool: Pool) -> list[torch.Tensor]:
-    parts = [part.float() for part in rows.split(list(counts))]
-    if pool == "tokens":
-        # not a view of the batch: an item that the caller keeps would keep all of them
-        return [part.clone() for part in parts]
-    return [part.mean(0) if pool == "mean" else part.amax(0) for part in parts]
 
 
 def _collect(
@@ -364,7 +330,6 @@ def _is_item(inputs: Any) -> bool:
 
 def _check(
     batch_size: int,
-    pool: str,
     truncate_dim: int | None,
     on_error: str,
     num_workers: int | None,
@@ -372,8 +337,6 @@ def _check(
 ) -> None:
     if batch_size < 1:
         raise ValueError(f"encode: batch_size = {batch_size} must be at least 1")
-    if pool not in POOLS:
-        raise ValueError(f"encode: pool = {pool!r} is unknown; choose from {', '.join(POOLS)}")
     if on_error not in ("raise", "skip"):
         raise ValueError(f"encode: on_error = {on_error!r} is unknown; choose 'raise' or 'skip'")
     if num_workers is not None and num_workers < 0:

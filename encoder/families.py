@@ -6,9 +6,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
+
 from . import (
     glm4v,
     internvl,
+    kimi_k25,
     paddleocr_vl,
     qwen2_5_omni,
     qwen2_5_vl,
@@ -23,6 +26,7 @@ from .presets import (
     GLM4V,
     GLM5,
     GLM46V,
+    KIMI,
     PADDLEOCR,
     QWEN2,
     QWEN3,
@@ -31,6 +35,8 @@ from .presets import (
 )
 from .spec import EncoderSpec
 from .weight_map import Rule
+
+Tensors = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,8 @@ class Family:
             beginnings of Hugging Face's own names.
         preprocessor: "module:class" in this package of what turns inputs into pixel rows; see
             `preprocess.Preprocessor`.
+        published: Tensors of a checkpoint, without the prefix, to those of the live tower; None
+            where checkpoints have Hugging Face's names and layout.
     """
 
     name: str
@@ -64,6 +72,7 @@ class Family:
     prefixes: tuple[str, ...] = ("model.visual.", "visual.")
     bare_names: tuple[str, ...] = ()
     preprocessor: str = "preprocess:ImagePreprocessor"
+    published: Callable[[Tensors, EncoderSpec], Tensors] | None = None
 
     def spec(self, config: Any) -> EncoderSpec:
         """The tower that a vision config describes.
@@ -72,6 +81,14 @@ class Family:
             ValueError: the config asks for something that the tower does not have.
         """
         return replace(self.read_spec(config), family=self.name)
+
+    def hf_tensors(self, tensors: Tensors, spec: EncoderSpec) -> Tensors:
+        """Tensors of a checkpoint, without the prefix, by the names of the live tower.
+
+        Raises:
+            ValueError: a tensor of another shape than it must have to be converted.
+        """
+        return tensors if self.published is None else self.published(tensors, spec)
 
     def preprocessor_class(self) -> Any:
         """The class that `preprocessor` names."""
@@ -235,6 +252,19 @@ FAMILIES = {
             paddleocr_vl.weight_map,
             PADDLEOCR,
             preprocessor="raster_preprocess:RasterPreprocessor",
+        ),
+        Family(
+            "kimi_k25",
+            "Kimi-K2.5, Kimi-K2.6",
+            ("kimi_k25",),
+            ("Kimi_K25VisionModel",),
+            kimi_k25.spec,
+            kimi_k25.weight_map,
+            KIMI,
+            tower_paths=("model.vision_tower", "vision_tower"),
+            prefixes=("model.vision_tower.", "vision_tower."),
+            preprocessor="kimi_preprocess:NavitPreprocessor",
+            published=kimi_k25.to_hf_names,
         ),
     )
 }

@@ -16,6 +16,7 @@ import torch
 from ..capture import RungLimits
 from ..kernels.activation import activation_
 from ..kernels.attention import varlen_attention
+from ..kernels.frame_positions import add_frame_positions_
 from ..kernels.gated_linear import choose_gated_backend, gated_linear
 from ..kernels.layout import Layout, layout
 from ..kernels.linear import choose_backend, linear
@@ -25,6 +26,7 @@ from ..kernels.pdl import kernel_chain
 from ..kernels.positions import add_positions_
 from ..kernels.rope import rope_
 from ..kernels.swiglu import swiglu
+from ..kernels.temporal_mean import temporal_mean
 from ..kernels.window_attention import window_attention
 from .branch import Branch
 from .fp8 import Fp8Block, linear_of_rows
@@ -42,7 +44,7 @@ class Batch:
         pixel_values: [T, P] in the tower's dtype; rows past the live ones may hold anything.
         grid: [items, 3] int32, zero past the live items.
         limits: Capacities; T = limits.max_patches.
-        max_seqlen: Upper bound in patches of a frame.
+        max_seqlen: Upper bound in patches of a frame, or of an item whose frames attend together.
     """
 
     pixel_values: torch.Tensor
@@ -100,10 +102,11 @@ def tower_forward(
         batch: What to encode.
         outputs: "last_hidden_state" [T, D] (with a "glm" merger [T/4, out]), "pooler_output"
             [T/4, out] and, for each deepstack merger, "deepstack_0".. [T/4, out]; live rows first.
+            With merger "mean" items of several frames have fewer tokens.
             Without a merger, "last_hidden_state" alone.
             Padding rows are finite, or as they were where a large matrix product leaves them
             alone.
-        attention: Backend of the blocks that attend over whole frames.
+        attention: Backend of the blocks that attend over whole frames or items.
         states: Block index to [T, D] tensors that take the stream after those blocks.
     """
     device = batch.pixel_values.device
@@ -127,11 +130,14 @@ def _forward(
         num_rows=batch.pixel_values.shape[0],
         num_frames=batch.limits.max_frames,
         num_windows=batch.limits.max_windows,
-        merge=spec.merge_size,
+        merge=spec.pixel_block,
         window=spec.window_size,
+        clips=spec.segments == "clips",
     )
     reordered = plan.source if spec.window_size else None
     x = _embed(weights, batch.pixel_values, plan, reordered)
+    if weights.frame_table is not None:
+        add_frame_positions_(x, weights.frame_table, batch.grid)
     work = _Workspace(weights, x)
     fp8 = weights.fp8
     stream = Stream(x, plan.live_rows, in_fp8=fp8.plan is not None)
@@ -154,6 +160,9 @@ def _forward(
     last = outputs["last_hidden_state"]
     if weights.final_norm is not None:
         stream.norm(weights.final_norm, spec, out=last)
+        if spec.merger == "mean":
+            rows = outputs["pooler_output"].view(-1, spec.hidden_size)
+            temporal_mean(last, batch.grid, merge=spec.merge_size, out=rows)
     elif weights.glm_merger is not None:
         glm_merge(spec, weights.glm_merger, stream, plan, last, outputs["pooler_output"])
     elif weights.merger is not None:
@@ -286,11 +295,13 @@ def _merge(
     linear(hidden, merger.fc2_weight, merger.fc2_bias, out=out, live_rows=live)
 
 
-def output_shapes(spec: EncoderSpec, num_patches: int) -> dict[str, tuple[int, int]]:
-    """Names and shapes of the outputs for `num_patches` rows."""
+def output_shapes(
+    spec: EncoderSpec, num_patches: int, num_tokens: int | None = None
+) -> dict[str, tuple[int, int]]:
+    """Names and shapes of the outputs for `num_patches` rows, by default those of images."""
     if spec.merger == "none":
         return {"last_hidden_state": (num_patches, spec.state_size)}
-    tokens = num_patches // spec.patches_per_token
+    tokens = num_patches // spec.patches_per_token if num_tokens is None else num_tokens
     shapes = {
         "last_hidden_state": (
             tokens if spec.merger == "glm" else num_patches,

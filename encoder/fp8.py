@@ -15,9 +15,11 @@ import torch
 from ..kernels.linear_fp8 import MULTIPLE, fp8_reason, linear_fp8
 from ..kernels.quantize import FP8, quantize_rows
 from .spec import EncoderSpec
+from .step_spec import StepSpec
 
 LAYERS = ("qkv", "proj", "up", "down")
 PRECISIONS = ("native", "fp8")
+TowerSpec = EncoderSpec | StepSpec
 
 # Blocks at either end that stay in the tower's dtype. An error made in the first ones is carried
 # through all others: in towers whose outlier channels meet plain norms, single tokens lose most
@@ -64,7 +66,7 @@ class Fp8Plan:
         inside = first <= block < depth - self.skip_last
         return self.layers if inside else ()
 
-    def names(self, spec: EncoderSpec) -> list[str]:
+    def names(self, spec: TowerSpec) -> list[str]:
         """Our names of all fp8 layers of a tower, without ".weight"."""
         names = [
             f"blocks.{i}.{layer}"
@@ -139,9 +141,7 @@ class Fp8Weights:
         blocks, merger, deepstack: Their weights, grouped as the forward reads them.
     """
 
-    def __init__(
-        self, plan: Fp8Plan | None, spec: EncoderSpec, tensors: Mapping[str, torch.Tensor]
-    ):
+    def __init__(self, plan: Fp8Plan | None, spec: TowerSpec, tensors: Mapping[str, torch.Tensor]):
         """Quantise the weights in `tensors` (our names) that `plan` names.
 
         Raises:
@@ -179,7 +179,7 @@ class Fp8Weights:
         })  # fmt: skip
 
 
-def _names(plan: Fp8Plan, spec: EncoderSpec, parameter: torch.Tensor) -> list[str]:
+def _names(plan: Fp8Plan, spec: TowerSpec, parameter: torch.Tensor) -> list[str]:
     """`plan.names`, once they are known to be some, and computable where `parameter` is."""
     check_place(parameter.device, parameter.dtype)
     if plan.mergers and spec.merger != "mlp":
@@ -191,6 +191,13 @@ def _names(plan: Fp8Plan, spec: EncoderSpec, parameter: torch.Tensor) -> list[st
         raise ValueError(
             f"precision = {plan}: the gate of {spec.family} is bounded by {spec.gate_limit}, which "
             f"the kernel that quantises for 'down' does not do; use Fp8Plan(layers={rest})"
+        )
+    if isinstance(spec, StepSpec) and spec.qk_norm and "qkv" in plan.layers:
+        rest = tuple(layer for layer in plan.layers if layer != "qkv")
+        way_out = f"Fp8Plan(layers={rest})" if rest else "precision='native'"
+        raise ValueError(
+            f"precision = {plan}: norms of q and k over all heads stand behind 'qkv' of this "
+            f"{spec.family} tower, which is three products there, and none in fp8; use {way_out}"
         )
     names = plan.names(spec)
     if not names:
@@ -204,7 +211,7 @@ def _names(plan: Fp8Plan, spec: EncoderSpec, parameter: torch.Tensor) -> list[st
 def linear_of_rows(
     rows: torch.Tensor,
     layer: Fp8Layer,
-    bias: torch.Tensor,
+    bias: torch.Tensor | None,
     live_rows: torch.Tensor,
     out: torch.Tensor,
     transform: str | None = None,

@@ -1,4 +1,4 @@
-"""Hugging Face's arithmetic for Qwen and GLM: resized sides, and which frames of a video count."""
+"""Hugging Face's arithmetic for Qwen, GLM and Kimi: resized sides, and frames of a video."""
 
 import math
 from typing import Literal
@@ -8,7 +8,7 @@ import torch
 
 from .glm_frames import glm4v_frames, glm5_frames, glm46v_frames
 
-VideoRule = Literal["qwen2", "qwen3", "glm4v", "glm46v", "glm5"]
+VideoRule = Literal["qwen2", "qwen3", "glm4v", "glm46v", "glm5", "kimi"]
 
 
 def resized_image(
@@ -61,6 +61,21 @@ def resized_clip(
     return new_height, new_width
 
 
+def contained_size(
+    height: int, width: int, patch_size: int, max_patches: int, max_side: int
+) -> tuple[int, int]:
+    """Sides of a Kimi image or frame, never enlarged: at most so many patches, and along a side.
+
+    The number of patches is that of whole ones in the original, so what comes out may have some
+    more, the more so once its sides are filled up to whole tokens.
+    """
+    patches = max(1, height // patch_size) * max(1, width // patch_size)
+    longest = max_side * patch_size
+    scale = min(1.0, math.sqrt(max_patches / patches), longest / height, longest / width)
+    new_height, new_width = max(1, int(height * scale)), max(1, int(width * scale))
+    return min(new_height, longest), min(new_width, longest)
+
+
 def capped_pixels(
     rule: VideoRule,
     num_frames: int,
@@ -101,6 +116,10 @@ def sampled_frames(
         return glm46v_frames(total, source_fps, temporal_factor)
     if rule == "glm5":
         return glm5_frames(total, source_fps, fps, max_frames, max_seconds)
+    if rule == "kimi":
+        # Hugging Face's refuses more frames than there are, and none
+        count = min(max(int(total / source_fps * fps), 1), total)
+        return _spread(total, count)
     if rule == "qwen3":
         count = min(max(int(total / source_fps * fps), min_frames), max_frames, total)
         return np.linspace(0, total - 1, count).round().astype(int).tolist()
@@ -109,6 +128,10 @@ def sampled_frames(
     most = math.floor(min(max_frames, total) / temporal_factor) * temporal_factor
     wanted = min(max(total / source_fps * fps, min_frames), most, total)
     count = max(1, math.floor(wanted / temporal_factor)) * temporal_factor
+    return _spread(total, count)
+
+
+def _spread(total: int, count: int) -> list[int]:
     # torch's own arange, as in Hugging Face's: its rounding picks the frames. It may run one past
     # the end where total / count is not exact.
     indices = torch.arange(0, total, total / count).int().tolist()

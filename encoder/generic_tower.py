@@ -78,7 +78,7 @@ class GenericTower:
         self.device: torch.device = parameter.device
         self.dtype: torch.dtype = parameter.dtype
         self.switch = AttentionSwitch(tower)
-        with self.switch.lock:
+        with self.switch.held():
             self.facts: TowerFacts = probe(tower, self.switch)
         self._chooses_attention = attention is None
         if attention is None:

@@ -1,6 +1,7 @@
 """Checks of the grids and pixel rows that a caller hands in."""
 
 import operator
+import sys
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
@@ -21,7 +22,8 @@ def parse_grids(grid_thw: torch.Tensor | Sequence[Any], spec: EncoderSpec) -> li
 
     Raises:
         TypeError: the grids are not integers.
-        ValueError: not [N, 3], a side that is not positive, or not a multiple of the merge size.
+        ValueError: not [N, 3], a side that is not positive, or not a multiple of the merge size, or
+            more frames than the tower has positions for.
     """
     if isinstance(grid_thw, torch.Tensor):
         if grid_thw.is_floating_point() or grid_thw.dtype == torch.bool:
@@ -35,12 +37,13 @@ def parse_grids(grid_thw: torch.Tensor | Sequence[Any], spec: EncoderSpec) -> li
         rows = list(grid_thw)
     grids = []
     merge = spec.merge_size
+    most = spec.frame_positions or sys.maxsize
     for i, row in enumerate(rows):
         if isinstance(row, list | tuple) and len(row) == 3:
             t, h, w = row
             # plain and valid ones, which nearly all are, are through here
             plain = type(t) is type(h) is type(w) is int and t > 0 and h > 0 and w > 0
-            if plain and not (h % merge or w % merge):
+            if plain and t <= most and not (h % merge or w % merge):
                 grids.append((t, h, w))
                 continue
         try:
@@ -56,6 +59,11 @@ def parse_grids(grid_thw: torch.Tensor | Sequence[Any], spec: EncoderSpec) -> li
                 f"grid_thw[{i}] = ({t}, {h}, {w}): height and width must be multiples of the merge "
                 f"size {spec.merge_size}; resize the image to multiples of "
                 f"{spec.patch_size * spec.merge_size} pixels"
+            )
+        if t > most:
+            raise ValueError(
+                f"grid_thw[{i}] = ({t}, {h}, {w}): {t} frames, but a tower of {spec.family} has "
+                f"positions for {most}; hand in clips of at most {most} frames"
             )
         grids.append((t, h, w))
     return grids

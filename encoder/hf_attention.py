@@ -7,8 +7,9 @@ it reads the offsets on the host and calls the function once for every segment.
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from transformers import AttentionInterface
@@ -97,19 +98,58 @@ def packed_attention(
 AttentionInterface.register(IMPLEMENTATION, packed_attention)
 
 
+# The lock of each config that a switch holds, by identity: configs are equal by value and have no
+# hash. Whoever holds a lock holds its config too, so no other config has that identity meanwhile.
+_locks: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_finding_locks = threading.Lock()
+
+
+def _lock_of(config: Any) -> Any:
+    with _finding_locks:
+        lock = _locks.get(id(config))
+        if lock is None:
+            lock = _locks[id(config)] = threading.RLock()
+        return lock
+
+
+def _switched_configs(tower: torch.nn.Module) -> list[Any]:
+    """The configs in which modules of `tower` find the name, each before those inside it."""
+    left: list[Any] = [getattr(module, "config", None) for module in tower.modules()]
+    configs: dict[int, Any] = {}
+    while left:
+        config = left.pop(0)
+        if hasattr(config, "_attn_implementation"):
+            # taken out and put back, as one may be both a module's and inside that of another
+            configs.pop(id(config), None)
+            configs[id(config)] = config
+            # setting the name of a config sets those of the configs inside it
+            left += [getattr(config, key, None) for key in getattr(config, "sub_configs", ())]
+    return list(configs.values())
+
+
 class AttentionSwitch:
     """Gives a tower our attention for the time of a call.
 
     Attributes:
-        lock: Held during such calls. A call of the tower's own forward by another thread has to
-            hold it too, or it would run with our attention.
+        locks: Of the configs that are switched; other encoders of the same tower, and towers that
+            share a config with it, have the same ones.
     """
 
     def __init__(self, tower: torch.nn.Module):
-        found: list[Any] = [getattr(module, "config", None) for module in tower.modules()]
-        configs = {id(c): c for c in found if hasattr(c, "_attn_implementation")}
-        self._configs = tuple(configs.values())
-        self.lock = threading.RLock()
+        self._configs = tuple(_switched_configs(tower))
+        # in one order for all, so that no two threads wait for each other
+        self.locks = tuple(_lock_of(config) for config in sorted(self._configs, key=id))
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """No other thread switches this tower meanwhile.
+
+        A call of the tower's own forward has to hold it, or it might run with our attention.
+        """
+        with ExitStack() as stack:
+            for lock in self.locks:
+                stack.enter_context(lock)
+            yield
 
     @contextmanager
     def using(self, backend: str) -> Iterator[None]:
@@ -141,7 +181,7 @@ class AttentionSwitch:
 
     @contextmanager
     def _set(self, implementation: str) -> Iterator[None]:
-        with self.lock:
+        with self.held():
             before = [config._attn_implementation for config in self._configs]
             for config in self._configs:
                 config._attn_implementation = implementation

@@ -20,7 +20,7 @@ from ..capture import EncoderCudaGraphConfig
 from .families import family_of_tower
 from .fp8 import Fp8Plan
 from .tower_contents import TowerContents
-from .towers import Tier, encoder_for, is_fused
+from .towers import OWN_ENCODERS, Tier, encoder_for, is_fused
 from .vision_encoder import VisionEncoder, VisionOutput
 
 if TYPE_CHECKING:
@@ -243,7 +243,7 @@ class SwappedTower:
         """While Hugging Face's forward runs: no other thread gives the tower our attention."""
         if isinstance(self.encoder, VisionEncoder):
             return nullcontext()
-        return self.encoder.switch.lock
+        return self.encoder.switch.held()
 
     def _build(self) -> "VisionEncoder | GenericEncoder":
         with torch.inference_mode(False), torch.no_grad():
@@ -271,8 +271,11 @@ class SwappedTower:
             assert self._output_class is not None
             fields: dict[str, Any] = {"last_hidden_state": features.last_hidden_state}
             assert isinstance(self.encoder, VisionEncoder)
-            if self.encoder.spec.merger != "none":  # transformers leaves the field empty there
-                fields["pooler_output"] = features.pooler_output
+            spec, pooled = self.encoder.spec, features.pooler_output
+            if spec.merger == "mean":  # patches of a token on an axis of their own
+                pooled = pooled.view(-1, spec.patches_per_token, spec.hidden_size)
+            if spec.merger != "none":  # transformers leaves the field empty there
+                fields["pooler_output"] = pooled
             if self._output_class.__name__ == "BaseModelOutputWithDeepstackFeatures":
                 fields["deepstack_features"] = features.deepstack_features or []
             output = self._output_class(**fields)
@@ -288,23 +291,33 @@ def _check_tower(tower: torch.nn.Module, is_generic: bool) -> None:
     """
     if not is_generic:
         family_of_tower(tower)
-    check_plain(tower)
+    check_plain(tower, runs_own_modules=is_generic and type(tower).__name__ not in OWN_ENCODERS)
 
 
-def check_plain(tower: torch.nn.Module) -> None:
+def check_plain(module: torch.nn.Module, *, runs_own_modules: bool = False) -> None:
     """Refuse modules that do more than their class in transformers says.
+
+    Args:
+        module: A tower or projector.
+        runs_own_modules: Whether graphs record its own modules, for the message.
 
     Raises:
         ValueError: a module of another library inside, or a quantised parameter.
     """
-    for name, module in tower.named_modules():
-        home = type(module).__module__
+    for name, part in module.named_modules():
+        home = type(part).__module__
         if not f"{home}.".startswith(PLAIN_MODULES):
+            why = "which the fused forward would not run"
+            if runs_own_modules:
+                why = (
+                    "and graphs of the generic tier would go on as recorded when such a module is "
+                    "switched without a change of weights"
+                )
             raise ValueError(
-                f"swap_vision_tower: {name!r} is a {home}.{type(module).__name__}, which the fused "
-                "forward would not run; merge adapters and dequantise the vision tower first"
+                f"swap_vision_tower: {name!r} is a {home}.{type(part).__name__}, {why}; merge "
+                "adapters and dequantise the vision tower first"
             )
-    for name, parameter in tower.named_parameters():
+    for name, parameter in module.named_parameters():
         if not parameter.is_floating_point():
             raise ValueError(
                 f"swap_vision_tower: parameter {name!r} is {parameter.dtype}; dequantise the "

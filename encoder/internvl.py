@@ -24,6 +24,7 @@ from .weight_map import Rule, linear, norm
 LAYERS = {"internvl": "encoder.layer", "qianfan_ocr": "layers"}
 TOWER_CLASSES = ("InternVLVisionModel", "QianfanOCRVisionModel")  # of transformers
 MODEL_TYPES = tuple(LAYERS)
+FIRST_FORMAT = "internvl_chat"  # the model type of the first releases, which is not read
 PREFIXES = ("vision_tower.", "multi_modal_projector.", "vision_model.", "mlp1.")
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu_erf",
@@ -123,7 +124,7 @@ def model_config(raw: Mapping[str, Any]) -> Any:
     model_type = raw.get("model_type")
     if model_type not in MODEL_TYPES:
         hint = ""
-        if model_type == "internvl_chat":
+        if model_type == FIRST_FORMAT:
             hint = " in transformers' own format; use the repository that ends in -hf"
         raise ValueError(
             f"model type {model_type!r} is no InternVL{hint}; supported: {', '.join(MODEL_TYPES)}"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .checkpoint import Checkpoint
+from .fp8 import Fp8Plan, pick_plan
 from .grids import PIXEL_DTYPES
 from .internvl import (
     PREFIXES,
@@ -57,10 +58,11 @@ class InternVLEncoder(StepTower):
         weights: StepWeights,
         *,
         attention: str | None = None,
+        precision: str | Fp8Plan = "native",
         source: str | None = None,
         revision: str | None = None,
     ):
-        super().__init__(spec, weights, {TILES: spec.image_size}, attention)
+        super().__init__(spec, weights, {TILES: spec.image_size}, attention, precision)
         self.source = source
         self.revision = revision
 
@@ -76,6 +78,7 @@ class InternVLEncoder(StepTower):
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
         attention: str | None = None,
+        precision: str | Fp8Plan = "native",
     ) -> "InternVLEncoder":
         """Load only the vision tower and projector of a model folder or Hub repository.
 
@@ -87,6 +90,9 @@ class InternVLEncoder(StepTower):
             device: None is the current GPU if there is one, else the CPU.
             revision, token, cache_dir, local_files_only: As in transformers.
             attention: Attention backend; None chooses (see `vitgraph info`).
+            precision: As in `VisionEncoder.from_pretrained`. The projector has no fp8 layers, and
+                a tower with norms of q and k (InternViT-6B) none for them: it takes
+                Fp8Plan(layers=("proj", "up", "down")).
 
         Raises:
             ValueError: the model cannot be found or read, is no InternVL, or a tensor is missing or
@@ -100,29 +106,52 @@ class InternVLEncoder(StepTower):
             token=token,
             cache_dir=cache_dir,
         )
+        return cls.from_checkpoint(
+            checkpoint, dtype=dtype, device=place, attention=attention, precision=precision
+        )
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        attention: str | None = None,
+        precision: str | Fp8Plan = "native",
+    ) -> "InternVLEncoder":
+        """`from_pretrained` for a checkpoint that has been opened."""
+        place = pick_device(device)
+        pick_plan(precision)  # an unknown name is refused before the weights are read
         shape = spec(model_config(checkpoint.raw_config()))
         tensors = to_hf_names(checkpoint.named_tensors(tower_key, PREFIXES, place))
         kind = pick_dtype(dtype, place, next(iter(tensors.values())).dtype)
         return cls(
             shape, StepWeights(shape, tensors, place, kind), attention=attention,
-            source=checkpoint.name, revision=checkpoint.revision,
+            precision=precision, source=checkpoint.name, revision=checkpoint.revision,
         )  # fmt: skip
 
     @classmethod
-    def from_hf(cls, model: torch.nn.Module, *, attention: str | None = None) -> "InternVLEncoder":
+    def from_hf(
+        cls,
+        model: torch.nn.Module,
+        *,
+        attention: str | None = None,
+        precision: str | Fp8Plan = "native",
+    ) -> "InternVLEncoder":
         """Take the tower and projector of a live model, on their device and in their dtype.
 
         Args:
             model: An `InternVLForConditionalGeneration` or `QianfanOCRForConditionalGeneration`,
                 its inner model, or its tower alone, which has no projector.
-            attention: As in `from_pretrained`.
+            attention, precision: As in `from_pretrained`.
 
         Raises:
             ValueError: another model, or one that is spread over devices or holds no data.
         """
         tower, projector, shape = find_parts(model)
         weights = live_weights(shape, live_tensors(tower, projector, "vision_tower"))
-        return cls(shape, weights, attention=attention)
+        return cls(shape, weights, attention=attention, precision=precision)
 
     def load_weights(self, tower: torch.nn.Module) -> None:
         """Re-read every weight from a model like that of `from_hf` into the same memory.

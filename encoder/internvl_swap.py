@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .fp8 import Fp8Plan
 from .hf_tower import GraphChoice, SwappedTower, check_plain
 from .internvl import spec, tower_spec
 from .internvl_encoder import InternVLEncoder
@@ -47,6 +48,7 @@ class SwappedInternVLTower(SwappedTower):
         *,
         graphs: GraphChoice,
         attention: str | None,
+        precision: str | Fp8Plan = "native",
     ):
         self.parent: Any = parent
         self._projector: Any = None
@@ -55,7 +57,9 @@ class SwappedInternVLTower(SwappedTower):
         home = sys.modules[type(tower).__module__]
         output_class = getattr(home, f"{type(tower).__name__}OutputWithPooling")
         # "generic": nothing is looked up among the families of packed patches
-        super().__init__(tower, graphs=graphs, attention=attention, tier="generic")
+        super().__init__(
+            tower, graphs=graphs, attention=attention, precision=precision, tier="generic"
+        )
         self._output_class = output_class
         if parent is not None:
             self._seen_projector = TowerContents(self._projector)
@@ -209,7 +213,7 @@ class SwappedInternVLTower(SwappedTower):
         self._projector = getattr(self.parent, "multi_modal_projector", None)
         with torch.inference_mode(False), torch.no_grad():
             encoder = HfInternVLTower.of_parts(
-                self.tower, self.parent, self._projector, self._attention
+                self.tower, self.parent, self._projector, self._attention, self._precision
             )
             if self._graphs is False:
                 return encoder
@@ -248,13 +252,18 @@ class HfInternVLTower(InternVLEncoder):
 
     @classmethod
     def of_parts(
-        cls, tower: Any, parent: Any, projector: torch.nn.Module | None, attention: str | None
+        cls,
+        tower: Any,
+        parent: Any,
+        projector: torch.nn.Module | None,
+        attention: str | None,
+        precision: str | Fp8Plan,
     ) -> "HfInternVLTower":
         """The live tower, with the projector of its model where both can be computed as one.
 
         Raises:
-            ValueError: the tower's config is not supported, or its parameters are on several
-                devices or hold no data.
+            ValueError: the tower's config is not supported, its parameters are on several devices
+                or hold no data, or a precision that cannot be had.
         """
         shape = tower_spec(tower.config)
         if projector is not None:
@@ -266,7 +275,7 @@ class HfInternVLTower(InternVLEncoder):
                 logger.info("vision tower: the projector stays the model's own: %s", error)
                 projector = None
         weights = live_weights(shape, live_tensors(tower, projector, "vision_tower"))
-        encoder = cls(shape, weights, attention=attention)
+        encoder = cls(shape, weights, attention=attention, precision=precision)
         encoder.projector = projector
         return encoder
 

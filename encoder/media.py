@@ -110,6 +110,18 @@ def media_kind(source: Any) -> Kind:
     return kind
 
 
+def refuse_video(source: Any) -> None:
+    """Refuse a video where a tower reads images alone.
+
+    Raises:
+        MediaError: it is a video, or what `media_kind` refuses.
+    """
+    if media_kind(source) == "video":
+        raise MediaError(
+            describe(source), "is a video, and this model reads images; pass its frames as images"
+        )
+
+
 def readable_file(source: str | Path) -> Path:
     """The path of a file that exists and holds something.
 

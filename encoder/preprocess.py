@@ -1,11 +1,11 @@
 """Pixels of images and videos to rows of `pixel_values`, as Hugging Face's Qwen processors do."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import PIL.Image
@@ -17,6 +17,7 @@ from .spec import EncoderSpec
 from .video import OpenVideo, open_video
 
 Grid = tuple[int, int, int]
+Made = TypeVar("Made")
 
 
 class Preprocessor(Protocol):
@@ -42,7 +43,10 @@ class Preprocessor(Protocol):
         ...
 
     def __call__(self, source: Any) -> tuple[np.ndarray, Grid]:
-        """Rows [t*h*w, C*tp*P*P] fp32 and (t, h, w) of one image or video."""
+        """Rows [t*h*w, C*tp*P*P] fp32 and (t, h, w) of one image or video.
+
+        A video may have more frames than an item of the tower: `EncoderSpec.clips` cuts it.
+        """
         ...
 
 
@@ -60,7 +64,8 @@ class ImagePreprocessor:
         video_min_pixels, video_max_pixels: Limits of videos.
         video_rule: Whose arithmetic samples and resizes videos, and GLM's images.
         video_fps: Frames taken a second; None takes all, up to `max_frames`.
-        min_frames, max_frames: Bounds of the frames that are taken; GLM's rules have none.
+        min_frames, max_frames: Bounds of the frames that are taken; GLM's and Kimi's rules have
+            none.
         video_max_seconds: Length of a video from which the rules "glm4v" and "glm5" take no more
             frames; 0 is none for the latter.
         video_token_cap: `max_video_tokens` where `cap_pixels_per_frame` is on; None is off.
@@ -130,11 +135,11 @@ class ImagePreprocessor:
         Raises:
             ValueError: a file is no JSON object, or asks for what `from_configs` refuses.
         """
-        nested = _read_json(Path(folder) / "processor_config.json")
-        image = nested.get("image_processor") or _read_json(
+        nested = read_json(Path(folder) / "processor_config.json")
+        image = nested.get("image_processor") or read_json(
             Path(folder) / "preprocessor_config.json"
         )
-        video = nested.get("video_processor") or _read_json(
+        video = nested.get("video_processor") or read_json(
             Path(folder) / "video_preprocessor_config.json"
         )
         return cls.from_configs(spec, image, video or image)
@@ -255,13 +260,14 @@ class ImagePreprocessor:
     def _factor(self) -> int:
         return self.patch_size * self.merge_size
 
+    @property
+    def _block(self) -> int:
+        """Patches along a side of the blocks that rows come in."""
+        return self.merge_size
+
     @cached_property
     def _table(self) -> np.ndarray:
-        """[3, 256] fp32: the normalised value of each byte, by Hugging Face's own roundings."""
-        unit = (np.arange(256, dtype=np.float64) * self.rescale_factor).astype(np.float32)
-        mean = np.array(self.image_mean, dtype=np.float32)[:, None]
-        std = np.array(self.image_std, dtype=np.float32)[:, None]
-        return (unit - mean) / std
+        return value_table(self.rescale_factor, self.image_mean, self.image_std)
 
     def _resize(self, image: PIL.Image.Image, height: int, width: int) -> np.ndarray:
         return np.asarray(
@@ -273,7 +279,7 @@ class ImagePreprocessor:
 
         Rows follow (t, h / merge, w / merge, merge, merge), values (C, tp, P, P).
         """
-        size, merge = self.patch_size, self.merge_size
+        size, merge = self.patch_size, self._block
         depth = min(len(frames), self.temporal_patch_size)
         t, h, w = len(frames) // depth, frames.shape[1] // size, frames.shape[2] // size
         blocks = frames.reshape(
@@ -288,16 +294,21 @@ class ImagePreprocessor:
         return rows.reshape(t * h * w, -1), (t, h, w)
 
 
-def preprocess_named(
-    preprocessor: Preprocessor, source: Any, index: int
-) -> tuple[np.ndarray, Grid]:
-    """`preprocessor(source)`; errors of inputs without a path say which one of many it was.
+def value_table(rescale: float, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """[3, 256] fp32: the normalised value of each byte, by Hugging Face's own roundings."""
+    unit = (np.arange(256, dtype=np.float64) * rescale).astype(np.float32)
+    means, stds = (np.array(v, dtype=np.float32)[:, None] for v in (mean, std))
+    return (unit - means) / stds
+
+
+def preprocess_named(preprocess: Callable[[Any], Made], source: Any, index: int) -> Made:
+    """`preprocess(source)`; errors of inputs without a path say which one of many it was.
 
     Raises:
         MediaError: the input cannot be used.
     """
     try:
-        return preprocessor(source)
+        return preprocess(source)
     except MediaError as error:
         if isinstance(source, str | Path):
             raise
@@ -315,7 +326,12 @@ def _limits(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
     return low if given_low is None else given_low, high if given_high is None else given_high
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; an empty one if there is no such file.
+
+    Raises:
+        ValueError: it holds something else.
+    """
     if not path.is_file():
         return {}
     try:

@@ -75,6 +75,16 @@ COMPASS = PixelPreset(
     video_max_pixels=768 * 32 * 32,
     video_rule="qwen3",
 )
+# limits in patches, of an image and of each frame; nothing is enlarged
+KIMI = PixelPreset(
+    image_mean=HALF,
+    image_std=HALF,
+    min_pixels=1,
+    max_pixels=16384 * 14 * 14,
+    video_min_pixels=1,
+    video_max_pixels=4096 * 14 * 14,
+    video_rule="kimi",
+)
 # the defaults of its class in transformers, which has none for videos
 PADDLEOCR = PixelPreset(
     image_mean=CLIP_MEAN,

@@ -39,8 +39,13 @@ def check_prunable(spec: EncoderSpec) -> None:
     """Refuse towers whose tokens are read in whole blocks behind them.
 
     Raises:
-        ValueError: the tower has no merger.
+        ValueError: the tower has no merger of its own.
     """
+    if spec.merger == "mean":
+        raise ValueError(
+            f"pruning: a tower of {spec.family} averages the frames of a clip, so no token repeats "
+            "one of the frame before; leave pruning_rate, keep_mask and pruning out"
+        )
     if spec.merger == "none":
         raise ValueError(
             f"pruning: a tower of {spec.family} has no merger, and what merges its patches behind "

@@ -6,12 +6,10 @@ import torch
 
 from ..capture import BufferSpec, EncoderItemSpec, Pruning, RungLimits
 from ..capture.protocol import Rows
-from ..capture.staging import leading_slices
 from ..kernels.attention import LONG_SEGMENT, check_backend, choose_backend
-from ..kernels.few_rows_tuning import table_digest
-from ..kernels.gemm_tuning import tuning
-from ..kernels.launch import compiling
 from ..kernels.layout import num_windows
+from ..kernels.tables import tuning
+from .capturable import compile_by_halves
 from .forward import Batch, output_shapes, tower_forward
 from .grids import Grid
 from .pruning import KEPT_INDEX, check_prunable, plan_pruning, prune
@@ -54,14 +52,14 @@ class RecordableTower:
 
     def item_specs(self, grid_thw: Sequence[Grid]) -> list[EncoderItemSpec]:
         """What each item takes of a rung."""
-        window, per_token = self.spec.window_size, self.spec.patches_per_token
+        spec = self.spec
         return [
             EncoderItemSpec(
                 input_size=t * h * w,
-                output_tokens=t * h * w // per_token,
-                num_frames=t,
-                num_windows=t * num_windows(h, w, window),
-                attention_pairs=t * (h * w) ** 2,
+                output_tokens=spec.num_tokens(t, h, w),
+                num_frames=spec.num_segments(t),
+                num_windows=t * num_windows(h, w, spec.window_size),
+                attention_pairs=spec.num_segments(t) * spec.segment_size(t, h, w) ** 2,
             )
             for t, h, w in grid_thw
         ]
@@ -123,21 +121,8 @@ class RecordableTower:
         outputs: Mapping[str, torch.Tensor],
         rungs: Sequence[RungLimits],
     ) -> None:
-        """Compile the kernels of some of `rungs`, several at a time.
-
-        Kernels differ by thresholds of rows, so the rungs are taken by halves; what only one of the
-        others launches is compiled when that is warmed up.
-        """
-        with compiling():
-            patches = 2 * rungs[-1].max_patches
-            for limits in reversed(rungs):
-                if 2 * limits.max_patches <= patches:
-                    patches = limits.max_patches
-                    self.graph_forward(
-                        leading_slices(inputs, self.input_specs(limits)),
-                        leading_slices(outputs, self.output_specs(limits)),
-                        limits,
-                    )
+        """Compile the kernels of some of `rungs`, several at a time."""
+        compile_by_halves(self, inputs, outputs, rungs)
 
     def eager_forward(
         self,
@@ -152,7 +137,7 @@ class RecordableTower:
 
     def fingerprint(self) -> str:
         """What this tower's speed depends on."""
-        tables = f"gemm={tuning(self.device).digest} few_rows={table_digest()}"
+        tables = tuning(self.device).fingerprint()
         attention = f"{self.attention} {self.attention_for(LONG_SEGMENT)}"
         tower = f"{self.spec} {self.dtype} {attention} pruning={self._records_pruning}"
         plan = self.weights.fp8.plan
@@ -179,14 +164,15 @@ class RecordableTower:
         if pruning is not None:
             check_prunable(self.spec)
         pixels = pixel_values.to(device=self.device, dtype=self.dtype).contiguous()
+        tokens = sum(self.spec.num_tokens(*grid) for grid in grids)
         outputs = {
             name: pixels.new_empty(shape)
-            for name, shape in output_shapes(self.spec, pixels.shape[0]).items()
+            for name, shape in output_shapes(self.spec, pixels.shape[0], tokens).items()
         }
         states.update({i: pixels.new_empty(len(pixels), self.spec.hidden_size) for i in layers})
         if grids:
             table = torch.tensor(grids, dtype=torch.int32).to(self.device, non_blocking=True)
-            longest = max(h * w for _, h, w in grids)
+            longest = max(self.spec.segment_size(*grid) for grid in grids)
             batch = Batch(pixels, table, self._exact_limits(grids), longest)
             attention = self.attention_for(longest)
             tower_forward(self.weights, batch, outputs, attention=attention, states=states)

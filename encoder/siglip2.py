@@ -95,7 +95,7 @@ def vision_config(raw: Mapping[str, Any]) -> Any:
     """The vision config of a model's config.json.
 
     Raises:
-        ValueError: another model type.
+        ValueError: another model type, or a vision tower of another.
     """
     from transformers import Siglip2VisionConfig
 

@@ -1,8 +1,7 @@
 """SigLIP 2 with native aspect ratio (NaFlex) as an object: padded or packed images to features."""
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,9 @@ import torch
 
 from ..capture import EncoderCudaGraphConfig, EncoderCudaGraphManager
 from .capturable import check_capturable
-from .checkpoint import Checkpoint, CheckpointError
+from .checkpoint import Checkpoint
+from .forward import check_layers
+from .fp8 import Fp8Plan, pick_plan
 from .grids import PIXEL_DTYPES, Grid
 from .siglip2 import (
     PLACES,
@@ -24,7 +25,7 @@ from .siglip2 import (
 )
 from .siglip2_tower import Siglip2Tower
 from .spec import EncoderSpec
-from .vision_encoder import pick_device, pick_dtype
+from .vision_encoder import pick_device, pick_dtype, place_of_live
 from .weights import TowerWeights
 
 
@@ -37,17 +38,20 @@ class Siglip2Output:
         pooler_output: [images, D] what the head makes of each image, not normalised, as
             transformers returns it; None for a tower without a head.
         patches_per_image: Rows of `last_hidden_state` of each image.
+        hidden_states: [T, D] after each block asked for, by block index.
     """
 
     last_hidden_state: torch.Tensor
     pooler_output: torch.Tensor | None
     patches_per_image: tuple[int, ...]
+    hidden_states: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 class Siglip2Encoder(Siglip2Tower):
     """The vision tower of SigLIP 2 (NaFlex) with fused kernels, eager until `capture` is called.
 
     Attributes: those of `Siglip2Tower`, and
+        precision: "fp8" if some linear layers of the blocks compute in it, else "native".
         source: Name of the checkpoint, None for a live module.
         revision: Commit of the checkpoint on the Hub.
         graphs: The capture manager, None while not captured.
@@ -59,10 +63,14 @@ class Siglip2Encoder(Siglip2Tower):
         weights: TowerWeights,
         *,
         attention: str | None = None,
+        precision: str | Fp8Plan = "native",
         source: str | None = None,
         revision: str | None = None,
     ):
         super().__init__(spec, weights, attention)
+        plan = pick_plan(precision)
+        weights.quantize(plan)
+        self.precision = "native" if plan is None else "fp8"
         self.source = source
         self.revision = revision
         self.graphs: EncoderCudaGraphManager | None = None
@@ -79,6 +87,7 @@ class Siglip2Encoder(Siglip2Tower):
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
         attention: str | None = None,
+        precision: str | Fp8Plan = "native",
     ) -> "Siglip2Encoder":
         """Load only the vision tower of a model folder or Hub repository.
 
@@ -89,6 +98,7 @@ class Siglip2Encoder(Siglip2Tower):
             device: None is the current GPU if there is one, else the CPU.
             revision, token, cache_dir, local_files_only: As in transformers.
             attention: Attention backend; None chooses (see `vitgraph info`).
+            precision: As in `VisionEncoder.from_pretrained`; the head has no fp8 layers.
 
         Raises:
             ValueError: the model cannot be found or read, is no SigLIP 2 with native aspect ratio,
@@ -102,22 +112,41 @@ class Siglip2Encoder(Siglip2Tower):
             token=token,
             cache_dir=cache_dir,
         )
-        path = checkpoint.folder / "config.json"
-        try:
-            config = vision_config(json.loads(path.read_text()))
-        except (json.JSONDecodeError, AttributeError) as error:
-            raise CheckpointError(f"{path}: not a JSON object: {error}") from error
+        return cls.from_checkpoint(
+            checkpoint, dtype=dtype, device=place, attention=attention, precision=precision
+        )
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        attention: str | None = None,
+        precision: str | Fp8Plan = "native",
+    ) -> "Siglip2Encoder":
+        """`from_pretrained` for a checkpoint that has been opened."""
+        place = pick_device(device)
+        pick_plan(precision)  # an unknown name is refused before the weights are read
+        config = vision_config(checkpoint.raw_config())
         tensors = checkpoint.named_tensors(tower_key, PREFIXES, place)
         kind = pick_dtype(dtype, place, next(iter(tensors.values())).dtype)
         tower = spec(config)
         weights = TowerWeights(tower, weight_map(tower, has_head(config)), tensors, place, kind)
         return cls(
-            tower, weights, attention=attention, source=checkpoint.name,
+            tower, weights, attention=attention, precision=precision, source=checkpoint.name,
             revision=checkpoint.revision,
         )  # fmt: skip
 
     @classmethod
-    def from_hf(cls, model: torch.nn.Module, *, attention: str | None = None) -> "Siglip2Encoder":
+    def from_hf(
+        cls,
+        model: torch.nn.Module,
+        *,
+        attention: str | None = None,
+        precision: str | Fp8Plan = "native",
+    ) -> "Siglip2Encoder":
         """Take a live tower, on its device and in its dtype.
 
         Weights whose layout does not change share memory with it; `load_weights` reads all of them
@@ -126,25 +155,17 @@ class Siglip2Encoder(Siglip2Tower):
         Args:
             model: A `Siglip2VisionModel`, or a model that has one at `vision_model` or
                 `vision_tower`.
-            attention: As in `from_pretrained`.
+            attention, precision: As in `from_pretrained`.
 
         Raises:
             ValueError: another model, or one that is spread over devices or holds no data.
         """
         tower = find_tower(model)
         parameters = dict(tower.named_parameters())
-        devices = {p.device for p in parameters.values()}
-        parameter = next(iter(parameters.values()))
-        if len(devices) > 1 or parameter.device.type == "meta":
-            raise ValueError(
-                f"from_hf: the tower's parameters are on {sorted(map(str, devices))}; move the "
-                "whole tower to one device first (no device_map that splits or offloads it)"
-            )
-        kind = pick_dtype(parameter.dtype, parameter.device, parameter.dtype)
-        place, with_head = parameter.device, hasattr(tower, "head")
         shape = spec(tower.config)
-        weights = TowerWeights(shape, weight_map(shape, with_head), parameters, place, kind)
-        return cls(shape, weights, attention=attention)
+        rules = weight_map(shape, hasattr(tower, "head"))
+        weights = TowerWeights(shape, rules, parameters, *place_of_live(parameters))
+        return cls(shape, weights, attention=attention, precision=precision)
 
     def load_weights(self, tower: torch.nn.Module) -> None:
         """Read every weight of a model again, into the same memory; captured graphs see them.
@@ -166,6 +187,7 @@ class Siglip2Encoder(Siglip2Tower):
         spatial_shapes: torch.Tensor | Sequence[Sequence[int]],
         pixel_attention_mask: torch.Tensor | None = None,
         *,
+        layers: Sequence[int] = (),
         check_finite: bool | None = None,
     ) -> Siglip2Output:
         """Encode images.
@@ -179,25 +201,30 @@ class Siglip2Encoder(Siglip2Tower):
                 CPU, reading it from a GPU waits.
             pixel_attention_mask: [images, patches], 1 for the patches of an image. It says nothing
                 new: it is compared with `spatial_shapes`, which waits for a GPU that holds it.
+            layers: Blocks whose output is wanted as well; such calls run eagerly.
             check_finite: Refuse NaN and infinity. None does so for pixels on the CPU; True also
                 for those on a GPU, which waits for the device; False never.
 
         Raises:
             TypeError: pixels or shapes of another type.
-            ValueError: shapes that do not belong together, or pixels that are not finite.
+            ValueError: shapes that do not belong together, pixels that are not finite, or a layer
+                outside the tower.
         """
         sizes = image_sizes(spatial_shapes)
         rows = self._pixel_rows(pixel_values, sizes, pixel_attention_mask, check_finite)
         grids: list[Grid] = [(1, h, w) for h, w in sizes]
+        wanted = [] if layers == () else check_layers(self.spec, layers)
+        states: dict[int, torch.Tensor] = {}
         with torch.no_grad():
-            if self.graphs is not None:
+            if self.graphs is not None and not wanted:
                 outputs = self.graphs.execute(rows, grids)
             else:
-                outputs = self.eager_forward(rows, grids)
+                outputs = self._eager_images(rows, grids, wanted, states)
         return Siglip2Output(
             outputs["last_hidden_state"],
             outputs.get("pooler_output"),
             tuple(h * w for h, w in sizes),
+            states,
         )
 
     def capture(

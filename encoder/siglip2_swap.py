@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..capture import EncoderCudaGraphConfig
+from .fp8 import Fp8Plan
 from .hf_tower import GraphChoice, SwappedTower
 from .siglip2_encoder import Siglip2Encoder, image_sizes, mask_agrees
 
@@ -28,9 +29,18 @@ class SwappedSiglip2Tower(SwappedTower):
     are read on the host, as Hugging Face's forward reads the sizes.
     """
 
-    def __init__(self, tower: torch.nn.Module, *, graphs: GraphChoice, attention: str | None):
+    def __init__(
+        self,
+        tower: torch.nn.Module,
+        *,
+        graphs: GraphChoice,
+        attention: str | None,
+        precision: str | Fp8Plan = "native",
+    ):
         # "generic": nothing is looked up among the families of packed patches
-        super().__init__(tower, graphs=graphs, attention=attention, tier="generic")
+        super().__init__(
+            tower, graphs=graphs, attention=attention, precision=precision, tier="generic"
+        )
 
     def __call__(
         self,
@@ -67,7 +77,9 @@ class SwappedSiglip2Tower(SwappedTower):
 
     def _build(self) -> Any:
         with torch.inference_mode(False), torch.no_grad():
-            encoder = HfSiglip2Tower.from_hf(self.tower, attention=self._attention)
+            encoder = HfSiglip2Tower.from_hf(
+                self.tower, attention=self._attention, precision=self._precision
+            )
             if self._graphs is False:
                 return encoder
             config = None if self._graphs is True else EncoderCudaGraphConfig.from_any(self._graphs)

@@ -77,19 +77,35 @@ class Siglip2Tower(RecordableTower):
         """
         if pruning is not None:
             raise ValueError("pruning: the images of SigLIP 2 lose no tokens; leave it out")
+        return self._eager_images(pixel_values, grid_thw, (), {})
+
+    def _eager_images(
+        self,
+        pixel_values: torch.Tensor,
+        grid_thw: Sequence[Grid],
+        layers: Sequence[int],
+        states: dict[int, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        """The outputs of exactly these images; `states` takes those of blocks `layers`."""
         pixels = pixel_values.to(device=self.device, dtype=self.dtype).contiguous()
         width = self.spec.hidden_size
         outputs = {"last_hidden_state": pixels.new_empty(len(pixels), width)}
         if self.head is not None:
             outputs["pooler_output"] = pixels.new_empty(len(grid_thw), width)
+        states.update({i: pixels.new_empty(len(pixels), width) for i in layers})
         if len(grid_thw):
             table = torch.tensor(grid_thw, dtype=torch.int32).to(self.device, non_blocking=True)
             longest = max(h * w for _, h, w in grid_thw)
-            self._run(Batch(pixels, table, self._exact_limits(grid_thw), longest), outputs)
+            self._run(Batch(pixels, table, self._exact_limits(grid_thw), longest), outputs, states)
         return outputs
 
-    def _run(self, batch: Batch, outputs: Mapping[str, torch.Tensor]) -> None:
+    def _run(
+        self,
+        batch: Batch,
+        outputs: Mapping[str, torch.Tensor],
+        states: Mapping[int, torch.Tensor] | None = None,
+    ) -> None:
         attention = self.attention_for(batch.max_seqlen)
-        tower_forward(self.weights, batch, outputs, attention=attention)
+        tower_forward(self.weights, batch, outputs, attention=attention, states=states)
         if self.head is not None:
             self.head(outputs["last_hidden_state"], batch.grid, outputs["pooler_output"])

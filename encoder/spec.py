@@ -20,8 +20,8 @@ class EncoderSpec:
         mlp_size: Width F of the MLP (of one half of it when gated).
         out_size: Width of a merged token; without a merger that of a patch, D.
         patch_size, temporal_patch_size, in_channels: Pixels, frames and channels of a patch.
-        merge_size: Patches along a side of a merged token; pixel rows come in blocks of them. 1 is
-            one token a patch, and patches row by row.
+        merge_size: Patches along a side of a merged token; pixel rows come in blocks of them, but
+            row by row with merger "mean". 1 is one token a patch, and patches row by row.
         norm: LayerNorm or RMSNorm, with `eps`.
         mlp: "plain" is fc2(act(fc1(x))), "gated" is down(act(gate(x)) * up(x)).
         activation: Activation of the MLP. The mergers use the exact (erf) GELU.
@@ -40,10 +40,14 @@ class EncoderSpec:
         full_attention_layers: Blocks that attend over whole frames in a tower with windows.
         deepstack_layers: Blocks after which a deepstack merger reads the stream.
         rope_theta: Base of the axial rotary embedding, 0 for none.
+        segments: What attends to itself: a frame, or all frames of an item ("clips").
+        frame_positions: Frames that have fixed sinusoidal positions, which patches of items of
+            several frames get; no item may have more. 0 for none.
         merger: "mlp" is norm, joining, fc2(gelu(fc1(x))); "glm" is norm, a convolution that joins
             (whose output is the tower's last hidden state), a projection, LayerNorm, GELU and a
             gated MLP of width `merger_size`; "none" is a norm of the stream, whose output is the
-            last hidden state, and leaves merging to what reads it.
+            last hidden state, and leaves merging to what reads it; "mean" is that norm, a mean over
+            the frames of an item, and joining, which leaves all layers to what reads it.
         merger_size: Width of the gated MLP of a "glm" merger, 0 for others.
     """
 
@@ -74,7 +78,9 @@ class EncoderSpec:
     full_attention_layers: tuple[int, ...] = ()
     deepstack_layers: tuple[int, ...] = ()
     rope_theta: float = 10000.0
-    merger: Literal["mlp", "glm", "none"] = "mlp"
+    segments: Literal["frames", "clips"] = "frames"
+    frame_positions: int = 0
+    merger: Literal["mlp", "glm", "none", "mean"] = "mlp"
     merger_size: int = 0
 
     def __post_init__(self) -> None:
@@ -116,6 +122,17 @@ class EncoderSpec:
                 f"EncoderSpec: merge_size = {self.merge_size} and out_size = {self.out_size} with "
                 f"merger = 'none': a token is a patch there, use 1 and {self.hidden_size}"
             )
+        if self.merger == "mean" and self.out_size != self.hidden_size * self.patches_per_token:
+            raise ValueError(
+                f"EncoderSpec: out_size = {self.out_size} with merger = 'mean': a token is "
+                f"{self.patches_per_token} patches side by side there, use "
+                f"{self.hidden_size * self.patches_per_token}"
+            )
+        if self.window_size and self.segments == "clips":
+            raise ValueError(
+                f"EncoderSpec: window_size = {self.window_size} together with segments = 'clips' "
+                "is not supported: windows are cut in frames"
+            )
         if (self.merger == "glm") != (self.merger_size > 0):
             raise ValueError(
                 f"EncoderSpec: merger_size = {self.merger_size} with merger = {self.merger!r}: the "
@@ -149,6 +166,16 @@ class EncoderSpec:
         return self.merge_size**2
 
     @property
+    def pixel_block(self) -> int:
+        """Patches along a side of the blocks that pixel rows come in; 1 is row by row."""
+        return 1 if self.merger == "mean" else self.merge_size
+
+    @property
+    def has_final_norm(self) -> bool:
+        """Whether the tower ends in a norm of the stream, its last hidden state."""
+        return self.merger in ("none", "mean")
+
+    @property
     def padded_mlp_size(self) -> int:
         """MLP width of the prepared weights.
 
@@ -167,6 +194,23 @@ class EncoderSpec:
     def state_size(self) -> int:
         """Width of a row of the last hidden state: patches, or what a "glm" merger joined."""
         return self.out_size if self.merger == "glm" else self.hidden_size
+
+    def num_tokens(self, t: int, h: int, w: int) -> int:
+        """Merged tokens of an item of t frames of h x w patches."""
+        return (1 if self.merger == "mean" else t) * h * w // self.patches_per_token
+
+    def segment_size(self, t: int, h: int, w: int) -> int:
+        """Patches of an attention segment of such an item, outside of windows."""
+        return t * h * w if self.segments == "clips" else h * w
+
+    def num_segments(self, t: int) -> int:
+        """Attention segments of an item of t frames, outside of windows."""
+        return 1 if self.segments == "clips" else t
+
+    def clips(self, t: int, h: int, w: int) -> list[tuple[int, int, int]]:
+        """An item of t frames as items of no more frames than have positions, rows in order."""
+        most = self.frame_positions or t
+        return [(min(most, t - first), h, w) for first in range(0, t, most)]
 
     def attends_in_windows(self, layer: int) -> bool:
         """Whether block `layer` attends inside windows and not over whole frames."""

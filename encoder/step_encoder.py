@@ -1,6 +1,5 @@
 """The image towers of Step-3.7, Step3-VL-10B and Step3 as an object: whole images and crops."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,8 @@ from typing import Any
 
 import torch
 
-from .checkpoint import Checkpoint, CheckpointError
+from .checkpoint import Checkpoint
+from .fp8 import Fp8Plan, pick_plan
 from .grids import PIXEL_DTYPES
 from .step_keys import PREFIXES, to_hf_names, tower_key
 from .step_preprocess import StepPreprocessor
@@ -49,21 +49,23 @@ class StepEncoder(StepTower):
         *,
         local_size: int = LOCAL_SIZE,
         attention: str | None = None,
+        precision: str | Fp8Plan = "native",
         source: str | None = None,
         revision: str | None = None,
     ):
         """An encoder for weights with a projector.
 
         Raises:
-            ValueError: no projector, sides that the tower cannot cut, or an attention backend that
-                cannot be used.
+            ValueError: no projector, sides that the tower cannot cut, an attention backend that
+                cannot be used, or a precision that cannot be had.
         """
         if not spec.out_size:
             raise ValueError(
                 "StepEncoder: this tower comes without its projector (out_size = 0); load a whole "
                 "model, or pass one to from_hf"
             )
-        super().__init__(spec, weights, {GLOBAL: spec.image_size, LOCAL: local_size}, attention)
+        sizes = {GLOBAL: spec.image_size, LOCAL: local_size}
+        super().__init__(spec, weights, sizes, attention, precision)
         self.source = source
         self.revision = revision
 
@@ -79,6 +81,7 @@ class StepEncoder(StepTower):
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
         attention: str | None = None,
+        precision: str | Fp8Plan = "native",
         local_size: int | None = None,
         rope_axes: RopeAxes = "wh",
     ) -> "StepEncoder":
@@ -93,6 +96,8 @@ class StepEncoder(StepTower):
             device: None is the current GPU if there is one, else the CPU.
             revision, token, cache_dir, local_files_only: As in transformers.
             attention: Attention backend; None chooses (see `vitgraph info`).
+            precision: As in `VisionEncoder.from_pretrained`; the convolutions and the projector
+                have no fp8 layers.
             local_size: Pixels along a side of a crop; None for what the folder's image processor
                 cuts, 504 if it has none.
             rope_axes: "wh" as the weights were trained; "hw" swaps rows and columns, as
@@ -110,12 +115,27 @@ class StepEncoder(StepTower):
             token=token,
             cache_dir=cache_dir,
         )
-        path = checkpoint.folder / "config.json"
-        try:
-            config = json.loads(path.read_text())
-            spec = spec_of_model(config, rope_axes)
-        except (json.JSONDecodeError, AttributeError) as error:
-            raise CheckpointError(f"{path}: not a JSON object: {error}") from error
+        return cls.from_checkpoint(
+            checkpoint, dtype=dtype, device=place, attention=attention, precision=precision,
+            local_size=local_size, rope_axes=rope_axes,
+        )  # fmt: skip
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        attention: str | None = None,
+        precision: str | Fp8Plan = "native",
+        local_size: int | None = None,
+        rope_axes: RopeAxes = "wh",
+    ) -> "StepEncoder":
+        """`from_pretrained` for a checkpoint that has been opened."""
+        place = pick_device(device)
+        pick_plan(precision)  # an unknown name is refused before the weights are read
+        spec = spec_of_model(checkpoint.raw_config(), rope_axes)
         stored = checkpoint.named_tensors(tower_key, PREFIXES, place)
         tensors = to_hf_names(stored, spec.family, spec.num_heads)
         kind = pick_dtype(dtype, place, next(iter(tensors.values())).dtype)
@@ -123,8 +143,8 @@ class StepEncoder(StepTower):
         if local_size is None:
             local_size = StepPreprocessor.from_folder(checkpoint.folder).crop_size
         return cls(
-            spec, weights, local_size=local_size, attention=attention, source=checkpoint.name,
-            revision=checkpoint.revision,
+            spec, weights, local_size=local_size, attention=attention, precision=precision,
+            source=checkpoint.name, revision=checkpoint.revision,
         )  # fmt: skip
 
     @classmethod
@@ -133,6 +153,7 @@ class StepEncoder(StepTower):
         model: torch.nn.Module,
         *,
         attention: str | None = None,
+        precision: str | Fp8Plan = "native",
         local_size: int = LOCAL_SIZE,
         rope_axes: RopeAxes = "wh",
     ) -> "StepEncoder":
@@ -140,7 +161,7 @@ class StepEncoder(StepTower):
 
         Args:
             model: A `Step3p7ForConditionalGeneration` or its inner `Step3p7Model`.
-            attention, rope_axes: As in `from_pretrained`.
+            attention, precision, rope_axes: As in `from_pretrained`.
             local_size: Pixels along a side of a crop.
 
         Raises:
@@ -158,7 +179,7 @@ class StepEncoder(StepTower):
         bias = projector.bias is not None
         spec = step3p7_spec(tower.config, projector.out_features, bias, rope_axes)
         weights = live_weights(spec, live_tensors(tower, projector))
-        return cls(spec, weights, local_size=local_size, attention=attention)
+        return cls(spec, weights, local_size=local_size, attention=attention, precision=precision)
 
     def load_weights(self, tower: torch.nn.Module) -> None:
         """Re-read every weight from a whole model into the same memory; captured graphs see them.

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from ..kernels.activation import activation_
 from ..kernels.add_norm import add_norm_
 from ..kernels.attention import varlen_attention
 from ..kernels.conv_rows import conv_rows
@@ -21,8 +22,10 @@ from ..kernels.linear import choose_backend, linear
 from ..kernels.norm import norm
 from ..kernels.residual import residual
 from ..kernels.rope import rope_
+from .fp8 import Fp8Block, Fp8Layer, linear_of_rows
 from .step_spec import StepSpec
 from .step_weights import StepBlock, StepWeights
+from .stream import NormWeights, Stream
 
 QK_EPS = 1e-6  # of the norms of q and k
 MERGE_EPS = 1e-5  # of the norm of joined patches
@@ -172,20 +175,32 @@ def _forward(
             kind="layer", live_rows=live[:1],
         )  # fmt: skip
     work = _Workspace(weights, x)
-    run = _pre_norm_block if spec.block == "pre_norm" else _post_norm_block
-    for block in weights.blocks:
-        run(spec, block, x, size, cu_seqlens, live[:1], work, attention)
+    rows, fp8 = live[:1], weights.fp8
+    pairs = zip(weights.blocks, fp8.blocks, strict=True)
+    if spec.block == "pre_norm":
+        stream = Stream(x, rows, in_fp8=fp8.plan is not None)
+        for block, in_fp8 in pairs:
+            _pre_norm_block(spec, block, in_fp8, stream, size, cu_seqlens, rows, work, attention)
+        x = stream.settled()
+    else:
+        for block, in_fp8 in pairs:
+            _post_norm_block(spec, block, in_fp8, x, size, cu_seqlens, rows, work, attention)
     finish = _downsample if spec.downsamples else _merge
     finish(weights, x, size, live, outputs)
 
 
 def _project(
-    spec: StepSpec, block: StepBlock, x: torch.Tensor, live: torch.Tensor, work: _Workspace
+    block: StepBlock,
+    x: torch.Tensor,
+    in_fp8: Fp8Layer | None,
+    live: torch.Tensor,
+    work: _Workspace,
 ) -> None:
-    """q, k and v of the rows of x, into `work.qkv`."""
+    """q, k and v of the rows of x, into `work.qkv`; in fp8 where the layer is."""
     if block.q_norm is None or block.k_norm is None:
-        linear(x, block.qkv_weight, block.qkv_bias, out=work.qkv.flatten(1), live_rows=live)
+        _product(x, block.qkv_weight, block.qkv_bias, in_fp8, live, work.qkv.flatten(1))
         return
+    # `fp8` refuses plans with this layer in towers that have these norms
     biases = (None,) * 3 if block.qkv_bias is None else block.qkv_bias.chunk(3)
     parts = work.qkv.flatten(2)
     for rows, weight, bias in zip(parts, block.qkv_weight.chunk(3), biases, strict=True):
@@ -216,35 +231,49 @@ def _attention(
 def _pre_norm_block(
     spec: StepSpec,
     block: StepBlock,
-    x: torch.Tensor,
+    in_fp8: Fp8Block,
+    stream: Stream,
     size: ImageSize,
     cu_seqlens: torch.Tensor,
     live: torch.Tensor,
     work: _Workspace,
     attention: str,
 ) -> None:
-    """x += f(norm(x)) twice; the biases of both products stay out of x."""
-    norm(
-        x, block.norm1_weight, block.norm1_bias, spec.eps,
-        kind=spec.norm, offset=block.norm1_offset, live_rows=live, out=work.normed,
-    )  # fmt: skip
-    _project(spec, block, work.normed, live, work)
+    """Stream += f(norm(stream)) twice; the biases of both products stay out of it."""
+    norm1: NormWeights = block.norm1_weight, block.norm1_bias, block.norm1_offset
+    if in_fp8.qkv is not None:
+        stream.norm_linear_fp8(norm1, in_fp8.qkv, block.qkv_bias, spec, work.qkv.flatten(1))
+    else:
+        stream.norm(norm1, spec, out=work.normed)
+        _project(block, work.normed, None, live, work)
     attended = _attention(spec, size, cu_seqlens, live, work, attention)
-    linear(attended, block.proj_weight, residual=x, live_rows=live)
-    norm(
-        x, block.norm2_weight, block.norm2_bias, spec.eps,
-        kind=spec.norm, offset=block.norm2_offset, live_rows=live, out=work.normed,
-    )  # fmt: skip
-    linear(
-        work.normed, block.up_weight, block.up_bias,
-        activation=spec.activation, out=work.up, live_rows=live,
-    )  # fmt: skip
-    linear(work.up, block.down_weight, residual=x, live_rows=live)
+    if in_fp8.proj is not None:
+        stream.add_linear_fp8(attended, in_fp8.proj)
+    else:
+        stream.add_linear(attended, block.proj_weight)
+    norm2: NormWeights = block.norm2_weight, block.norm2_bias, block.norm2_offset
+    # the kernel that quantises rows for `down` also activates them
+    activation = spec.activation if in_fp8.down is None else None
+    if in_fp8.up is not None:
+        stream.norm_linear_fp8(norm2, in_fp8.up, block.up_bias, spec, work.up)
+        if activation is not None:
+            activation_(work.up, activation, live)
+    else:
+        stream.norm(norm2, spec, out=work.normed)
+        linear(
+            work.normed, block.up_weight, block.up_bias,
+            activation=activation, out=work.up, live_rows=live,
+        )  # fmt: skip
+    if in_fp8.down is not None:
+        stream.add_linear_fp8(work.up, in_fp8.down, spec.activation)
+    else:
+        stream.add_linear(work.up, block.down_weight)
 
 
 def _post_norm_block(
     spec: StepSpec,
     block: StepBlock,
+    in_fp8: Fp8Block,
     x: torch.Tensor,
     size: ImageSize,
     cu_seqlens: torch.Tensor,
@@ -255,15 +284,39 @@ def _post_norm_block(
     """x += norm(f(x)) twice."""
     assert block.norm1_bias is not None  # of a LayerNorm
     assert block.norm2_bias is not None
-    _project(spec, block, x, live, work)
+    _project(block, x, in_fp8.qkv, live, work)
     attended = _attention(spec, size, cu_seqlens, live, work, attention)
-    linear(attended, block.proj_weight, block.proj_bias, out=work.normed, live_rows=live)
+    _product(attended, block.proj_weight, block.proj_bias, in_fp8.proj, live, work.normed)
     add_norm_(x, work.normed, block.norm1_weight, block.norm1_bias, spec.eps, live)
-    linear(
-        x, block.up_weight, block.up_bias, activation=spec.activation, out=work.up, live_rows=live
-    )  # fmt: skip
-    linear(work.up, block.down_weight, block.down_bias, out=work.normed, live_rows=live)
+    activation = spec.activation if in_fp8.down is None else None
+    if in_fp8.up is not None:
+        linear_of_rows(x, in_fp8.up, block.up_bias, live, work.up)
+        if activation is not None:
+            activation_(work.up, activation, live)
+    else:
+        linear(
+            x, block.up_weight, block.up_bias, activation=activation, out=work.up, live_rows=live
+        )  # fmt: skip
+    if in_fp8.down is not None:
+        linear_of_rows(work.up, in_fp8.down, block.down_bias, live, work.normed, spec.activation)
+    else:
+        linear(work.up, block.down_weight, block.down_bias, out=work.normed, live_rows=live)
     add_norm_(x, work.normed, block.norm2_weight, block.norm2_bias, spec.eps, live)
+
+
+def _product(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    in_fp8: Fp8Layer | None,
+    live: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """`out` = rows @ weight.T + bias, in fp8 where the layer is."""
+    if in_fp8 is None:
+        linear(rows, weight, bias, out=out, live_rows=live)
+    else:
+        linear_of_rows(rows, in_fp8, bias, live, out)
 
 
 def _downsample(

@@ -5,11 +5,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ..capture import BufferSpec, EncoderItemSpec, Pruning, RungLimits
-from ..capture.staging import leading_slices
 from ..kernels.attention import check_backend, choose_backend
-from ..kernels.few_rows_tuning import table_digest
-from ..kernels.gemm_tuning import tuning
-from ..kernels.launch import compiling
+from ..kernels.tables import tuning
+from .capturable import compile_by_halves
 from .grids import Grid
 from .step_forward import ImageBatch, ImageSize, step_forward
 from .step_weights import StepWeights
@@ -151,20 +149,8 @@ class StepPath:
         outputs: Mapping[str, torch.Tensor],
         rungs: Sequence[RungLimits],
     ) -> None:
-        """Compile the kernels of some of `rungs`, several at a time.
-
-        Kernels differ by thresholds of rows, so the rungs are taken by halves.
-        """
-        with compiling():
-            patches = 2 * rungs[-1].max_patches
-            for limits in reversed(rungs):
-                if 2 * limits.max_patches <= patches:
-                    patches = limits.max_patches
-                    self.graph_forward(
-                        leading_slices(inputs, self.input_specs(limits)),
-                        leading_slices(outputs, self.output_specs(limits)),
-                        limits,
-                    )
+        """Compile the kernels of some of `rungs`, several at a time."""
+        compile_by_halves(self, inputs, outputs, rungs)
 
     def eager_forward(
         self,
@@ -198,6 +184,8 @@ class StepPath:
 
     def fingerprint(self) -> str:
         """What this path's speed depends on."""
-        tables = f"gemm={tuning(self.device).digest} few_rows={table_digest()}"
+        tables = tuning(self.device).fingerprint()
         size = f"{self.size.height}x{self.size.width}"
-        return f"{self._weights.spec} {size} {self.dtype} {self.attention} {tables}"
+        plan = self._weights.fp8.plan
+        tower = f"{self._weights.spec} {size} {self.dtype} {self.attention} {tables}"
+        return tower + ("" if plan is None else f" {plan}")

@@ -13,7 +13,7 @@ All are dense: every image of a path has the same size, and no grid comes with i
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ..kernels.activation import Activation
 from ..kernels.conv_rows import out_size
@@ -96,6 +96,11 @@ class StepSpec:
     final_norm: bool = False
     merge_size: int = 0
     projector_activation: Activation = "gelu_erf"
+
+    # what `fp8` and `stream` ask of any tower
+    merger: ClassVar[Literal["none"]] = "none"
+    gate_limit: ClassVar[None] = None
+    deepstack_layers: ClassVar[tuple[int, ...]] = ()
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads or self.head_dim % 8:

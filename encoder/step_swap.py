@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 
+from .fp8 import Fp8Plan
 from .hf_tower import GraphChoice, SwappedTower
 from .step_spec import ROPE_AXES, RopeAxes, step3p7_spec
 from .step_tower import (
@@ -44,6 +45,7 @@ class SwappedStepTower(SwappedTower):
         *,
         graphs: GraphChoice,
         attention: str | None,
+        precision: str | Fp8Plan = "native",
         rope_axes: RopeAxes = "wh",
     ):
         if rope_axes not in ROPE_AXES:
@@ -53,7 +55,9 @@ class SwappedStepTower(SwappedTower):
             )
         self.rope_axes: RopeAxes = rope_axes
         # "generic": nothing is looked up among the families of packed patches
-        super().__init__(tower, graphs=graphs, attention=attention, tier="generic")
+        super().__init__(
+            tower, graphs=graphs, attention=attention, precision=precision, tier="generic"
+        )
         if (theirs := rope_axes_of(tower)) != rope_axes:
             logger.warning(
                 "vision tower: the installed transformers rotates with axes %r, the swapped calls "
@@ -99,8 +103,9 @@ class SwappedStepTower(SwappedTower):
     def _build(self) -> Any:
         with torch.inference_mode(False), torch.no_grad():
             encoder = HfStepTower.of_tower(
-                self.tower, attention=self._attention, rope_axes=self.rope_axes
-            )
+                self.tower, attention=self._attention, precision=self._precision,
+                rope_axes=self.rope_axes,
+            )  # fmt: skip
             if self._graphs is False:
                 return encoder
             config = None if self._graphs is True else self._graphs
@@ -118,16 +123,23 @@ class HfStepTower(StepTower):
 
     @classmethod
     def of_tower(
-        cls, tower: torch.nn.Module, *, attention: str | None, rope_axes: RopeAxes
+        cls,
+        tower: torch.nn.Module,
+        *,
+        attention: str | None,
+        precision: str | Fp8Plan,
+        rope_axes: RopeAxes,
     ) -> Self:
         """The tower alone of a live `Step3p7VisionModel`, where it is.
 
         Raises:
-            ValueError: its parameters are on several devices, or hold no data.
+            ValueError: its parameters are on several devices, or hold no data; or a precision that
+                cannot be had.
         """
         spec = step3p7_spec(tower.config, rope_axes=rope_axes)
         weights = live_weights(spec, live_tensors(tower, None))
-        return cls(spec, weights, {GLOBAL: spec.image_size, LOCAL: LOCAL_SIZE}, attention)
+        sizes = {GLOBAL: spec.image_size, LOCAL: LOCAL_SIZE}
+        return cls(spec, weights, sizes, attention, precision)
 
     def unserved_argument(self, kwargs: Mapping[str, Any]) -> str | None:
         """The first argument of a call that only the tower's own forward heeds."""

@@ -1,5 +1,6 @@
 """A tower of whole images as an object: weights, a path for each size of images, their graphs."""
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -9,11 +10,12 @@ import torch
 from ..capture import EncoderCudaGraphConfig
 from ..capture.multi_path import MultiPathManager
 from .capturable import check_capturable
+from .fp8 import Fp8Plan, pick_plan
 from .step_forward import ImageSize
 from .step_path import StepPath
 from .step_spec import StepSpec
 from .step_weights import StepWeights
-from .vision_encoder import pick_dtype
+from .vision_encoder import place_of_live
 
 GLOBAL, LOCAL = "global", "local"
 LOCAL_SIZE = 504  # pixels along a side of a crop
@@ -31,6 +33,7 @@ class StepTower:
         weights: Its weights, shared by the paths.
         paths: The paths by name.
         device, dtype: Where the weights are, and their type.
+        precision: "fp8" if some linear layers of the blocks compute in it, else "native".
         graphs: The capture manager, None while not captured.
     """
 
@@ -40,18 +43,23 @@ class StepTower:
         weights: StepWeights,
         sizes: Mapping[str, int],
         attention: str | None = None,
+        precision: str | Fp8Plan = "native",
     ):
         """A tower with paths of these names for square images of so many pixels along a side.
 
         Raises:
-            ValueError: sides that the tower cannot cut, or an attention backend that cannot be
-                used.
+            ValueError: sides that the tower cannot cut, an attention backend that cannot be used,
+                or a precision that cannot be had.
         """
+        plan = pick_plan(precision)
+        weights.quantize(plan)
+        self.precision = "native" if plan is None else "fp8"
         self.spec = spec
         self.weights = weights
         self._attention = attention
         self.paths = {name: self._new_path(side, side) for name, side in sizes.items()}
         self._others: dict[tuple[int, int], StepPath] = {}
+        self._others_lock = threading.Lock()
         first = next(iter(self.paths.values()))
         self.device, self.dtype = first.device, first.dtype
         self.graphs: MultiPathManager | None = None
@@ -160,9 +168,10 @@ class StepTower:
         return manager
 
     def _load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self.weights.load(tensors)
-        for path in (*self.paths.values(), *self._others.values()):
-            path.size.read_positions(self.weights)
+        with self._others_lock:  # a path made meanwhile would keep the old positions
+            self.weights.load(tensors)
+            for path in (*self.paths.values(), *self._others.values()):
+                path.size.read_positions(self.weights)
 
     def _eager(self, path: StepPath, images: torch.Tensor) -> dict[str, torch.Tensor]:
         return path.eager_forward(path.pixel_rows(images), [path.fixed_grid] * len(images))
@@ -174,10 +183,11 @@ class StepTower:
 
     def _other_path(self, height: int, width: int) -> StepPath:
         """The path of another size, kept until `MAX_OTHER_SIZES` newer ones have come."""
-        path = self._others.pop((height, width), None) or self._new_path(height, width)
-        self._others[height, width] = path
-        if len(self._others) > MAX_OTHER_SIZES:
-            del self._others[next(iter(self._others))]
+        with self._others_lock:
+            path = self._others.pop((height, width), None) or self._new_path(height, width)
+            self._others[height, width] = path
+            if len(self._others) > MAX_OTHER_SIZES:
+                del self._others[next(iter(self._others))]
         return path
 
 
@@ -197,15 +207,7 @@ def live_weights(spec: StepSpec, tensors: Mapping[str, torch.Tensor]) -> StepWei
     Raises:
         ValueError: they are on several devices, or hold no data.
     """
-    parameter = next(iter(tensors.values()))
-    devices = {p.device for p in tensors.values()}
-    if len(devices) > 1 or parameter.device.type == "meta":
-        raise ValueError(
-            f"from_hf: the tower's parameters are on {sorted(map(str, devices))}; move the whole "
-            "tower and its projector to one device first (no device_map that splits or offloads it)"
-        )
-    kind = pick_dtype(parameter.dtype, parameter.device, parameter.dtype)
-    return StepWeights(spec, tensors, parameter.device, kind)
+    return StepWeights(spec, tensors, *place_of_live(tensors, "tower and its projector"))
 
 
 def path_configs(paths: Mapping[str, StepPath], config: Any) -> dict[str, EncoderCudaGraphConfig]:

@@ -4,7 +4,8 @@
 them bit for bit. Derived from them, and computed again when weights are loaded:
 
 - With layer scale, scale * (W x + b) is one linear layer of scale * W and scale * b: multiplied in
-  fp32 and rounded once, where the tower itself rounds its product with every activation.
+  fp32 and rounded once, where the tower itself rounds its product with every activation. That is
+  the layer that is quantised where it computes in fp8.
 - In pre-norm blocks the biases of both branches stay out of the residual stream, as in
   `weights.py`; their sums so far are fp32 offsets that readers of the stream add.
 """
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from . import internvl
+from .fp8 import Fp8Plan, Fp8Weights
 from .step_spec import StepSpec
 from .weight_map import Rule, linear, norm
 
@@ -117,6 +119,7 @@ class StepWeights:
     Attributes:
         tensors: Images of Hugging Face's tensors, by our names.
         blocks: What the forward reads of each block.
+        fp8: Quantised copies of some of the tensors; of none unless `quantize` was called.
         offset: [D], what the stream lacks after the last block; None for post-norm blocks.
     """
 
@@ -153,6 +156,15 @@ class StepWeights:
         self._derive()
         self.offset = self._offsets[-1] if is_deferred else None
         self.blocks = [self._block(i) for i in range(spec.depth)]
+        self.quantize(None)
+
+    def quantize(self, plan: Fp8Plan | None) -> None:
+        """Let the layers of `plan` compute in fp8, beside the tensors, which stay as they are.
+
+        Raises:
+            ValueError: a device, dtype or width that fp8 products do not take.
+        """
+        self.fp8 = Fp8Weights(plan, self.spec, self.tensors | self._scaled)
 
     def load(self, source: Mapping[str, torch.Tensor]) -> None:
         """Read new values into the same memory, so that captured graphs see them.
@@ -165,6 +177,7 @@ class StepWeights:
             if tensor.data_ptr() != self.tensors[name].data_ptr():
                 self.tensors[name].copy_(tensor)
         self._derive()
+        self.fp8.refresh(self.tensors | self._scaled)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Hugging Face's tensors by Hugging Face's names, without a leading `model.`."""

@@ -14,8 +14,7 @@ from ..kernels.norm import norm
 from ..kernels.norm_fp8 import norm_fp8
 from ..kernels.quantize import FP8, quantize_rows
 from ..kernels.residual import residual
-from .fp8 import Fp8Layer
-from .spec import EncoderSpec
+from .fp8 import Fp8Layer, TowerSpec
 
 # weight, bias, and the offset that the stream lacks there
 NormWeights = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
@@ -53,7 +52,7 @@ class Stream:
     def norm(
         self,
         weights: NormWeights,
-        spec: EncoderSpec,
+        spec: TowerSpec,
         *,
         joined: int = 1,
         destination: torch.Tensor | None = None,
@@ -100,7 +99,7 @@ class Stream:
         weights: NormWeights,
         layer: Fp8Layer,
         bias: torch.Tensor | None,
-        spec: EncoderSpec,
+        spec: TowerSpec,
         out: torch.Tensor,
     ) -> None:
         """`out` = layer(norm(stream))."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from .families import FAMILIES, WRAPPERS
-from .fp8 import Fp8Plan, pick_plan
+from .fp8 import Fp8Plan
 from .hf_tower import GraphChoice, SwappedTower, SwapStats
 from .internvl import TOWER_CLASSES as INTERNVL
 from .internvl_swap import SwappedInternVLTower, parent_of
@@ -68,25 +68,27 @@ def swap_vision_tower(
             "already swapped; call restore() on the handle of the first swap"
         )
     name = type(tower).__name__
-    if name in OWN_ENCODERS and (tier == "generic" or pick_plan(precision) is not None):
+    if name in OWN_ENCODERS and tier == "generic":
         raise ValueError(
-            f"swap_vision_tower: a {name} runs with fused kernels in its own dtype; leave tier = "
-            f"{tier!r} and precision = {precision!r} out"
+            f"swap_vision_tower: a {name} runs with fused kernels; leave tier = {tier!r} out"
         )
     if name == TOWER_CLASS:
         return SwappedStepTower(
-            tower, graphs=graphs, attention=attention, rope_axes=rope_axes or "wh"
-        )
+            tower, graphs=graphs, attention=attention, precision=precision,
+            rope_axes=rope_axes or "wh",
+        )  # fmt: skip
     if rope_axes is not None:
         raise ValueError(
             f"swap_vision_tower: rope_axes = {rope_axes!r} is for a {TOWER_CLASS}, this is a "
             f"{type(tower).__name__}; leave it out"
         )
     if name == SIGLIP2:
-        return SwappedSiglip2Tower(tower, graphs=graphs, attention=attention)
+        return SwappedSiglip2Tower(tower, graphs=graphs, attention=attention, precision=precision)
     if name in INTERNVL:
         parent = parent_of(model, tower)
-        return SwappedInternVLTower(tower, parent, graphs=graphs, attention=attention)
+        return SwappedInternVLTower(
+            tower, parent, graphs=graphs, attention=attention, precision=precision
+        )
     return SwappedTower(tower, graphs=graphs, attention=attention, precision=precision, tier=tier)
 
 

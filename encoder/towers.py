@@ -2,6 +2,8 @@
 
 import importlib.util
 import inspect
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -11,8 +13,11 @@ import torch
 from .families import FAMILIES
 from .fp8 import Fp8Plan, pick_plan
 from .hf_metadata import TowerRefusedError
+from .internvl import MODEL_TYPES as INTERNVL_TYPES
 from .internvl import TOWER_CLASSES as INTERNVL
+from .siglip2 import MODEL_TYPES as SIGLIP2_TYPES
 from .siglip2 import TOWER_CLASS as SIGLIP2
+from .step_spec import MODEL_TYPES as STEP_TYPES
 from .step_spec import TOWER_CLASS
 from .vision_encoder import VisionEncoder
 
@@ -28,6 +33,11 @@ OWN_ENCODERS = {
     TOWER_CLASS: ("whole images and crops", "StepEncoder"),
     SIGLIP2: ("padded batches", "Siglip2Encoder"),
     **dict.fromkeys(INTERNVL, ("batches of tiles", "InternVLEncoder")),
+}
+_OWN_TYPES = {
+    TOWER_CLASS: tuple(STEP_TYPES),
+    SIGLIP2: SIGLIP2_TYPES,
+    **dict.fromkeys(INTERNVL, INTERNVL_TYPES),
 }
 # Of transformers 5.17, beside the fused families: model type, class of the tower, and why it cannot
 # be captured. What is done with a tower is decided by trying it (`hf_probe`), not by this table,
@@ -83,37 +93,54 @@ OTHERS: tuple[tuple[str, str, str | None], ...] = (
 
 @dataclass(frozen=True)
 class TowerSupport:
-    """How a tower class of the installed transformers runs.
+    """How a tower class of transformers runs.
 
     Attributes:
         tower_class: Its name.
         tier: "fused", "generic" or "refused".
         reason: Why it is refused, or what is unlike other towers; None otherwise.
+        is_installed: Whether the installed transformers has the class. Without it, a fused tower
+            can be read from a checkpoint, but there is no live one.
     """
 
     tower_class: str
     tier: Literal["fused", "generic", "refused"]
     reason: str | None = None
+    is_installed: bool = True
 
 
 def tower_report() -> list[TowerSupport]:
-    """The known tower classes of the installed transformers, the fused ones first."""
-    fused = [name for family in FAMILIES.values() for name in family.tower_classes]
-    report = [TowerSupport(name, "fused") for name in fused]
+    """The known tower classes: all fused ones first, then others of the installed transformers."""
+    report = [
+        TowerSupport(name, "fused", None, _is_installed(name, (family.name, *family.model_types)))
+        for family in FAMILIES.values()
+        for name in family.tower_classes
+    ]
+    fused = [support.tower_class for support in report]
     report += [
-        TowerSupport(name, "fused", f"{takes}, by {encoder}")
+        TowerSupport(name, "fused", f"{takes}, by {encoder}", _is_installed(name, _OWN_TYPES[name]))
         for name, (takes, encoder) in OWN_ENCODERS.items()
     ]
     for model_type, name, reason in OTHERS:
-        if name not in fused and _is_installed(model_type):
+        if name not in fused and _is_installed(name, (model_type,)):
             report.append(TowerSupport(name, "generic" if reason is None else "refused", reason))
     return sorted(report, key=lambda s: ("fused", "generic", "refused").index(s.tier))
 
 
-def _is_installed(model_type: str) -> bool:
+def _is_installed(tower_class: str, model_types: Iterable[str]) -> bool:
+    """Whether a modeling file of `model_types` defines the class; nothing is imported."""
+    defined = re.compile(rf"^class {tower_class}\b", re.MULTILINE)
+    for model_type in dict.fromkeys(model_types):
+        for folder in _transformers_folders():
+            path = folder / "models" / model_type / f"modeling_{model_type}.py"
+            if path.is_file() and defined.search(path.read_text(encoding="utf-8")):
+                return True
+    return False
+
+
+def _transformers_folders() -> list[Path]:
     spec = importlib.util.find_spec("transformers")
-    folders = () if spec is None else spec.submodule_search_locations or ()
-    return any((Path(folder) / "models" / model_type).is_dir() for folder in folders)
+    return [] if spec is None else [Path(p) for p in spec.submodule_search_locations or ()]
 
 
 def takes_packed_patches(tower: torch.nn.Module) -> bool:
@@ -152,14 +179,9 @@ def encoder_for(
         raise ValueError(f"encoder_for: tier = {tier!r} must be one of {', '.join(TIERS)}")
     name = type(tower).__name__
     if name in INTERNVL and tier != "generic":
-        if pick_plan(precision) is not None:
-            raise ValueError(
-                f"{name} runs with fused kernels in its own dtype; leave precision = "
-                f"{precision!r} out"
-            )
         from .internvl_encoder import InternVLEncoder
 
-        return InternVLEncoder.from_hf(tower, attention=attention)
+        return InternVLEncoder.from_hf(tower, attention=attention, precision=precision)
     if tier == "fused" or (tier == "auto" and is_fused(tower)):
         return VisionEncoder.from_hf(tower, attention=attention, precision=precision)
     if pick_plan(precision) is not None:

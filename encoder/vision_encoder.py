@@ -31,8 +31,9 @@ class VisionOutput:
         last_hidden_state: [T, D] patches before the merger, in Hugging Face's row order (that of
             the windows in a tower with windows; see `VisionEncoder.row_order`). In towers of GLM
             [M, out], the tokens that their merger begins with, which is what transformers returns.
-            In towers without a merger, behind their last norm.
-        pooler_output: [M, out] merged tokens; the last hidden state in towers without a merger.
+            In towers that end in a norm (merger "none" or "mean"), behind it.
+        pooler_output: [M, out] merged tokens; the last hidden state in towers without a merger. In
+            towers of Kimi the patches of a token side by side, averaged over the frames of a clip.
         deepstack_features: [M, out] for each deepstack merger; None for towers without them.
         hidden_states: [T, D] after each block asked for, by block index.
         kept_index: [M] int32, the place within its item of each token left by pruning; None if
@@ -139,7 +140,7 @@ class VisionEncoder(RecordableTower):
         pick_plan(precision)  # an unknown name is refused before the weights are read
         family, config = checkpoint.family_and_config()
         spec = family.spec(config)
-        tensors = checkpoint.tower_tensors(family, place)
+        tensors = family.hf_tensors(checkpoint.tower_tensors(family, place), spec)
         stored = next(iter(tensors.values())).dtype
         kind = pick_dtype(dtype, place, stored)
         weights = TowerWeights(spec, family.weight_map(spec), tensors, place, kind)
@@ -168,15 +169,7 @@ class VisionEncoder(RecordableTower):
         family = family_of_tower(tower)
         spec = family.spec(tower.config)
         state = dict(tower.named_parameters())
-        parameter = next(iter(state.values()))
-        devices = {p.device for p in state.values()}
-        if len(devices) > 1 or parameter.device.type == "meta":
-            raise ValueError(
-                f"from_hf: the tower's parameters are on {sorted(map(str, devices))}; move the "
-                "whole tower to one device first (no device_map that splits or offloads it)"
-            )
-        kind = pick_dtype(parameter.dtype, parameter.device, parameter.dtype)
-        weights = TowerWeights(spec, family.weight_map(spec), state, parameter.device, kind)
+        weights = TowerWeights(spec, family.weight_map(spec), state, *place_of_live(state))
         return cls(spec, weights, attention=attention, precision=precision)
 
     def load_weights(self, tower: torch.nn.Module) -> None:
@@ -231,14 +224,13 @@ class VisionEncoder(RecordableTower):
             with torch.no_grad():
                 outputs = self._eager(pixel_values, grids, wanted, states, pruning)
         num_deepstack = len(self.spec.deepstack_layers)
-        per_token = self.spec.patches_per_token
         return VisionOutput(
             outputs["last_hidden_state"],
             outputs["last_hidden_state" if self.spec.merger == "none" else "pooler_output"],
             [outputs[f"deepstack_{j}"] for j in range(num_deepstack)] if num_deepstack else None,
             states,
             outputs[KEPT_INDEX] if pruning is not None else None,
-            tuple([t * h * w // per_token for t, h, w in grids])
+            tuple([self.spec.num_tokens(*grid) for grid in grids])
             if pruning is None
             else pruning.keep,
         )
@@ -324,6 +316,25 @@ def pick_device(device: torch.device | str | None) -> torch.device:
             "cuda", torch.cuda.current_device() if place.index is None else place.index
         )
     return place
+
+
+def place_of_live(
+    tensors: Mapping[str, torch.Tensor], what: str = "tower"
+) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of the parameters of a live model; `what` they are, for messages.
+
+    Raises:
+        ValueError: they are on several devices, hold no data, or have a dtype that is not
+            supported.
+    """
+    parameter = next(iter(tensors.values()))
+    devices = {tensor.device for tensor in tensors.values()}
+    if len(devices) > 1 or parameter.device.type == "meta":
+        raise ValueError(
+            f"from_hf: the tower's parameters are on {sorted(map(str, devices))}; move the whole "
+            f"{what} to one device first (no device_map that splits or offloads it)"
+        )
+    return parameter.device, pick_dtype(parameter.dtype, parameter.device, parameter.dtype)
 
 
 def pick_dtype(

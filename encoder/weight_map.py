@@ -1,8 +1,8 @@
 """How Hugging Face's tensors become ours, and back: exact rules, one per prepared tensor.
 
-Every rule is algebra on whole tensors (reshape, stack, zero padding), so `unpack(pack(x)) == x`
-bit for bit. A rule that only reshapes returns a view: a tower taken from a live module shares its
-memory.
+Every rule is algebra on whole tensors (reshape, stack, reorder, zero padding), so
+`unpack(pack(x)) == x` bit for bit. A rule that only reshapes returns a view: a tower taken from a
+live module shares its memory.
 """
 
 from collections.abc import Mapping
@@ -24,6 +24,9 @@ class Rule:
         shape: Shape of each source.
         pad_rows, pad_columns: Zero rows and columns appended to each source.
         axes: Order of the source's axes before all but the first are joined; () keeps it.
+        row_axes: Leading axes that are joined to rows, the others to columns.
+        row_orders: For each source, the order of the rows within every run of so many, such as a
+            head; () keeps it. No entries keep that of all.
     """
 
     name: str
@@ -32,6 +35,8 @@ class Rule:
     pad_rows: int = 0
     pad_columns: int = 0
     axes: tuple[int, ...] = ()
+    row_axes: int = 1
+    row_orders: tuple[tuple[int, ...], ...] = ()
 
     def pack(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The prepared tensor; sources are stacked along the rows.
@@ -40,6 +45,8 @@ class Rule:
             ValueError: a source is missing, has another shape, or is quantised.
         """
         parts = [self._source(tensors, name) for name in self.sources]
+        for i, order in enumerate(self.row_orders):
+            parts[i] = _reordered(parts[i], order)
         if self.pad_rows or self.pad_columns:
             # F.pad takes the last axis first
             pads = [0, self.pad_columns] if parts[0].ndim == 2 else []
@@ -52,6 +59,9 @@ class Rule:
         parts = {}
         for i, name in enumerate(self.sources):
             part = prepared[i * rows : (i + 1) * rows - self.pad_rows]
+            if self.row_orders:
+                order = self.row_orders[i]
+                part = _reordered(part, tuple(sorted(range(len(order)), key=order.__getitem__)))
             if self.pad_columns:
                 part = part[:, : -self.pad_columns]
             if self.axes:
@@ -80,8 +90,16 @@ class Rule:
             )
         if self.axes:
             tensor = tensor.permute(self.axes)
+        tensor = tensor.flatten(0, self.row_axes - 1)
         # a convolution whose stride is its kernel is a matrix
         return tensor.flatten(1) if tensor.ndim > 2 else tensor
+
+
+def _reordered(rows: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    if not order:
+        return rows
+    runs = rows.reshape(-1, len(order), *rows.shape[1:])
+    return runs[:, list(order)].reshape(rows.shape)
 
 
 def linear(ours: str, theirs: str, rows: int, columns: int, *, bias: bool = True) -> list[Rule]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..kernels.frame_positions import frame_table
 from .fp8 import Fp8Plan, Fp8Weights
 from .glm_merger import GlmMergerWeights
 from .spec import EncoderSpec
@@ -55,7 +56,8 @@ class TowerWeights:
         tensors: Prepared tensors by our names.
         blocks, merger, deepstack: The same tensors, grouped as the forward reads them. `merger` is
             that of a tower with merger "mlp", `glm_merger` that of one with merger "glm".
-        final_norm: The norm behind the last block of a tower with merger "none".
+        final_norm: The norm behind the last block of a tower with merger "none" or "mean".
+        frame_table: [frames, D] fixed positions of frames, fp32 or wider; None for none.
         offsets: [depth + 1, D]: what the stream lacks before block i, and after the last; None if
             nothing ever.
         inv_freq: [head_dim / 4] fp32 rope frequencies; of no use in a tower without rope.
@@ -103,12 +105,16 @@ class TowerWeights:
         )
         self.inv_freq = (1.0 / (spec.rope_theta or 1.0) ** exponent).to(device)
 
+        self.frame_table = None
+        if spec.frame_positions:
+            self.frame_table = frame_table(spec.frame_positions, D).to(device=device, dtype=wide)
+
         self.blocks = [self._block(i) for i in range(depth)]
         self.fp8 = Fp8Weights(None, spec, self.tensors)
         last = self.offset_after(depth - 1)
         self.merger = self._merger("merger", last) if spec.merger == "mlp" else None
         self.glm_merger = GlmMergerWeights.of(self.tensors, last) if spec.merger == "glm" else None
-        self.final_norm = self._norm("final_norm", last) if spec.merger == "none" else None
+        self.final_norm = self._norm("final_norm", last) if spec.has_final_norm else None
         self.deepstack = [
             self._merger(f"deepstack.{j}", _row(self._joined, j))
             for j in range(len(spec.deepstack_layers))

@@ -10,21 +10,31 @@ the last entry, and in shapes without one, gemm_tuning.py and the library decide
 on, tiles that share operands between multiprocessors, as only the library has them, are faster.
 
 To measure again: `python -m vitgraph.bench few-rows` exchanges tiles in a captured tower.
+`vitgraph tune` measures them product by product on the user's GPU, and what it found stands before
+this table (tables.py).
 """
 
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from .gemm_tuning import GATED, RESIDUAL
+from .gemm_tuning import GATED, RESIDUAL, read_table
+from .rows import ceil_div
+
+_SHARED_BYTES = 227 << 10  # that a program may have on compute capability 9.0
 
 
 @dataclass(frozen=True)
 class FewRowsConfig:
     """Tile [block_m, block_n] of a program of gemm_few_rows.py, and the parts of K.
 
-    `block_m` is 64 or 128, `block_n` 2^a or 2^a + 2^b, a multiple of 64 up to 256. `num_stages`
-    steps of 64 along K are in flight.
+    `block_m` is 64 or 128, `block_n` a multiple of 64 up to 256. `num_stages` steps of 64 along K
+    are in flight, two or more, as deep as shared memory holds; what is rounded takes some of that
+    for its results.
+
+    Raises:
+        ValueError: a field that the kernel cannot run with.
     """
 
     block_m: int
@@ -32,15 +42,38 @@ class FewRowsConfig:
     num_stages: int
     splits: int = 1
 
+    def __post_init__(self):
+        for name, values in (("block_m", (64, 128)), ("block_n", (64, 128, 192, 256))):
+            value = getattr(self, name)
+            if type(value) is not int or value not in values:
+                raise ValueError(
+                    f"FewRowsConfig: {name} = {value!r} must be one of "
+                    f"{', '.join(map(str, values))}"
+                )
+        # 16-bit rows of both operands; what whole stages leave is enough for the barriers
+        most = _SHARED_BYTES // ((self.block_m + self.block_n) * 64 * 2)
+        if type(self.num_stages) is not int or not 2 <= self.num_stages <= most:
+            raise ValueError(
+                f"FewRowsConfig: num_stages = {self.num_stages!r} must be from 2 to the {most} "
+                f"that {_SHARED_BYTES} bytes of shared memory hold of {self.block_m} x "
+                f"{self.block_n}"
+            )
+        if type(self.splits) is not int or self.splits < 1:
+            raise ValueError(
+                f"FewRowsConfig: splits = {self.splits!r} must be an integer of at least 1, the "
+                "parts of K"
+            )
+
     @property
     def max_registers(self) -> int:
         """Registers of a thread: a small tile shares a multiprocessor with another one."""
         return 128 if self.block_m * self.block_n <= 64 * 128 else 168
 
 
-# (N, K, epilogue): (last M, tile), each from the one before on. RESIDUAL stands for sums of parts
-# that the next norm adds to the stream, GATED for both products of gated_linear.py (N counts both).
-Table = Mapping[tuple[int, int, str], tuple[tuple[int, FewRowsConfig], ...]]
+# (N, K, epilogue): (last M, tile), each from the one before on; None for another product. RESIDUAL
+# stands for sums of parts that the next norm adds to the stream, GATED for both products of
+# gated_linear.py (N counts both).
+Table = Mapping[tuple[int, int, str], tuple[tuple[int, FewRowsConfig | None], ...]]
 
 _NARROW = FewRowsConfig(64, 64, num_stages=6)
 _THIRDS = FewRowsConfig(64, 64, num_stages=6, splits=3)
@@ -77,14 +110,41 @@ TABLE: Table = {
 }
 
 
-def table_digest() -> str:
-    """Changes with the table."""
-    return hashlib.sha256(repr(sorted(TABLE.items())).encode()).hexdigest()[:16]
+def table_digest(table: Table = TABLE) -> str:
+    """Changes with `table`."""
+    return hashlib.sha256(repr(sorted(table.items())).encode()).hexdigest()[:16]
 
 
-def few_rows_tile(M: int, N: int, K: int, epilogue: str) -> FewRowsConfig | None:
+def shipped_few_rows(epilogue: str, K: int) -> tuple[FewRowsConfig, ...]:
+    """Tiles of the table that a product with this epilogue over K columns runs with."""
+
+    def kind(name: str) -> str:
+        return name if name in (RESIDUAL, GATED) else ""
+
+    tiles = dict.fromkeys(
+        tile
+        for (_, _, name), classes in TABLE.items()
+        for _, tile in classes
+        if tile is not None and kind(name) == kind(epilogue)
+    )
+    return tuple(tile for tile in tiles if tile.splits <= ceil_div(K, 64))
+
+
+def few_rows_from_json(entries: Any) -> Table:
+    """The table of few rows that `gemm_tuning.table_to_json` wrote.
+
+    Raises:
+        ValueError: an entry is not of that form, or names a tile that is not among
+            `shipped_few_rows`.
+    """
+    return read_table(entries, shipped_few_rows, "last M")
+
+
+def few_rows_tile(
+    M: int, N: int, K: int, epilogue: str, table: Table = TABLE
+) -> FewRowsConfig | None:
     """Tile for M rows; None where another product is the faster, or nothing is known."""
-    for last, tile in TABLE.get((N, K, epilogue), ()):
+    for last, tile in table.get((N, K, epilogue), ()):
         if last >= M:
             return tile
     return None

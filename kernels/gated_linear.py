@@ -17,11 +17,12 @@ import torch
 from .dispatch import use_reference
 from .few_rows_tuning import FewRowsConfig, few_rows_tile
 from .gemm import check_arguments, hopper_reason, is_aligned
-from .gemm_tuning import GATED, HopperConfig, hopper_tile, tile_by_waves, tuning
+from .gemm_tuning import GATED, HopperConfig, hopper_tile, tile_by_waves
 from .linear import linear, linear_ref
 from .roofline import Cost
 from .rows import ceil_div, num_sms
 from .swiglu import swiglu, swiglu_ref
+from .tables import tuning
 
 BACKENDS = ("auto", "library", "hopper", "few_rows")
 
@@ -47,8 +48,9 @@ def choose_gated_backend(
     """
     if device.type != "cuda" or N % 16 or K % 8:
         return "library", None
-    few = few_rows_tile(M, N, K, GATED)
-    tile = few or hopper_tile(M, N, K, GATED, False, num_sms(device), tuning(device).table)
+    tables = tuning(device)
+    few = few_rows_tile(M, N, K, GATED, tables.few_rows)
+    tile = few or hopper_tile(M, N, K, GATED, False, num_sms(device), tables.table)
     if tile is None or hopper_reason(device, dtype) is not None:
         return "library", None
     return ("hopper" if few is None else "few_rows"), tile
@@ -150,10 +152,12 @@ def gated_linear(
 def _tuned_tile(
     backend: str, M: int, N: int, K: int, device: torch.device
 ) -> HopperConfig | FewRowsConfig:
+    tables = tuning(device)
     if backend == "few_rows":
-        return few_rows_tile(M, N, K, GATED) or FewRowsConfig(64, 128, num_stages=4)
+        tile = few_rows_tile(M, N, K, GATED, tables.few_rows)
+        return tile or FewRowsConfig(64, 128, num_stages=4)
     sms = num_sms(device)
-    tile = hopper_tile(M, N, K, GATED, False, sms, tuning(device).table)
+    tile = hopper_tile(M, N, K, GATED, False, sms, tables.table)
     return tile or tile_by_waves(M, N, K, GATED, sms)
 
 

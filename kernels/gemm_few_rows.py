@@ -31,6 +31,7 @@ from .gemm_tuning import RESIDUAL
 from .launch import launch_kernel
 from .pdl import starts_early
 from .rows import ceil_div
+from .tables import tuning
 
 BLOCK_K = 64
 STORE_N = 64  # columns of the output that are stored at a time: 128 bytes, the widest swizzle
@@ -40,9 +41,14 @@ def choose_partials(M: int, weight: torch.Tensor) -> FewRowsConfig | None:
     """The tile for `linear_partials` of M rows; None where adding to the stream in place is faster.
 
     It depends on the shape, dtype, device and alignment of `weight` alone.
+
+    Raises:
+        ValueError: the user's table for this GPU is damaged.
     """
+    if not weight.is_cuda:
+        return None
     N, K = weight.shape
-    tile = few_rows_tile(M, N, K, RESIDUAL) if weight.is_cuda else None
+    tile = few_rows_tile(M, N, K, RESIDUAL, tuning(weight.device).few_rows)
     if tile is None or hopper_reason(weight.device, weight.dtype) or not is_aligned(weight):
         return None
     return tile
@@ -75,17 +81,17 @@ def linear_partials(
         out: where to write; a new tensor if None.
 
     Raises:
-        ValueError: shapes disagree, rows that do not start at multiples of 16 bytes, no part or
-            more than steps along K, or a device or dtype that the kernel does not run with.
+        ValueError: shapes disagree, rows that do not start at multiples of 16 bytes, more parts
+            than steps along K, or a device or dtype that the kernel does not run with.
         TypeError: dtypes or devices disagree.
     """
     check_arguments("linear_partials", x, weight, None, None, None, None, live_rows)
     if reason := hopper_reason(x.device, x.dtype):
         raise ValueError(f"linear_partials cannot run here: {reason}; use `linear`")
     (M, K), N = x.shape, weight.shape[0]
-    if not 1 <= config.splits <= ceil_div(K, BLOCK_K):
+    if config.splits > ceil_div(K, BLOCK_K):
         raise ValueError(
-            f"linear_partials: splits = {config.splits} of K = {K} must be from 1 to its "
+            f"linear_partials: splits = {config.splits} of K = {K} must be at most its "
             f"{ceil_div(K, BLOCK_K)} steps of {BLOCK_K}"
         )
     if config.splits * M * N >= 2**31:

@@ -10,27 +10,17 @@ To extend it: add (first M, tile) to the entries of a shape, in ascending order 
 tile names the library. A new tile goes into `SHIPPED` as well, which is what the tests go through.
 `python -m vitgraph.bench tune --print` measures the shapes of all towers and prints the literal.
 
-A user's own GPU may differ: `vitgraph tune` measures there, and keeps the entries in the file of
-tuning_cache.py. They stand before the shipped ones of the same shape. `tuning` reads that file
-once in a process, when a GPU is first asked for, so the choice cannot change under a graph.
-
-Up to some 256 rows few_rows_tuning.py is asked before either.
+Up to some 256 rows few_rows_tuning.py is asked first. What a user has measured by `vitgraph tune`
+stands before both (tables.py).
 """
 
-import functools
-import hashlib
 import json
-import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, get_args
-
-import torch
+from typing import Any, TypeVar, get_args
 
 from .activation import Activation
 from .rows import ceil_div
-from .tuning_cache import read_tuning, tuning_path
 
 
 @dataclass(frozen=True)
@@ -131,14 +121,18 @@ def hopper_tile(
     return tile_by_waves(M, N, K, activation, num_sms) if known and M >= MIN_M else None
 
 
-def table_to_json(table: Table) -> list[dict[str, Any]]:
+_Tile = TypeVar("_Tile")
+AnyTable = Mapping[tuple[int, int, str], tuple[tuple[int, _Tile | None], ...]]
+
+
+def table_to_json(table: AnyTable[Any]) -> list[dict[str, Any]]:
     """`table` as plain data, in an order that depends on its contents alone."""
     return [
         {
             "N": N,
             "K": K,
             "epilogue": epilogue,
-            "tiles": [[first, tile and asdict(tile)] for first, tile in table[N, K, epilogue]],
+            "tiles": [[M, tile and asdict(tile)] for M, tile in table[N, K, epilogue]],
         }
         for N, K, epilogue in sorted(table)
     ]
@@ -152,9 +146,22 @@ def table_from_json(entries: Any) -> Table:
             widths that are not multiples of 8, an unknown epilogue, a tile that is not among
             `shipped_tiles` of the epilogue.
     """
+    return read_table(entries, lambda epilogue, K: shipped_tiles(epilogue), "first M")
+
+
+def read_table(
+    entries: Any, tiles_for: Callable[[str, int], Iterable[_Tile]], bound: str
+) -> dict[tuple[int, int, str], tuple[tuple[int, _Tile | None], ...]]:
+    """`table_from_json` of any tiles.
+
+    Args:
+        entries: What a file holds.
+        tiles_for: The tiles that an epilogue and K may have.
+        bound: What the first number of a class of rows is.
+    """
     if not isinstance(entries, list):
         raise ValueError(f"its entries are a {type(entries).__name__} instead of a list")
-    table: dict[tuple[int, int, str], tuple[tuple[int, HopperConfig | None], ...]] = {}
+    table: dict[tuple[int, int, str], tuple[tuple[int, _Tile | None], ...]] = {}
     for i, entry in enumerate(entries):
         if not isinstance(entry, dict) or set(entry) != {"N", "K", "epilogue", "tiles"}:
             raise ValueError(f"entry {i} does not have N, K, epilogue and tiles")
@@ -165,8 +172,13 @@ def table_from_json(entries: Any) -> Table:
             raise ValueError(f"entry {i}: epilogue {epilogue!r} is not one of {EPILOGUES}")
         if (N, K, epilogue) in table:
             raise ValueError(f"entry {i} repeats {(N, K, epilogue)}")
-        table[N, K, epilogue] = _row_classes(entry["tiles"], epilogue, f"entry {i}")
+        known = {_tile_json(tile): tile for tile in tiles_for(epilogue, K)}
+        table[N, K, epilogue] = _row_classes(entry["tiles"], known, epilogue, bound, f"entry {i}")
     return table
+
+
+def _tile_json(tile: Any) -> str:
+    return json.dumps(asdict(tile), sort_keys=True)
 
 
 def _is_count(value: Any) -> bool:
@@ -174,86 +186,22 @@ def _is_count(value: Any) -> bool:
 
 
 def _row_classes(
-    classes: Any, epilogue: str, where: str
-) -> tuple[tuple[int, HopperConfig | None], ...]:
-    known = {json.dumps(asdict(t), sort_keys=True): t for t in shipped_tiles(epilogue)}
+    classes: Any, known: Mapping[str, _Tile], epilogue: str, bound: str, where: str
+) -> tuple[tuple[int, _Tile | None], ...]:
     if not isinstance(classes, list):
         raise ValueError(f"{where}: tiles is a {type(classes).__name__} instead of a list")
-    found: list[tuple[int, HopperConfig | None]] = []
+    found: list[tuple[int, _Tile | None]] = []
     for pair in classes:
         if not isinstance(pair, list) or len(pair) != 2 or not _is_count(pair[0]):
-            raise ValueError(f"{where}: {pair!r} is not [first M, tile]")
-        first, tile = pair
-        if found and first <= found[-1][0]:
-            raise ValueError(f"{where}: first M {first} does not ascend from {found[-1][0]}")
+            raise ValueError(f"{where}: {pair!r} is not [{bound}, tile]")
+        limit, tile = pair
+        if found and limit <= found[-1][0]:
+            raise ValueError(f"{where}: {bound} {limit} does not ascend from {found[-1][0]}")
         name = json.dumps(tile, sort_keys=True)
         if tile is not None and name not in known:
             raise ValueError(
                 f"{where}: tile {name} is none that {epilogue or 'bias'!r} runs with: "
                 f"{', '.join(known)}"
             )
-        found.append((first, None if tile is None else known[name]))
+        found.append((limit, None if tile is None else known[name]))
     return tuple(found)
-
-
-@dataclass(frozen=True, eq=False)
-class Tuning:
-    """The table that one GPU goes by, and the file of the user that it holds, if there is one."""
-
-    table: Table
-    path: Path | None = None
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """Changes with the table."""
-        text = json.dumps(table_to_json(self.table), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-_SHIPPED_TUNING = Tuning(TABLE)
-_lock = threading.Lock()
-
-
-def tuning(device: torch.device) -> Tuning:
-    """The table of `device`: its user's measurements, before those shipped.
-
-    Raises:
-        ValueError: the user's file is damaged; names it and the way out.
-    """
-    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
-    return _tuning_of_device(device)
-
-
-def tuning_report(device: torch.device) -> str:
-    """One line on the table of `device`, or on why it cannot be used."""
-    try:
-        path = tuning(device).path
-    except ValueError as error:
-        return str(error)
-    return "shipped" if path is None else f"measured on this GPU: {path}"
-
-
-@functools.cache
-def _tuning_of_device(device: torch.device) -> Tuning:
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return _SHIPPED_TUNING
-    # a GPU of the same name gets the same table even if the file has changed since, and of two
-    # threads that ask at once the second gets what the first has read
-    with _lock:
-        return _tuning_of_gpu(torch.cuda.get_device_name(device))
-
-
-@functools.cache
-def _tuning_of_gpu(gpu: str) -> Tuning:
-    path = tuning_path(gpu)
-    try:
-        content = read_tuning(gpu)
-        if content is None:
-            return _SHIPPED_TUNING
-        return Tuning({**TABLE, **table_from_json(content.get("gemm"))}, path)
-    except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(
-            f"linear: {path}, the launch table measured on this GPU, cannot be used ({error}); "
-            "delete it to go by the shipped table, or run `vitgraph tune` to measure again"
-        ) from error

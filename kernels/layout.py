@@ -1,12 +1,13 @@
 """Everything a packed batch needs to know about its grids, computed on the device in one launch.
 
     grid [I, 3] int32 (t, h, w) in patches, rows past the live items all zero
-      -> cu_seqlens         [S + 1] int32   one segment a frame; the tail repeats the last offset
+      -> cu_seqlens         [S + 1] int32   one segment a frame, or with `clips` an item; the tail
+                                            repeats the last offset
          cu_window_seqlens  [W + 1] int32   one segment a window of the tower; same tail
          position           [T, 4] int32    (row, column, grid height, grid width) of each tower row
          source             [T] int32       pixel row that each tower row holds
          cos, sin           [T, D/2] fp32   axial rope: D/4 row angles, then D/4 column angles
-         live               [5] int32       live patches, items, frames, windows, tokens
+         live               [5] int32       live patches, items, segments, windows, tokens
 
 I, T, S and W are capacities; what is live is read from the table, so one launch recorded in a graph
 serves every batch that fits. Pixel rows come in merge-block order: frame, block row, block column,
@@ -72,13 +73,14 @@ def layout_ref(
     num_windows: int,
     merge: int,
     window: int,
+    clips: bool = False,
 ) -> Layout:
     """Plain PyTorch definition of `layout`, built item by item on the host.
 
     Angles are computed in the dtype of `inv_freq`, so that fp64 gives the oracle.
     """
     grids = [g for g in grid.tolist() if g[0] > 0]
-    frame_sizes: list[int] = []
+    segment_sizes: list[int] = []
     window_sizes: list[int] = []
     positions, sources, start = [], [], 0
     for t, h, w in grids:
@@ -95,18 +97,18 @@ def layout_ref(
             shape = torch.tensor([h, w]).expand(h * w, 2)
             positions.append(torch.cat([place[order], shape], 1))
             sources.append(order + start)
-            frame_sizes.append(h * w)
             window_sizes.extend(tile.numel() for tile in tiles if window)
             start += h * w
+        segment_sizes += [t * h * w] if clips else [h * w] * t
     padding = num_rows - start
     positions.append(torch.tensor([[0, 0, 1, 1]]).expand(padding, 4))
     sources.append(torch.arange(start, num_rows))
     position = torch.cat(positions).int()
     angle = (position[:, :2, None].to(inv_freq.dtype) * inv_freq.cpu()).flatten(1)
-    live = [start, len(grids), len(frame_sizes), len(window_sizes), start // merge**2]
+    live = [start, len(grids), len(segment_sizes), len(window_sizes), start // merge**2]
     device = grid.device
     return Layout(
-        _offsets(frame_sizes, num_frames).to(device),
+        _offsets(segment_sizes, num_frames).to(device),
         _offsets(window_sizes, num_windows).to(device),
         position.to(device),
         torch.cat(sources).int().to(device),
@@ -132,12 +134,12 @@ def cost(num_rows: int, head_dim: int) -> Cost:
 
 
 @triton.jit
-def _find(
+def find_item(
     index, grid_ptr, num_items, KIND: tl.constexpr, WINDOW: tl.constexpr, BLOCK_I: tl.constexpr
 ):
     """Item that holds each index, its first index, its first row, and how many indices live.
 
-    KIND says what is counted: 0 rows, 1 frames, 2 windows.
+    KIND says what is counted: 0 rows, 1 frames, 2 windows, 3 items, 4 rows of one frame an item.
     """
     item = tl.zeros_like(index)
     first = tl.zeros_like(index)
@@ -154,6 +156,10 @@ def _find(
             size = rows
         elif KIND == 1:
             size = t
+        elif KIND == 3:
+            size = (t > 0).to(tl.int32)
+        elif KIND == 4:
+            size = h * w
         else:
             size = t * ((h + WINDOW - 1) // WINDOW) * ((w + WINDOW - 1) // WINDOW)
         end = total + tl.cumsum(size, axis=0)
@@ -179,7 +185,7 @@ def _rows(
     MERGE: tl.constexpr, WINDOW: tl.constexpr, HALF: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
-    item, first, _, total = _find(r, grid_ptr, num_items, 0, WINDOW, BLOCK_I)
+    item, first, _, total = find_item(r, grid_ptr, num_items, 0, WINDOW, BLOCK_I)
     live = r < total
     h, w = _load_grid(grid_ptr, item, live)
     frame = (r - first) // (h * w)
@@ -237,7 +243,7 @@ def _layout_kernel(
     sin_ptr,  # [T, HALF]
     live_ptr,  # [5]
     num_items, num_rows, num_frames, num_windows,
-    MERGE: tl.constexpr, WINDOW: tl.constexpr, HALF: tl.constexpr,
+    MERGE: tl.constexpr, WINDOW: tl.constexpr, CLIPS: tl.constexpr, HALF: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -251,9 +257,10 @@ def _layout_kernel(
         )  # fmt: skip
     elif pid < row_programs + frame_programs:
         s = (pid - row_programs) * BLOCK + lanes
-        item, first, first_row, total = _find(s, grid_ptr, num_items, 1, WINDOW, BLOCK_I)
+        kind: tl.constexpr = 3 if CLIPS else 1
+        item, first, first_row, total = find_item(s, grid_ptr, num_items, kind, WINDOW, BLOCK_I)
         h, w = _load_grid(grid_ptr, item, s < total)
-        # past the last frame every item ends before s, so first_row is the number of live rows
+        # past the last segment every item ends before s, so first_row is the number of live rows
         start = tl.where(s < total, first_row + (s - first) * h * w, first_row)
         tl.store(cu_seqlens_ptr + s, start, mask=s <= num_frames)
         if pid == row_programs:
@@ -278,7 +285,7 @@ def _layout_kernel(
     else:
         if WINDOW > 0:
             k = (pid - row_programs - frame_programs) * BLOCK + lanes
-            item, first, first_row, total = _find(k, grid_ptr, num_items, 2, WINDOW, BLOCK_I)
+            item, first, first_row, total = find_item(k, grid_ptr, num_items, 2, WINDOW, BLOCK_I)
             h, w = _load_grid(grid_ptr, item, k < total)
             windows_w = (w + WINDOW - 1) // WINDOW
             per_frame = ((h + WINDOW - 1) // WINDOW) * windows_w
@@ -300,6 +307,7 @@ def layout(
     num_windows: int,
     merge: int,
     window: int = 0,
+    clips: bool = False,
 ) -> Layout:
     """Describe the batch in `grid`; see the module docstring.
 
@@ -310,6 +318,7 @@ def layout(
         num_rows, num_frames, num_windows: capacities T, S, W.
         merge: patches along a side of a merge block.
         window: patches along a side of a window, 0 for none; a multiple of `merge`.
+        clips: one segment an item instead of one a frame; `num_frames` counts segments.
 
     Raises:
         ValueError: `grid` is not a contiguous int32 [I, 3], or `window` not a multiple of `merge`.
@@ -328,7 +337,7 @@ def layout(
         raise ValueError(f"layout: window = {window} is not a multiple of merge = {merge}")
     capacities = {"num_rows": num_rows, "num_frames": num_frames, "num_windows": num_windows}
     if use_reference(grid):
-        return layout_ref(grid, inv_freq, **capacities, merge=merge, window=window)
+        return layout_ref(grid, inv_freq, **capacities, merge=merge, window=window, clips=clips)
     half = 2 * inv_freq.shape[0]
 
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -349,6 +358,7 @@ def layout(
     constants = {
         "MERGE": merge,
         "WINDOW": window,
+        "CLIPS": clips,
         "HALF": half,
         "BLOCK": BLOCK,
         "BLOCK_I": BLOCK_I,

@@ -17,8 +17,9 @@ layer (gemm_tuning.py).
 `backend="few_rows"` is the kernel of gemm_few_rows.py, for the same types and GPUs: all but the
 residual (see `linear_partials` there), live rows only, and faster than the library up to some 256
 rows.
-`backend="auto"` is "hopper" or "few_rows" where `choose_backend` finds it the faster, else
-"library". It takes the epilogues of the library only, so that no call fails for its number of rows.
+`backend="auto"` is "hopper" or "few_rows" where `choose_backend` finds it the faster (tables.py),
+else "library". It takes the epilogues of the library only, so that no call fails for its number of
+rows.
 
 **Rows past the live ones**: "library" writes all of them. The others write live rows
 rounded up to the tile's `block_m`, from whatever x holds there, and leave later ones untouched, in
@@ -41,8 +42,9 @@ from .gemm import (
     is_aligned,
     write_reference,
 )
-from .gemm_tuning import HopperConfig, hopper_tile, tile_by_waves, tuning
+from .gemm_tuning import HopperConfig, hopper_tile, tile_by_waves
 from .rows import num_sms
+from .tables import tuning
 
 __all__ = [
     "BACKENDS",
@@ -68,7 +70,7 @@ def choose_backend(
     activation: str | None,
     has_residual: bool,
 ) -> tuple[str, HopperConfig | FewRowsConfig | None]:
-    """What "auto" stands for, ("library", None) or a kernel and its tile, by gemm_tuning.py.
+    """What "auto" stands for, ("library", None) or a kernel and its tile, by tables.py.
 
     In a process it depends on nothing but the arguments, since a user's table is read once; so a
     recorded call and an eager one on the same padded shape are computed alike. `M` counts all rows,
@@ -81,9 +83,9 @@ def choose_backend(
     # the cheapest questions first: small calls are made in great number
     if device.type != "cuda" or N % 8 or K % 8:
         return "library", None
-    few = None if has_residual else few_rows_tile(M, N, K, activation or "")
-    table = tuning(device).table
-    tile = few or hopper_tile(M, N, K, activation, has_residual, num_sms(device), table)
+    tables = tuning(device)
+    few = None if has_residual else few_rows_tile(M, N, K, activation or "", tables.few_rows)
+    tile = few or hopper_tile(M, N, K, activation, has_residual, num_sms(device), tables.table)
     if tile is None or hopper_reason(device, dtype) is not None:
         return "library", None
     return ("hopper" if few is None else "few_rows"), tile
@@ -154,7 +156,8 @@ def linear(
                 "linear: backend='few_rows' cannot add to a residual in place; use "
                 "gemm_few_rows.linear_partials, or backend='auto'"
             )
-        tile = few_rows_tile(M, N, K, activation or "") or FewRowsConfig(64, 64, num_stages=6)
+        tile = few_rows_tile(M, N, K, activation or "", tuning(x.device).few_rows)
+        tile = tile or FewRowsConfig(64, 64, num_stages=6)
     elif backend == "hopper":
         sms = num_sms(x.device)
         tile = hopper_tile(M, N, K, activation, has_residual, sms, tuning(x.device).table)

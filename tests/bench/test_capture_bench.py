@@ -107,6 +107,19 @@ def test_a_call_is_timed_among_calls_of_its_own_kind(monkeypatch):
     assert 20 < len(starts) < 40
 
 
+def test_a_host_that_was_busy_for_most_turns_does_not_show(monkeypatch):
+    clock, total = [0.0], 0.9
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(capture_calls.time, "perf_counter", lambda: clock[0])
+
+    def call():
+        clock[0] += 1e-3 * (1.1 if clock[0] < 0.8 * total else 1)
+
+    times = capture_calls.settled_ms({"a": call, "b": call}, 3, 0)  # 2 x 3 turns of 0.15 s
+    assert clock[0] == pytest.approx(total, rel=0.02)
+    assert times == {"a": pytest.approx(1), "b": pytest.approx(1)}
+
+
 def test_a_failing_section_spares_the_others(session):
     def broken(_):
         error = RuntimeError("out of memory")

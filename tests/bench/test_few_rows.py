@@ -12,12 +12,12 @@ from vitgraph.bench.few_rows_search import Sweep, candidates, descend, tile_name
 from vitgraph.bench.timing import TimeBudget
 from vitgraph.bench.tune_shapes import LinearShape, layers, tower_specs
 from vitgraph.encoder import VisionEncoder
-from vitgraph.kernels import few_rows_tuning
 from vitgraph.kernels.few_rows_tuning import TABLE, FewRowsConfig, few_rows_tile
 from vitgraph.kernels.gated_linear import gated_linear_ref
 from vitgraph.kernels.gemm_few_rows import partials_ref
 from vitgraph.kernels.gemm_tuning import GATED, RESIDUAL
 from vitgraph.kernels.linear import linear_ref
+from vitgraph.kernels.tables import tuning
 
 SMALL = FewRowsConfig(64, 64, 4)
 WIDE = FewRowsConfig(64, 128, 4)
@@ -189,7 +189,7 @@ def stand_ins(monkeypatch):
         out.copy_(gated_linear_ref(x, weight, bias) * (2 if config == SMALL else 1))
 
     def record(work):
-        seen.append(dict(few_rows_tuning.TABLE))
+        seen.append(dict(tuning(torch.device("cpu")).few_rows))
         work()
         return "graph", None
 
@@ -213,9 +213,9 @@ def test_a_choice_stands_in_for_the_shipped_table(tower, stand_ins):
         keys["qkv"]: [WIDE],
         keys["proj"]: [PARTS],
     }
-    assert few_rows_tuning.TABLE is TABLE
+    assert tuning(torch.device("cpu")).few_rows is TABLE
     tower.compile({"qkv": [None, WIDE]})
-    assert few_rows_tuning.TABLE is TABLE
+    assert tuning(torch.device("cpu")).few_rows is TABLE
 
 
 def test_the_shipped_table_is_back_after_an_error(tower, stand_ins, monkeypatch):
@@ -225,7 +225,7 @@ def test_the_shipped_table_is_back_after_an_error(tower, stand_ins, monkeypatch)
     monkeypatch.setattr(few_rows, "record", fails)
     with pytest.raises(RuntimeError, match="no memory"):
         tower.us({"qkv": WIDE})
-    assert few_rows_tuning.TABLE is TABLE
+    assert tuning(torch.device("cpu")).few_rows is TABLE
 
 
 def test_a_wrong_tile_gets_no_time(tower, stand_ins):
@@ -323,4 +323,4 @@ def test_one_tower_on_a_gpu(monkeypatch):
     rows = few_rows.run(["qwen3-vl-2b"], [128], turns=1)
     assert [row["layer"] for row in rows] == list(few_rows.LAYERS)
     assert all(set(row["us"]) == {"-", tile_name(WIDE)} for row in rows), summary(rows)
-    assert few_rows_tuning.TABLE is TABLE
+    assert tuning(device).few_rows is not TABLE or tuning(device).path is None

@@ -33,6 +33,9 @@ def test_shape_of_each_family():
     assert SHAPES["paddleocr-vl"] == TowerShape(
         1152, 16, 27, 4304, False, 588, 1152, 1, num_mergers=0, full_layers=27
     )
+    assert SHAPES["kimi-k2.5"] == TowerShape(
+        1152, 16, 27, 4304, False, 588, 4608, 4, num_mergers=0, full_layers=27
+    )
 
 
 @pytest.mark.parametrize(
@@ -54,7 +57,7 @@ def test_gemm_work(name, patches, ms):
 def test_every_weight_is_in_exactly_one_gemm():
     """Matrices of the tower, position table left out, are the GEMMs' weights (no padding here)."""
     names = ("qwen3-vl-8b", "qwen2.5-vl-32b", "qwen2-vl-7b", "glm-4.1v-9b", "glm-5.3-flash")
-    for name in (*names, "paddleocr-vl"):
+    for name in (*names, "paddleocr-vl", "kimi-k2.5"):
         from vitgraph.bench.towers_config import empty_tower, tower_config
 
         tower = empty_tower(tower_config(name), device="meta", dtype=torch.bfloat16)
@@ -82,6 +85,7 @@ def test_odd_mlp_width_is_padded():
         ("qwen2-vl-7b", 230),
         ("glm-4.1v-9b", 176),
         ("paddleocr-vl", 192),
+        ("kimi-k2.5", 192),
     ],
 )
 def test_kernel_counts(name, kernels):

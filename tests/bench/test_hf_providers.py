@@ -4,6 +4,7 @@ from vitgraph.bench.hf_providers import FLASH, hf_builders, precomputed_kwargs
 from vitgraph.bench.provider import UnavailableError, features_of, make_job
 from vitgraph.bench.towers_config import (
     TOWERS,
+    TowerConfig,
     build_tower,
     hf_blocks,
     hf_grid,
@@ -37,6 +38,25 @@ def test_precomputed_metadata_changes_no_bit(name):
     for a, b in zip(own, given, strict=True):
         assert torch.equal(a, b)
     assert kwargs["max_seqlen"] == 180
+
+
+def test_precomputed_metadata_of_kimi_changes_no_bit(monkeypatch):
+    """Of images alone; there is no tiny one in the table."""
+    tiny = {
+        "hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 3,
+        "intermediate_size": 96, "pos_emb_height": 8, "pos_emb_width": 8,
+    }  # fmt: skip
+    monkeypatch.setitem(TOWERS, "tiny-kimi", TowerConfig("kimi_k25", tiny))
+    tower = build_tower("tiny-kimi", device="cpu", dtype=torch.float32)
+    width = patch_values(tower.config)
+    job = make_job(GRIDS[:2], width, device=torch.device("cpu"), dtype=torch.float32, seed=0)
+    kwargs = precomputed_kwargs(tower, job.grid_thw)
+    pixels = hf_pixels(tower, job.pixel_values)
+    with torch.inference_mode():
+        own = features_of(tower(pixels, grid_thw=job.grid_thw))
+        given = features_of(tower(pixels, grid_thw=torch.tensor([[1, 2, 2]]), **kwargs))
+    assert torch.equal(own[0], given[0])
+    assert len(hf_blocks(tower)) == 3
 
 
 def test_window_metadata():

@@ -12,14 +12,16 @@ def test_summary_of_samples():
 
 def test_contenders_take_turns_between_synchronisations():
     events = []
-    calls = {name: lambda n=name: events.append(n) for name in "ab"}
-    effort = Effort(warmup_s=0.0, rounds=3)
+    calls = {name: lambda n=name: events.append(n) for name in "abc"}
+    effort = Effort(warmup_s=0.0, rounds=30)
     timings = time_calls(calls, lambda: events.append("|"), effort)
-    warm_up, measured = events[:6], events[6:]
-    assert warm_up == ["|", "a", "|", "|", "b", "|"]
-    a_first, b_first = ["|", "a", "|", "|", "b", "|"], ["|", "b", "|", "|", "a", "|"]
-    assert measured == a_first + b_first + a_first
-    assert {t.samples for t in timings.values()} == {3}
+    assert events[::3] == events[2::3] == ["|"] * (3 + 3 * 30)
+    warm_up, measured = events[1:9:3], events[10::3]
+    assert warm_up == list("abc")
+    turns = ["".join(measured[i : i + 3]) for i in range(0, len(measured), 3)]
+    assert {"".join(sorted(turn)) for turn in turns} == {"abc"}
+    assert len(set(turns)) == 6  # each follows each
+    assert {t.samples for t in timings.values()} == {30}
 
 
 def test_time_limit_keeps_the_least_rounds():

@@ -175,6 +175,13 @@ def test_plain_on_the_command_line(tmp_path, monkeypatch):
     assert len(asked) == 1
 
 
+def test_videos_for_a_tower_that_is_measured_on_images():
+    with pytest.raises(ValueError, match=r"kimi-k2\.5 is measured on images, .* --workloads one"):
+        run(towers=["kimi-k2.5"])
+    towers.check_workloads(["kimi-k2.5"], {"one": WORKLOADS["one"]})
+    towers.check_workloads(["tiny-qwen2-vl"], WORKLOADS)
+
+
 def test_reference_needs_matching_features():
     x = torch.ones(4, 3)
     reference = Reference([x], [x], [1, 3])

@@ -3,6 +3,7 @@ import torch
 from vitgraph.bench.provider import features_of
 from vitgraph.bench.towers_config import (
     TOWERS,
+    TowerConfig,
     boost_,
     build_tower,
     empty_tower,
@@ -38,6 +39,7 @@ PARAMETERS = {
     "glm-ocr": 434,
     "glm-5.3-flash": 564,
     "paddleocr-vl": 413,
+    "kimi-k2.5": 417,
 }
 TINY = [name for name in TOWERS if name.startswith("tiny")]
 GRID = torch.tensor([[1, 8, 12], [1, 4, 6], [3, 10, 18]])
@@ -99,6 +101,31 @@ def test_output_notices_a_missing_rope_and_a_missing_boundary(name, monkeypatch)
     no_rope = pooled()
     for changed in (one_segment, no_rope):
         assert (changed - full).norm() / full.norm() > 0.05
+
+
+def test_kimi_notices_missing_positions_and_a_missing_rope(monkeypatch):
+    """There is no tiny one in the table."""
+    tiny = {
+        "hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 3,
+        "intermediate_size": 96, "pos_emb_height": 8, "pos_emb_width": 8,
+    }  # fmt: skip
+    monkeypatch.setitem(TOWERS, "tiny-kimi", TowerConfig("kimi_k25", tiny))
+    tower = build_tower("tiny-kimi", device="cpu", dtype=torch.float32)
+    grid = GRID[:2]
+    rows = torch.randn(120, patch_values(tower.config), generator=torch.Generator().manual_seed(1))
+
+    def pooled():
+        with torch.inference_mode():
+            return features_of(tower(hf_pixels(tower, rows), grid_thw=grid))[0]
+
+    full = pooled()
+    assert full.shape == (30, 256)
+    with torch.no_grad():
+        tower.rotary_emb.inv_freq.zero_()
+        without_rope = pooled()
+        tower.patch_embed.pos_emb.position_embeddings.zero_()
+    assert (without_rope - full).norm() / full.norm() > 0.05
+    assert (pooled() - without_rope).norm() / full.norm() > 0.05
 
 
 def test_boost_gives_norms_a_scale_around_one():

@@ -12,9 +12,10 @@ from vitgraph.bench.registry import REGISTRY
 from vitgraph.bench.timing import TimeBudget
 from vitgraph.bench.tune_contest import Outcome, tile_name
 from vitgraph.bench.tune_shapes import PATCHES, AttentionShape, LinearShape, linear_shapes
-from vitgraph.bench.tune_table import literal, measured_table, row_classes
+from vitgraph.bench.tune_table import few_rows_classes, literal, measured_table, row_classes
 from vitgraph.encoder.cli import app
-from vitgraph.kernels import gemm_tuning
+from vitgraph.kernels import gemm_tuning, tables
+from vitgraph.kernels.few_rows_tuning import FewRowsConfig, few_rows_from_json
 from vitgraph.kernels.gemm import hopper_reason
 from vitgraph.kernels.gemm_tuning import (
     RESIDUAL,
@@ -60,6 +61,30 @@ def test_the_library_comes_back_where_it_is_faster_again():
 def test_a_tile_that_failed_at_one_m_is_named_at_none():
     times = {100: us(9.0, 8.0, 7.0), 200: {"library": 9.0, SQUARE_NAME: 8.5}}
     assert row_classes(times, TILES) == ((100, SQUARE),)
+
+
+FEW = FewRowsConfig(64, 64, num_stages=6)
+FEW_PARTS = FewRowsConfig(64, 64, num_stages=6, splits=3)
+FEW_TILES = {tile_name(FEW): FEW, tile_name(FEW_PARTS): FEW_PARTS}
+
+
+def few_us(library, few, parts):
+    return {"library": library, SQUARE_NAME: 5.0, tile_name(FEW): few, tile_name(FEW_PARTS): parts}
+
+
+def test_few_rows_take_their_own_tiles_as_far_as_those_are_the_fastest():
+    times = {
+        32: few_us(3.0, 2.0, 2.5),
+        64: few_us(3.0, 2.0, 2.5),
+        128: few_us(1.0, 2.0, 2.5),
+        256: few_us(3.0, 2.0, 1.5),
+        512: few_us(6.0, 5.5, 5.5),
+        784: few_us(6.0, 1.0, 1.0),  # too many to be tried
+    }
+    classes = ((64, FEW), (128, None), (256, FEW_PARTS))
+    assert few_rows_classes(times, FEW_TILES) == classes
+    assert few_rows_classes({128: us(1.0, 2.0, 3.0)}, FEW_TILES) == ()
+    assert few_rows_classes({}, FEW_TILES) == ()
 
 
 def row(shape, M, times):
@@ -176,6 +201,22 @@ def user_cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
+def test_tiles_of_few_rows_are_stored_beside_the_others(user_cache):
+    proj, down = (LinearShape(name, 64, K, RESIDUAL) for name, K in (("proj", 64), ("down", 192)))
+    times = few_us(3.0, 2.0, 1.0)
+
+    def measure(shape, M):
+        return outcome_of(times if M <= 256 else us(9.0, 8.0, 9.0))
+
+    result = tune.run([proj, down], [], [256, 1568], measure_linear=measure, measure_attention=None)
+    assert result.table == {s.key: ((1568, SQUARE),) for s in (proj, down)}
+    # 64 columns have no three parts
+    assert result.few_rows == {proj.key: (), down.key: ((256, FEW_PARTS),)}
+    content = json.loads(tune.store(result, GPU).read_text())
+    assert few_rows_from_json(content["few_rows"]) == result.few_rows
+    assert few_rows_from_json(tune.settings(result, [256])["few_rows"]) == result.few_rows
+
+
 def test_the_table_is_stored_for_this_gpu(user_cache):
     result, *_ = run([BLOCK, MERGER])
     path = tune.store(result, GPU)
@@ -250,21 +291,21 @@ def test_bench_tune_refuses(arguments, message, capsys, monkeypatch):
 
 def test_vitgraph_tune_stores_what_the_kernels_read(imaginary_gpu, monkeypatch):
     monkeypatch.delattr(tune, "contest_attention")  # nothing of it would be stored
-    gemm_tuning._tuning_of_device.cache_clear()
-    gemm_tuning._tuning_of_gpu.cache_clear()
+    tables._tuning_of_device.cache_clear()
+    tables._tuning_of_gpu.cache_clear()
     try:
         result = CliRunner().invoke(app, ["tune", "--shapes", "qwen3-vl-8b", "--shapes", "16x72"])
         assert result.exit_code == 0, result.output
         assert result.stdout.endswith(": 6 layers\n")
         assert {M for s, M in imaginary_gpu if s.patches_per_row == 1} == set(PATCHES)
-        active = gemm_tuning.tuning(torch.device("cuda"))
+        active = tables.tuning(torch.device("cuda"))
         assert str(active.path) in result.stdout
-        assert active.table[3456, 1152, ""] == ((256, WIDE),)
-        assert active.table[4608, 4608, "gelu_erf"] == ((64, SQUARE),)
+        assert active.table[3456, 1152, ""] == ((128, WIDE),)
+        assert active.table[4608, 4608, "gelu_erf"] == ((32, SQUARE),)
         assert active.table[3840, 1280, ""] == TABLE[3840, 1280, ""]
     finally:
-        gemm_tuning._tuning_of_device.cache_clear()
-        gemm_tuning._tuning_of_gpu.cache_clear()
+        tables._tuning_of_device.cache_clear()
+        tables._tuning_of_gpu.cache_clear()
 
 
 def test_vitgraph_tune_refuses_where_there_is_no_choice(imaginary_gpu, monkeypatch):
@@ -310,10 +351,10 @@ def test_tune_and_use_on_a_gpu(user_cache):
     path, result = tune.tune_this_gpu(["merger fc2 qwen2-vl-2b"], log=sys.stderr.write)
     assert list(result.table) == [(1536, 5120, "")]
     assert path.is_file()
-    gemm_tuning._tuning_of_device.cache_clear()
-    gemm_tuning._tuning_of_gpu.cache_clear()
+    tables._tuning_of_device.cache_clear()
+    tables._tuning_of_gpu.cache_clear()
     try:
-        assert gemm_tuning.tuning(device).table[1536, 5120, ""] == result.table[1536, 5120, ""]
+        assert tables.tuning(device).table[1536, 5120, ""] == result.table[1536, 5120, ""]
     finally:
-        gemm_tuning._tuning_of_device.cache_clear()
-        gemm_tuning._tuning_of_gpu.cache_clear()
+        tables._tuning_of_device.cache_clear()
+        tables._tuning_of_gpu.cache_clear()

@@ -22,9 +22,14 @@ from vitgraph.bench.tune_shapes import (
     select,
     tower_specs,
 )
+from vitgraph.kernels import pdl
 from vitgraph.kernels.attention_fa4 import Tile
+from vitgraph.kernels.few_rows_tuning import FewRowsConfig, shipped_few_rows
+from vitgraph.kernels.gated_linear import gated_linear_ref
 from vitgraph.kernels.gemm import hopper_reason
-from vitgraph.kernels.gemm_tuning import RESIDUAL, SQUARE, TABLE, WIDE
+from vitgraph.kernels.gemm_few_rows import partials_ref
+from vitgraph.kernels.gemm_tuning import GATED, RESIDUAL, SQUARE, TABLE, WIDE
+from vitgraph.kernels.linear import linear_ref
 
 CPU = torch.device("cpu")
 SQUARE_NAME, WIDE_NAME = tile_name(SQUARE), tile_name(WIDE)
@@ -173,6 +178,85 @@ def test_a_layer_is_checked_and_timed_by_its_own_operands(epilogue):
     assert all(ratio <= 2 for ratio in outcome.err_ratio.values())
 
 
+@pytest.fixture
+def few_rows(monkeypatch):
+    """The kernel of few rows computed by its definition; whether each call may start early."""
+    early = []
+
+    def note():
+        early.append(pdl._in_chain.get())
+
+    def linear_partials(x, weight, *, config, live_rows):
+        note()
+        return partials_ref(x, weight, config.splits)
+
+    def launch(x, weight, bias, out, live_rows, *, activation, config):
+        note()
+        out.copy_(linear_ref(x, weight, bias, activation=activation))
+
+    def gated(x, weight, bias, *, out, live_rows, backend, config=None):
+        note()
+        assert isinstance(config, FewRowsConfig) == (backend == "few_rows")
+        out.copy_(gated_linear_ref(x, weight, bias))
+
+    for name, stand_in in (
+        ("linear_partials", linear_partials), ("launch", launch), ("gated_linear", gated),
+        ("hopper_reason", lambda device, dtype: None),
+    ):  # fmt: skip
+        monkeypatch.setattr(tune_contest, name, stand_in)
+    return early
+
+
+@pytest.mark.parametrize("epilogue", ["", "gelu_tanh", GATED, RESIDUAL])
+def test_tiles_of_few_rows_take_part_where_rows_are_few(epilogue, few_rows):
+    time, asked = made_up({})
+    shape = LinearShape("tiny", 16, 192, epilogue)
+    few = [tile_name(tile) for tile in shipped_few_rows(epilogue, 192)]
+    assert few
+    place = {"device": CPU, "time": time, "dtype": torch.float32}
+    outcome = contest_linear(shape, 512, **place)
+    assert asked[0][0] == "library"
+    assert asked[0][-len(few) :] == few
+    assert outcome.reasons == {}
+    assert few_rows
+    assert all(few_rows)
+    contest_linear(shape, 513, **place)
+    assert asked[1] == asked[0][: -len(few)]
+
+
+def test_all_products_into_the_stream_are_timed_with_its_norm(few_rows, monkeypatch):
+    """Parts wait for the norm, so the others have to have it too."""
+    right, parts = tune_contest.norm, []
+
+    def norm(stream, *args, partials=None, **options):
+        parts.append(partials)
+        return right(stream, *args, partials=partials, **options)
+
+    monkeypatch.setattr(tune_contest, "norm", norm)
+    counts = {}
+
+    def time(works):
+        for name, (work, *_) in works.items():
+            parts.clear()
+            work()
+            counts[name] = [0 if p is None else len(p) for p in parts]
+        return dict.fromkeys(works, 1.0)
+
+    shape = LinearShape("tiny", 16, 192, RESIDUAL)
+    contest_linear(shape, 20, device=CPU, time=time, dtype=torch.float32)
+    few = {tile_name(tile): [tile.splits] for tile in shipped_few_rows(RESIDUAL, 192)}
+    assert counts == {"library": [0], SQUARE_NAME: [0], WIDE_NAME: [0], **few}
+
+
+def test_a_wrong_tile_of_few_rows_gets_no_time(few_rows, monkeypatch):
+    monkeypatch.setattr(tune_contest, "launch", lambda *args, **options: None)
+    time, asked = made_up({})
+    outcome = contest_linear(SMALL, 20, device=CPU, time=time, dtype=torch.float32)
+    assert asked == [["library", SQUARE_NAME, WIDE_NAME]]
+    assert all("error is nan" in outcome.reasons[n] for n in outcome.reasons)
+    assert len(outcome.reasons) == len(shipped_few_rows("silu", 24))
+
+
 @pytest.mark.parametrize("live_only", [False, True])
 def test_a_wrong_tile_gets_no_time(live_only, monkeypatch):
     """Wrong in the last row of all rows, or of fewer live ones."""
@@ -246,6 +330,17 @@ def test_a_layer_on_a_gpu():
         assert set(outcome.us) == {"library", SQUARE_NAME, WIDE_NAME}
     else:
         assert set(outcome.reasons) == {SQUARE_NAME, WIDE_NAME}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("epilogue", ["", GATED, RESIDUAL])
+def test_few_rows_on_a_gpu(epilogue):
+    device = torch.device("cuda", torch.cuda.current_device())
+    if reason := hopper_reason(device, torch.bfloat16):
+        pytest.skip(reason)
+    outcome = contest_linear(LinearShape("layer", 1152, 1152, epilogue), 256, device=device)
+    assert {tile_name(tile) for tile in shipped_few_rows(epilogue, 1152)} <= outcome.us.keys()
+    assert outcome.reasons == {}
 
 
 @pytest.mark.gpu

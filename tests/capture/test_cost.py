@@ -217,6 +217,26 @@ def test_one_sample_of_each_is_enough_for_a_rough_fit():
     assert fitted.eager(load(640)) == pytest.approx(15000, rel=1e-3)
 
 
+def test_a_rung_of_one_sample_is_its_neighbours_scaled():
+    samples = list(samples_of(COSTS, (64, 256, 1000)))
+    at = load(150, 90_000)
+    between = fit_costs(samples, [rung(64), rung(160), rung(256)])
+    slower = CostSample(160, at, 1.05 * between.replay(rung(160), at))
+    fitted = fit_costs([*samples, slower], [rung(64), rung(160), rung(256)])
+    assert fitted.replay(rung(160), at) == pytest.approx(slower.us)
+    assert fitted.terms(rung(160)) == pytest.approx([1.05 * t for t in between.terms(rung(160))])
+    assert fitted.terms(rung(256)) == between.terms(rung(256))
+
+
+@pytest.mark.parametrize("eager_us", [20_000.0, 22_000.0])
+def test_a_call_that_its_replay_outruns_waited_for_the_host(eager_us):
+    replays = [CostSample(64, load(64), 17_900.0), CostSample(64, load(32), 17_900.0)]
+    eager = [CostSample(None, load(tokens), 18_800.0) for tokens in (8, 16, 32)]
+    eager.append(CostSample(None, load(64), eager_us))  # above the floor, and not for its GPU time
+    curve = fit_costs([*replays, *eager], [rung(64)]).eager_curve
+    assert curve.gpu(load(64)) == pytest.approx(17_900, rel=0.01)
+
+
 def test_fit_finds_where_the_host_needs_longer():
     curve = EagerCurve(
         8000.0, (0, 1000, 8000), (500.0, 8000.0, 64000.0), 2e-4, (), ((800, 12000.0),)

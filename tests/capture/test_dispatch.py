@@ -216,6 +216,40 @@ def test_a_replay_where_an_eager_call_saves_less_than_predictions_err(eager_us, 
     assert batch.rung == (None if rung is None else rungs[rung])
 
 
+# exactly, with changes of single items, and in order alone
+@pytest.mark.parametrize("count", [3, 9, 20])
+@pytest.mark.parametrize(("eager_us", "is_taken"), [(98.5, True), (99.5, False)])
+def test_an_eager_call_of_a_division_saves_the_margin_too(eager_us, is_taken, count):
+    """Two replays of 50 us, or one eager call for what both hold; more items cost far more."""
+    rungs = ladder(64)
+    curve = EagerCurve(eager_us, (0, 120, 180), (0.0, eager_us, 1000.0), 0.0)
+    batches = plan([image(60)] * count, rungs, MeasuredCosts(((64, Terms(50, 0, 0)),), curve))
+    assert len(batches) == (count - 1 if is_taken else count)
+    assert [len(batch.indices) for batch in batches if batch.rung is None] == [2] * is_taken
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize(("us", "joins"), [(49.2, True), (49.7, False)])
+def test_an_item_joins_an_eager_call_where_that_saves_the_margin(us, joins, count):
+    """A replay of 50 us, or `us` more of the eager call that an item beyond the ladder needs."""
+    rungs = ladder(64)
+    curve = EagerCurve(1.0, (0, 6400), (5.0, 5.0 + 100 * us), per_pair=1e-3)
+    costs = MeasuredCosts(((64, Terms(50, 0, 0)),), curve)
+    over, small = EncoderItemSpec(2560, 640), [EncoderItemSpec(256, 64)] * count
+    dear = [EncoderItemSpec(256, 64, attention_pairs=1_000_000)] * count  # as part of that call
+    *replays, eager = plan([over, *dear, *small], rungs, costs)
+    assert [batch.rung for batch in replays] == [rungs[0]] * len(replays)
+    assert eager.indices == (0, *(range(1 + count, 1 + 2 * count) if joins else ()))
+
+
+def test_curve_with_a_margin():
+    curve = EagerCurve(40.0, (0, 10, 30), (0.0, 50.0, 90.0), 0.01, (0.0, 0.02, 0.03), ((5, 45.0),))
+    for tokens in (1, 7, 10, 25, 30, 80):
+        for pairs in (0, 3000):
+            load = Load(tokens, 4 * tokens, 1, 1, 0, pairs)
+            assert curve.with_margin(0.2).of(load) == pytest.approx(curve.of(load) / 0.8)
+
+
 def test_small_item_joins_an_eager_call_that_is_made_anyway():
     rungs = ladder(64, 128)
     costs = MeasuredCosts(

@@ -96,8 +96,9 @@ def calibrated(truth, rungs, count=12):
             samples.append(CostSample(rung.token_budget, load, truth.replay(rung, load)))
             if rung in some:
                 samples.append(CostSample(None, load, truth.eager(load)))
-    for rung in some_large:
+    for rung in rungs[len(small) :]:
         load = load_of([image(rung.token_budget // 8)] * 8)
+        samples.append(CostSample(rung.token_budget, load, truth.replay(rung, load)))
         samples.append(CostSample(None, load, truth.eager(load)))
     # Eager calls also serve what no rung holds.
     for share, images in ((2, 8), (2, 32), (4, 16), (4, 64)):

@@ -87,6 +87,25 @@ def test_tile(launch):
     assert len(loads) > 2 * len(early)
 
 
+@pytest.mark.parametrize("block_n", [64, 128, 192, 256])
+@pytest.mark.parametrize("block_m", [64, 128])
+def test_the_deepest_ring_that_is_not_refused_fits(block_m, block_n):
+    """Of sums, which need no buffers for results."""
+    depths = range(2, 20)
+    deepest = max(n for n in depths if _is_taken(block_m, block_n, n))
+    info = inspect_few_rows(FewRowsConfig(block_m, block_n, deepest), RESIDUAL)
+    one_more = info.shared_bytes // deepest * (deepest + 1)
+    assert info.shared_bytes <= 227 << 10 < one_more
+
+
+def _is_taken(block_m: int, block_n: int, num_stages: int) -> bool:
+    try:
+        FewRowsConfig(block_m, block_n, num_stages)
+    except ValueError:
+        return False
+    return True
+
+
 def registers_of_two(tile):
     # the group of the loads counts as four warps
     return 2 * 32 * (tile.block_m // 16 + 4) * tile.max_registers

@@ -166,8 +166,8 @@ def test_residual(splits):
     assert info.count("LDG.E.128") >= 2
 
 
-@pytest.mark.parametrize("window", [0, 8])
-def test_layout(window):
+@pytest.mark.parametrize(("window", "clips"), [(0, False), (8, False), (0, True)])
+def test_layout(window, clips):
     info = inspect(
         layout._layout_kernel,
         {
@@ -177,7 +177,7 @@ def test_layout(window):
             "num_rows": "i32", "num_frames": "i32", "num_windows": "i32",
         },
         {
-            "MERGE": 2, "WINDOW": window, "HALF": 40, "BLOCK": layout.BLOCK,
+            "MERGE": 2, "WINDOW": window, "CLIPS": clips, "HALF": 40, "BLOCK": layout.BLOCK,
             "BLOCK_I": layout.BLOCK_I, "BLOCK_HALF": 64,
         },
     )  # fmt: skip

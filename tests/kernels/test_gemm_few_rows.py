@@ -144,6 +144,38 @@ def test_who_leaves_partial_sums(h200, monkeypatch):
 # what is refused
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_m": 32}, "block_m = 32 must be one of 64, 128"),
+        ({"block_m": 256}, "block_m = 256 must be one of 64, 128"),
+        ({"block_m": 64.0}, "block_m = 64.0 must be one of 64, 128"),
+        ({"block_n": 0}, "block_n = 0 must be one of 64, 128, 192, 256"),
+        ({"block_n": 96}, "block_n = 96 must be one of 64, 128, 192, 256"),
+        ({"num_stages": 1}, "num_stages = 1 must be from 2 to the 14 that 232448 bytes .* 64 x 64"),
+        ({"num_stages": 15}, "num_stages = 15 must be from 2 to the 14 "),
+        (
+            {"num_stages": 5, "block_m": 128, "block_n": 256},
+            "num_stages = 5 must be from 2 to the 4",
+        ),
+        ({"num_stages": 4.0}, "num_stages = 4.0 must be from 2"),
+        ({"splits": 0}, "splits = 0 must be an integer of at least 1"),
+        ({"splits": 1.5}, "splits = 1.5 must be an integer of at least 1"),
+    ],
+    ids=str,
+)
+def test_tiles_that_the_kernel_cannot_run(change, message):
+    with pytest.raises(ValueError, match=rf"^FewRowsConfig: {message}"):
+        replace(TILE, **change)
+
+
+def test_the_deepest_rings():
+    for block_m, block_n, most in ((64, 64, 14), (64, 256, 5), (128, 128, 7), (128, 256, 4)):
+        assert FewRowsConfig(block_m, block_n, most).num_stages == most
+        with pytest.raises(ValueError, match=f"to the {most} that"):
+            FewRowsConfig(block_m, block_n, most + 1)
+
+
 def test_cpu_tensors_are_refused():
     x = torch.zeros(16, 64, dtype=BF16)
     with pytest.raises(ValueError, match=r"linear_partials cannot run here: .* device is cpu; use"):
@@ -176,7 +208,6 @@ def shifted(rows, columns):
         ({"weight": torch.zeros(8, 128)}, TypeError, "weight is torch.float32 on cpu, but x is"),
         ({"live_rows": torch.zeros(1)}, ValueError, "live_rows must be one int32"),
         ({"config": replace(TILE, splits=3)}, ValueError, "splits = 3 of K = 128 .* its 2 steps"),
-        ({"config": replace(TILE, splits=0)}, ValueError, "splits = 0 of K = 128"),
         ({"out": torch.zeros(2, 16, 8)}, ValueError, r"out must be contiguous \[1, 16, 8\] fp32"),
         ({"out": torch.zeros(1, 16, 8).half()}, ValueError, "fp32 on cpu, got .* torch.float16"),
         ({"out": torch.zeros(1, 8, 16).mT}, ValueError, "out must be contiguous"),

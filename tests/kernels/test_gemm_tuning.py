@@ -3,14 +3,20 @@
 import json
 import threading
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from vitgraph.kernels import few_rows_tuning, gemm_tuning, tuning_cache
+from vitgraph.kernels import few_rows_tuning, tables, tuning_cache
+from vitgraph.kernels import gated_linear as gated_module
 from vitgraph.kernels import gemm as gemm_module
+from vitgraph.kernels import gemm_few_rows as few_rows_module
 from vitgraph.kernels import linear as linear_module
-from vitgraph.kernels.few_rows_tuning import few_rows_tile
+from vitgraph.kernels.few_rows_tuning import FewRowsConfig, few_rows_from_json, few_rows_tile
+from vitgraph.kernels.gated_linear import choose_gated_backend
+from vitgraph.kernels.gemm_few_rows import choose_partials
 from vitgraph.kernels.gemm_tuning import (
+    GATED,
     RESIDUAL,
     SHIPPED,
     SQUARE,
@@ -18,10 +24,9 @@ from vitgraph.kernels.gemm_tuning import (
     WIDE,
     table_from_json,
     table_to_json,
-    tuning,
-    tuning_report,
 )
 from vitgraph.kernels.linear import choose_backend
+from vitgraph.kernels.tables import tuning, tuning_report
 from vitgraph.kernels.tuning_cache import cache_folder, read_tuning, tuning_path, write_tuning
 
 GPU, OTHER = "NVIDIA Imaginary 80GB", "NVIDIA Other"
@@ -48,12 +53,13 @@ def gpus(tmp_path, monkeypatch):
 
 def forget():
     """What a new process starts with."""
-    gemm_tuning._tuning_of_device.cache_clear()
-    gemm_tuning._tuning_of_gpu.cache_clear()
+    tables._tuning_of_device.cache_clear()
+    tables._tuning_of_gpu.cache_clear()
 
 
-def keep(table, gpu=GPU):
-    return write_tuning(gpu, {"gemm": table_to_json(table)})
+def keep(table, gpu=GPU, few_rows=None):
+    few_rows = table_to_json(few_rows or {})
+    return write_tuning(gpu, {"gemm": table_to_json(table), "few_rows": few_rows})
 
 
 def chosen(M=16384, N=3456, K=1152, device=DEVICE):
@@ -81,13 +87,94 @@ def test_measured_entries_stand_before_shipped_ones():
     assert choose_backend(65536, 1536, 5120, torch.bfloat16, DEVICE, None, False)[0] == "hopper"
 
 
-def test_measured_entries_leave_few_rows_as_they_are():
-    """They were measured against the library alone."""
-    keep({QKV: ((1, WIDE),)})
-    tile = few_rows_tile(256, *QKV)
-    assert tile is not None
-    assert chosen(M=256) == ("few_rows", tile)
+NARROW = FewRowsConfig(64, 64, num_stages=6)
+PROJ = (1152, 1152, RESIDUAL)
+GATE = (6912, 1280, GATED)
+
+
+def test_what_the_user_measured_stands_before_shipped_tiles_of_few_rows():
+    assert chosen(M=256) == ("few_rows", few_rows_tile(256, *QKV))
+    forget()
+    # faster without them at 128 rows, with another one at 256, and no longer at 257
+    keep({QKV: ((1, WIDE),)}, few_rows={QKV: ((128, None), (256, NARROW))})
+    assert chosen(M=128) == ("hopper", WIDE)
+    assert chosen(M=129) == chosen(M=256) == ("few_rows", NARROW)
     assert chosen(M=257) == ("hopper", WIDE)
+    shipped = few_rows_tile(256, 3840, 1280, "")
+    assert shipped is not None
+    assert chosen(M=256, N=3840, K=1280) == ("few_rows", shipped)  # not measured by the user
+
+
+def test_a_measured_shape_without_tiles_of_few_rows_has_none():
+    keep({QKV: ((200, WIDE),)})
+    assert chosen(M=199) == ("library", None)
+    assert chosen(M=200) == ("hopper", WIDE)
+
+
+def test_parts_and_gates_go_by_the_users_tiles(monkeypatch):
+    weight = SimpleNamespace(
+        shape=PROJ[:2], dtype=torch.bfloat16, device=DEVICE, is_cuda=True, itemsize=2,
+        data_ptr=lambda: 0, stride=lambda axis: (1152, 1)[axis],
+    )  # fmt: skip
+    monkeypatch.setattr(gated_module, "num_sms", lambda device: 132)
+    wide = FewRowsConfig(64, 128, num_stages=9)
+
+    def gate(M):
+        return choose_gated_backend(M, *GATE[:2], torch.bfloat16, DEVICE)
+
+    assert choose_partials(128, weight) == few_rows_tile(128, *PROJ) != NARROW
+    assert gate(256) == ("few_rows", few_rows_tile(256, *GATE)) != ("few_rows", wide)
+    forget()
+    keep({PROJ: (), GATE: ((1, SQUARE),)}, few_rows={PROJ: ((128, NARROW),), GATE: ((256, wide),)})
+    assert choose_partials(128, weight) == NARROW
+    assert choose_partials(129, weight) is None
+    assert gate(256) == ("few_rows", wide)
+    assert gate(257) == ("hopper", SQUARE)
+
+
+def test_the_named_backend_of_few_rows_goes_by_the_users_tiles(monkeypatch):
+    taken = []
+    monkeypatch.setattr(linear_module, "hopper_reason", lambda device, dtype: None)
+    monkeypatch.setattr(linear_module, "tuning", lambda device: tuning(DEVICE))
+    monkeypatch.setattr(gated_module, "tuning", lambda device: tuning(DEVICE))
+    monkeypatch.setattr(few_rows_module, "launch", lambda *a, config, **k: taken.append(config))
+    deep, wide = FewRowsConfig(64, 128, num_stages=9), FewRowsConfig(64, 192, num_stages=6)
+    keep({}, few_rows={(64, 64, ""): ((16, wide),), (128, 64, GATED): ((16, deep),)})
+    for rows in (16, 17):
+        x = torch.zeros(rows, 64, dtype=torch.bfloat16)
+        linear_module.linear(x, torch.zeros(64, 64, dtype=x.dtype), backend="few_rows")
+    assert taken == [wide, NARROW]
+    tiles = [gated_module._tuned_tile("few_rows", M, 128, 64, DEVICE) for M in (16, 17)]
+    assert tiles == [deep, FewRowsConfig(64, 128, num_stages=4)]
+
+
+@pytest.mark.parametrize(
+    ("epilogue", "tile", "message"),
+    [
+        ("", FewRowsConfig(64, 64, 6, splits=3), "tile .* is none that 'bias' runs with"),
+        (GATED, NARROW, "tile .* is none that 'swiglu' runs with"),
+        ("", FewRowsConfig(64, 64, 14), "tile .* is none that 'bias' runs with"),
+        (
+            RESIDUAL,
+            FewRowsConfig(64, 64, 6, splits=3),
+            "tile .* is none that 'residual' runs with",
+        ),  # K = 64
+    ],
+)
+def test_a_damaged_entry_of_few_rows_is_refused(epilogue, tile, message):
+    keep({}, few_rows={(64, 64, epilogue): ((16, tile),)})
+    with pytest.raises(ValueError, match=rf"cannot be used \(entry 0: {message}"):
+        chosen()
+    write_tuning(GPU, {"gemm": []})
+    with pytest.raises(ValueError, match="entries are a NoneType"):
+        chosen()
+
+
+def test_every_shipped_tile_of_few_rows_can_be_stored():
+    table = few_rows_tuning.TABLE
+    assert few_rows_from_json(json.loads(json.dumps(table_to_json(table)))) == table
+    with pytest.raises(ValueError, match="last M 8 does not ascend from 8"):
+        few_rows_from_json([entry(tiles=[[8, None], [8, None]])])
 
 
 def test_the_named_backend_goes_by_the_same_table(monkeypatch):
@@ -113,8 +200,8 @@ def test_each_gpu_has_its_own_table():
 def test_the_file_is_read_once_in_a_process(monkeypatch):
     path = keep(MEASURED)
     reads = []
-    read = gemm_tuning.read_tuning
-    monkeypatch.setattr(gemm_tuning, "read_tuning", lambda gpu: (reads.append(gpu), read(gpu))[1])
+    read = tables.read_tuning
+    monkeypatch.setattr(tables, "read_tuning", lambda gpu: (reads.append(gpu), read(gpu))[1])
     first = chosen(M=1000)
     path.unlink()
     assert chosen(M=1000) == first == ("hopper", WIDE)
@@ -137,7 +224,7 @@ def test_a_file_that_comes_later_changes_nothing():
 def test_threads_that_ask_at_once_get_one_table(monkeypatch):
     keep(MEASURED)
     reads, entered, leave = [], threading.Event(), threading.Event()
-    read = gemm_tuning.read_tuning
+    read = tables.read_tuning
 
     def slow(gpu):
         reads.append(gpu)
@@ -145,7 +232,7 @@ def test_threads_that_ask_at_once_get_one_table(monkeypatch):
         assert leave.wait(30)
         return read(gpu)
 
-    monkeypatch.setattr(gemm_tuning, "read_tuning", slow)
+    monkeypatch.setattr(tables, "read_tuning", slow)
     found = []
     ask = lambda index: found.append(tuning(torch.device("cuda", index)))  # noqa: E731
     threads = [threading.Thread(target=ask, args=(index,)) for index in (0, 1)]
@@ -302,7 +389,7 @@ def entry(**changes):
 def test_a_damaged_entry_is_refused_with_the_file_and_the_way_out(entries, message):
     with pytest.raises(ValueError, match=message):
         table_from_json(entries)
-    path = write_tuning(GPU, {"gemm": entries})
+    path = write_tuning(GPU, {"gemm": entries, "few_rows": []})
     for use in (chosen, lambda: tuning(DEVICE).digest, chosen):  # each time, not only the first
         with pytest.raises(ValueError, match="vitgraph tune") as caught:
             use()

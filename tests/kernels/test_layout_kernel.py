@@ -46,6 +46,21 @@ def test_matches_definition(grids, window, slack, device):
         assert error < 34 * torch.finfo(torch.float32).eps, name
 
 
+@pytest.mark.parametrize("slack", [0, 33])
+@pytest.mark.parametrize("grids", GRIDS.values(), ids=GRIDS)
+def test_segments_of_whole_items(grids, slack, device):
+    slack = slack if grids else slack + 1
+    table, inv_freq = inputs(grids, device, slack)
+    sizes = capacities(grids, 0, slack) | {"num_frames": len(grids) + slack}
+    got = layout(table, inv_freq, **sizes, merge=1, clips=True)
+    want = layout_ref(table, inv_freq, **sizes, merge=1, window=0, clips=True)
+    for name in ("cu_seqlens", "position", "source", "live"):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+    sizes = torch.tensor([0] + [t * h * w for t, h, w in grids] + [0] * slack)
+    assert got.cu_seqlens.tolist() == sizes.cumsum(0).tolist()
+    assert got.live[2] == len(grids)
+
+
 def test_blocks_of_one_patch_are_row_by_row(device):
     grids = [(1, 5, 7), (2, 3, 4), (1, 1, 1)]
     table, inv_freq = inputs(grids, device, 2)

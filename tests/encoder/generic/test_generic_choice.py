@@ -9,7 +9,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5VisionModel
 from transformers.vision_utils import get_vision_position_ids
 from typer.testing import CliRunner
-from vitgraph.encoder import VisionEncoder, encoder_for
+from vitgraph.encoder import VisionEncoder, encoder_for, towers
 from vitgraph.encoder.cli import app
 from vitgraph.encoder.families import FAMILIES
 from vitgraph.encoder.generic import GenericEncoder
@@ -58,12 +58,31 @@ def test_report_of_refused(build, refused_type):
 
 def test_info_lists_towers():
     result = CliRunner().invoke(app, ["info", "--json"])
-    towers = json.loads(result.stdout)["towers"]
-    assert towers["Qwen3VLVisionModel"] == "fused"
-    assert towers["Siglip2VisionModel"] == "fused: padded batches, by Siglip2Encoder"
-    assert towers["MiniCPMV4_6VisionModel"].startswith("refused: takes target_sizes")
+    listed = json.loads(result.stdout)["towers"]
+    assert listed["Qwen3VLVisionModel"] == "fused"
+    assert listed["Siglip2VisionModel"] == "fused: padded batches, by Siglip2Encoder"
+    assert listed["MiniCPMV4_6VisionModel"].startswith("refused: takes target_sizes")
     text = CliRunner().invoke(app, ["info"]).stdout
     assert "  MiniCPMV4_6VisionModel  refused: takes target_sizes" in text
+
+
+def test_classes_of_other_versions(monkeypatch, tmp_path):
+    """Fused towers without a class are said to have none: they can be read, but not swapped."""
+    assert all(support.is_installed for support in tower_report())
+    older = tmp_path / "models"
+    for folder, tower in (("qwen3_vl", "Qwen3VLVisionModel"), ("glm4v", "Glm4vVisionModelOld")):
+        (older / folder).mkdir(parents=True)
+        (older / folder / f"modeling_{folder}.py").write_text(f"x = 1\nclass {tower}(Base):\n")
+    (older / "glm_image").mkdir()  # a folder without the class, as after a renaming
+    monkeypatch.setattr(towers, "_transformers_folders", lambda: [tmp_path])
+    found = {support.tower_class: support.is_installed for support in tower_report()}
+    assert [name for name, installed in found.items() if installed] == ["Qwen3VLVisionModel"]
+    assert found.keys() == FUSED | towers.OWN_ENCODERS.keys()
+    lines = CliRunner().invoke(app, ["info"]).stdout.splitlines()
+    assert "  Qwen3VLVisionModel  fused" in lines
+    assert "  Glm4vVisionModel  fused: not in the installed transformers" in lines
+    step = "  Step3p7VisionModel  fused: whole images and crops, by StepEncoder; not in the"
+    assert f"{step} installed transformers" in lines
 
 
 def test_bad_choices(build):

@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from transformers.utils import ModelOutput
 from vitgraph.capture import EncoderCudaGraphManager, Pruning
 from vitgraph.encoder.generic import GenericEncoder
@@ -284,6 +285,47 @@ def test_calls_of_two_threads(cases):
     assert len(results) == 15
     assert all(torch.equal(result, expected) for result in results)
     assert case.tower.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("shared", ["tower", "config"])
+def test_the_lock_is_that_of_the_config(build, shared):
+    """Two encoders that switch one config would each restore what the other has set."""
+    tower = build("qwen3_vl")
+    other = tower if shared == "tower" else type(tower)._from_config(tower.config)
+    assert other.config is tower.config
+    first, second = AttentionSwitch(tower), AttentionSwitch(other)
+    entered, leave = threading.Event(), threading.Event()
+
+    def work():
+        with second.using("reference"):
+            entered.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=work)
+    with first.using("reference"):
+        thread.start()
+        assert not entered.wait(0.2)
+    assert entered.wait(10)
+    leave.set()
+    thread.join()
+    assert tower.config._attn_implementation == "sdpa"
+    assert AttentionSwitch(build("qwen3_vl")).locks != first.locks
+
+
+def test_configs_inside_a_config_are_restored(build):
+    """Setting the name of a config sets those inside it as well."""
+    tower = build("qwen3_vl")
+    full = transformers.Qwen3VLConfig(vision_config=tower.config)
+    full.vision_config._attn_implementation = "sdpa"  # that of the whole is None
+    full.text_config._attn_implementation = "eager"
+    outer = torch.nn.Identity()
+    outer.config = full
+    holder = torch.nn.ModuleList([tower, outer])
+    inside = (full.vision_config, full.text_config)
+    with AttentionSwitch(holder).using("reference"):
+        assert {config._attn_implementation for config in inside} == {IMPLEMENTATION}
+    assert full._attn_implementation is None
+    assert [config._attn_implementation for config in inside] == ["sdpa", "eager"]
 
 
 def test_bad_calls(cases):

@@ -1,12 +1,19 @@
 """The encoder of InternVL: captured tiles, checkpoints, choices, bad input."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
-from vitgraph.encoder import CheckpointError, InternVLEncoder, VisionEncoder, encoder_for
+from vitgraph.encoder import (
+    CheckpointError,
+    Embedder,
+    InternVLEncoder,
+    VisionEncoder,
+    encoder_for,
+)
 from vitgraph.encoder.cli import app
 from vitgraph.encoder.step_tower import path_configs
 from vitgraph.encoder.towers import tower_report
@@ -97,8 +104,6 @@ def test_the_tower_chooses_its_encoder(kind, build, tiles):
     tower = build.model(kind).model.vision_tower
     for tier in ("auto", "fused"):
         assert isinstance(encoder_for(tower, tier=tier), InternVLEncoder)
-        with pytest.raises(ValueError, match="in its own dtype; leave precision = 'fp8' out"):
-            encoder_for(tower, tier=tier, precision="fp8")
     with pytest.raises(ValueError, match=r"use vitgraph\.encoder\.InternVLEncoder"):
         encoder_for(tower, tier="generic")
     with pytest.raises(ValueError, match=r"tiles of one size.*InternVLEncoder"):
@@ -179,6 +184,26 @@ def test_other_folders(build, tmp_path):
         InternVLEncoder.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"tiles of one size.*InternVLEncoder"):
         VisionEncoder.from_pretrained(tmp_path)
+    write({"model_type": "internvl", "vision_config": "x"})
+    with pytest.raises(CheckpointError, match="vision_config is a str, not a JSON object"):
+        InternVLEncoder.from_pretrained(tmp_path)
+
+
+def test_no_embedder(build, tmp_path):
+    """Said before the weights are read, here because there are none."""
+    model = build.model()
+    model.config.save_pretrained(tmp_path)
+    message = r"own processor.*InternVLEncoder, and pass it the pixel_values"
+    with pytest.raises(ValueError, match=message):
+        Embedder.from_pretrained(tmp_path, device="cpu")
+    with pytest.raises(ValueError, match=message):
+        Embedder(InternVLEncoder.from_hf(model))
+    output = tmp_path / "out.npy"
+    image = Path(__file__).parents[2] / "data" / "coffee.jpg"
+    arguments = ["embed", tmp_path, image, "-o", output, "--device", "cpu", "-q"]
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert (result.exit_code, output.exists()) == (2, False)
+    assert "InternVLEncoder" in result.output
 
 
 def test_a_fused_weight_of_another_model(build, tmp_path):

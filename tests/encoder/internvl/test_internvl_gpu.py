@@ -32,7 +32,9 @@ class Case:
     """One model in fp32 and bf16, and ours."""
 
     def __init__(self, kind, build):
-        self.half = build.model(kind, **WIDTHS[kind]).model.cuda().bfloat16()
+        with torch.device("cuda"):  # hundreds of millions of random numbers
+            model = build.model(kind, **WIDTHS[kind])
+        self.half = model.model.bfloat16()
         self.exact = copy.deepcopy(self.half).float()
         self.encoder = InternVLEncoder.from_hf(self.half)
 
@@ -144,7 +146,8 @@ def test_replay_does_not_wait(case):
 
 @torch.no_grad()
 def test_swapped_model(kind, build):
-    model = build.model(kind).cuda().bfloat16()
+    with torch.device("cuda"):
+        model = build.model(kind).bfloat16()
     images = tiles_of(3, side=build.side)
     want = model.get_image_features(images)
     with swap_vision_tower(model, graphs={"token_budgets": [32, 64]}) as handle:

@@ -1,6 +1,8 @@
 """Whole images and crops: order, counts, checkpoints, captured paths."""
 
 import json
+import threading
+import time
 
 import pytest
 import torch
@@ -123,6 +125,50 @@ def test_new_weights_for_sizes_first_seen_in_inference_mode(build, images):
         before = encoder.encode(images(1, 112)).clone()
     encoder.load_weights(build.hf_model(5))
     assert rel_rms(encoder.encode(images(1, 112)), before) > 0.1
+
+
+def test_two_threads_make_one_path_of_a_new_size(build, images, monkeypatch):
+    encoder = build.encoder(build.hf_model(0))
+    make, made, gate = encoder._new_path, [], threading.Barrier(2)
+
+    def slowly(*size):
+        made.append(size)
+        time.sleep(0.1)
+        return make(*size)
+
+    def work():
+        gate.wait(10)
+        encoder.encode(images(1, 112))
+
+    monkeypatch.setattr(encoder, "_new_path", slowly)
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == [(112, 112)]
+
+
+def test_new_weights_reach_a_size_that_is_just_seen(build, images, monkeypatch):
+    """Its positions were read from the old ones."""
+    encoder, other = build.encoder(build.hf_model(0)), build.hf_model(5)
+    make, read, loaded = encoder._new_path, threading.Event(), threading.Event()
+
+    def slowly(*size):
+        path = make(*size)
+        read.set()
+        loaded.wait(0.2)
+        return path
+
+    monkeypatch.setattr(encoder, "_new_path", slowly)
+    thread = threading.Thread(target=encoder.encode, args=(images(1, 112),))
+    thread.start()
+    assert read.wait(10)
+    encoder.load_weights(other)
+    loaded.set()
+    thread.join()
+    want = build.encoder(other).encode(images(1, 112))
+    assert rel_rms(encoder.encode(images(1, 112)), want) < FP32
 
 
 @torch.no_grad()
@@ -310,9 +356,10 @@ def test_other_folders(build, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl", "vision_config": {}}')
     with pytest.raises(ValueError, match="'qwen2_vl' is no Step model"):
         StepEncoder.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="not a JSON object"):
-        StepEncoder.from_pretrained(tmp_path)
+    for content in (b"[]", b"{", b"\xff"):
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(CheckpointError, match="not a JSON object"):
+            StepEncoder.from_pretrained(tmp_path)
     config = {"model_type": "step3_vl", "vision_config": build.step3_config,
               "text_config": {"hidden_size": 48}}  # fmt: skip
     write(tmp_path, config, {"model.norm.weight": torch.zeros(2)})

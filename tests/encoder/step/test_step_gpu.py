@@ -41,14 +41,16 @@ class Case:
     def __init__(self, kind, build, attention=None):
         self.kind = kind
         if kind == "step3":
-            tower = type(build.step3())(WIDTHS[kind], OUT).eval()
+            with torch.device("cuda"):  # hundreds of millions of random numbers
+                tower = type(build.step3())(WIDTHS[kind], OUT).eval()
             build.boost(tower)
-            self.half = tower.cuda().bfloat16()
+            self.half = tower.bfloat16()
             spec, tensors = step3_vl_spec(WIDTHS[kind], OUT), dict(self.half.named_parameters())
         else:
-            tower = build.hf_tower(**WIDTHS[kind])
-            projector = torch.nn.Linear(tower.config.hidden_size * 4, OUT, bias=False)
-            self.half = torch.nn.ModuleDict({"tower": tower, "projector": projector}).cuda()
+            with torch.device("cuda"):
+                tower = build.hf_tower(**WIDTHS[kind])
+                projector = torch.nn.Linear(tower.config.hidden_size * 4, OUT, bias=False)
+            self.half = torch.nn.ModuleDict({"tower": tower, "projector": projector})
             # not `.bfloat16()`: that rounds the buffer of rotary frequencies, too, which a loaded
             # model keeps in fp32
             for parameter in self.half.parameters():

@@ -8,7 +8,7 @@ from transformers.models.step3p7.modeling_step3p7 import Step3p7VisionModel
 from vitgraph.bench.step_config import STEP_TOWERS
 from vitgraph.bench.tune_shapes import layers
 from vitgraph.capture.sample_layouts import equal_images, full_item
-from vitgraph.encoder import step_forward
+from vitgraph.encoder import step_forward, stream
 from vitgraph.encoder.step_forward import ImageSize
 from vitgraph.encoder.step_path import StepPath
 from vitgraph.encoder.step_weights import weight_map
@@ -121,7 +121,8 @@ def test_padding_does_not_reach_live_images(kind, build, poison_empty, monkeypat
         return product(x, *arguments, **options)
 
     monkeypatch.setattr(step_forward, "varlen_attention", finite_attention)
-    monkeypatch.setattr(step_forward, "linear", finite_linear)
+    for module in (step_forward, stream):
+        monkeypatch.setattr(module, "linear", finite_linear)
     poison_empty()
     path.graph_forward({"pixel_values": path.pixel_rows(images), "grid": grid}, outputs, limits)
     for name, rows in outputs.items():

@@ -1,0 +1,104 @@
+"""The launch tables of matrix products that are in force on a GPU.
+
+For a layer of M rows the first of these that has an entry of its shape decides:
+
+1. what the user has measured on this GPU by `vitgraph tune`: tiles of few rows against all others,
+   and those against the library (the file of tuning_cache.py);
+2. the shipped tiles of few rows (few_rows_tuning.py), up to the last M of their entry;
+3. the shipped table (gemm_tuning.py), else its rule between what was measured, else the library.
+
+The file is read once in a process, when a GPU is first asked for, so the choice cannot change under
+a graph.
+"""
+
+import functools
+import hashlib
+import json
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from . import few_rows_tuning, gemm_tuning
+from .few_rows_tuning import few_rows_from_json
+from .gemm_tuning import table_from_json, table_to_json
+from .tuning_cache import read_tuning, tuning_path
+
+
+@dataclass(eq=False)
+class Tuning:
+    """The tables that one GPU goes by, and the file of the user that they hold, if there is one.
+
+    Attributes:
+        table: As in gemm_tuning.py.
+        few_rows: As in few_rows_tuning.py; asked first.
+        path: The user's file.
+    """
+
+    table: gemm_tuning.Table
+    few_rows: few_rows_tuning.Table
+    path: Path | None = None
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Changes with `table`."""
+        text = json.dumps(table_to_json(self.table), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def fingerprint(self) -> str:
+        """Changes with both tables."""
+        return f"gemm={self.digest} few_rows={few_rows_tuning.table_digest(self.few_rows)}"
+
+
+_SHIPPED = Tuning(gemm_tuning.TABLE, few_rows_tuning.TABLE)
+_lock = threading.Lock()
+
+
+def tuning(device: torch.device) -> Tuning:
+    """The tables of `device`: its user's measurements, before those shipped.
+
+    Raises:
+        ValueError: the user's file is damaged; names it and the way out.
+    """
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _tuning_of_device(device)
+
+
+def tuning_report(device: torch.device) -> str:
+    """One line on the tables of `device`, or on why they cannot be used."""
+    try:
+        path = tuning(device).path
+    except ValueError as error:
+        return str(error)
+    return "shipped" if path is None else f"measured on this GPU: {path}"
+
+
+@functools.cache
+def _tuning_of_device(device: torch.device) -> Tuning:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return _SHIPPED
+    # a GPU of the same name gets the same table even if the file has changed since, and of two
+    # threads that ask at once the second gets what the first has read
+    with _lock:
+        return _tuning_of_gpu(torch.cuda.get_device_name(device))
+
+
+@functools.cache
+def _tuning_of_gpu(gpu: str) -> Tuning:
+    path = tuning_path(gpu)
+    try:
+        content = read_tuning(gpu)
+        if content is None:
+            return _SHIPPED
+        table = table_from_json(content.get("gemm"))
+        few_rows = few_rows_from_json(content.get("few_rows"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise ValueError(
+            f"linear: {path}, the launch table measured on this GPU, cannot be used ({error}); "
+            "delete it to go by the shipped table, or run `vitgraph tune` to measure again"
+        ) from error
+    # a measured shape without a tile of few rows was faster without one
+    measured = {**dict.fromkeys(table, ()), **few_rows}
+    return Tuning({**gemm_tuning.TABLE, **table}, {**few_rows_tuning.TABLE, **measured}, path)

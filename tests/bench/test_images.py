@@ -1,0 +1,107 @@
+"""The bench of towers of images: on a CPU, tiny ones, and who gets no time."""
+
+import pytest
+import torch
+from vitgraph.bench import images
+from vitgraph.bench.__main__ import main
+from vitgraph.bench.siglip2_contest import Siglip2Contest
+from vitgraph.bench.step_contest import StepContest
+from vitgraph.bench.timing import QUICK, TimeBudget
+from vitgraph.encoder.step_spec import step3p7_spec
+
+STEP = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 140,
+    "mlp_ratio": 1.5,
+}  # fmt: skip
+SIGLIP2 = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96,
+}  # fmt: skip
+EFFORT = QUICK.__class__(warmup_s=0.0, rounds=1, min_rounds=1, limit_s=1.0)
+CPU = torch.device("cpu")
+TOWERS = {
+    "step": images.ImageTower(
+        lambda *where: StepContest(step3p7_spec(STEP, out_size=48), *where),
+        {"two": (0, 0), "crops": (2, 0, 1)},
+    ),
+    "siglip2": images.ImageTower(
+        lambda *where: Siglip2Contest(SIGLIP2, *where),
+        {"same": 9 * ((8, 8),), "sizes": 3 * ((3, 5), (16, 16), (4, 9))},
+    ),
+}
+
+
+@pytest.fixture
+def rows():
+    """`rows(**options)` of tiny towers on the CPU."""
+
+    def run(towers=TOWERS, workloads=None, **options):
+        return images.run(
+            towers, workloads, device=CPU, dtype=torch.bfloat16, effort=EFFORT,
+            time_budget=TimeBudget(None), **options,
+        )  # fmt: skip
+
+    return run
+
+
+def test_rows(rows):
+    found = rows()
+    assert [(r["tower"], r["workload"], r["provider"]) for r in found] == [
+        (tower, workload, provider)
+        for tower, entry in TOWERS.items()
+        for workload in entry.workloads
+        for provider in ("hf-eager-sdpa", "ours-eager", "ours")
+    ]
+    for row in found:
+        assert row["ms"] > 0
+        assert row["max_err_ratio"] <= 1.3
+    patches = {(r["tower"], r["workload"]): r["patches"] for r in found}
+    assert patches == {
+        ("step", "two"): 2 * 100,
+        ("step", "crops"): 6 * 100,
+        ("siglip2", "same"): 9 * 64,
+        ("siglip2", "sizes"): 3 * (15 + 256 + 36),
+    }
+    assert "siglip2          same         ours  " in images.summary(found)
+    only = rows(workloads=["same"], providers=["ours"])
+    assert [(r["tower"], r["workload"]) for r in only] == [("siglip2", "same")]
+
+
+@pytest.mark.parametrize("contest", [StepContest, Siglip2Contest])
+def test_who_is_inexact_gets_no_time(rows, monkeypatch, contest):
+    parts = contest.parts
+    monkeypatch.setattr(contest, "parts", lambda *a: [1.1 * x for x in parts(*a)])
+    tower = next(
+        n for n, t in TOWERS.items() if isinstance(t.build(CPU, torch.float32, 0), contest)
+    )
+    row = next(r for r in rows({tower: TOWERS[tower]}, providers=["ours"]))
+    assert row["ms"] is None
+    assert "times that of hf-eager-sdpa" in row["reason"]
+    assert f"{'-':>9}" in images.summary([row])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tower", TOWERS)
+def test_the_recorded_forward_is_that_of_the_tower(tower):
+    contest = TOWERS[tower].build(CPU, torch.float32, 0)
+    for workload in TOWERS[tower].workloads.values():
+        inputs = contest.inputs(workload)
+        recorded = contest.recorded_parts(contest.hf_without_host(inputs)(), inputs)
+        for got, expected in zip(recorded, contest.hf(inputs), strict=True):
+            torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(contest.hf(inputs, exact=True), contest.hf(inputs))
+
+
+def test_time_that_is_over_is_noted(rows):
+    budget = TimeBudget(1e-9)
+    found = images.run(TOWERS, device=CPU, effort=EFFORT, time_budget=budget)
+    assert found == []
+    assert budget.skipped == ["step two", "step crops", "siglip2 same", "siglip2 sizes"]
+
+
+def test_unknown_names(rows, capsys):
+    with pytest.raises(ValueError, match="provider theirs is not known"):
+        rows(providers=["theirs"])
+    with pytest.raises(ValueError, match="workload all is not known; use two, crops, same"):
+        rows(workloads=["all"])
+    assert main(["images", "--towers", "all", "--device", "cpu"]) == 2
+    assert "tower all is not known; use step-3.7" in capsys.readouterr().err
