@@ -200,7 +200,7 @@ def test_other_folders(build, tmp_path):
         (build.vision | {"model_type": "siglip2_vision_model", "hidden_act": "relu"}, "'relu'"),
         (build.vision | {"model_type": "siglip2_vision_model", "num_patches": 65}, "not a square"),
         ([], "not a JSON object but a list"),
-        ({"model_type": "siglip2", "vision_config": [3]}, "json: vision_config is a list, not a JSON"),
+        ({"model_type": "siglip2", "vision_config": [3]}, "json: vision_config is a list, not a"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config))
         save_file(tensors, tmp_path / "model.safetensors")
