@@ -154,7 +154,7 @@ class OursTower:
             pooled = out["last_hidden_state" if encoder.spec.merger == "none" else "pooler_output"]
             return [pooled, *(out[f"deepstack_{j}"] for j in deepstack)]
 
-        attention = encoder.attention_for(max(h * w for _, h, w in job.grids))
+        attention = encoder.attention_for(max(encoder.spec.segment_size(*g) for g in job.grids))
         return Provider(call, features, len(job.pixel_values), attention=attention, replays=0)
 
     def _graph(self, job: Job) -> Provider:

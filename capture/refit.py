@@ -62,7 +62,10 @@ class Refitter:
         )
         rungs = self._config.rungs_for(self._encoder, budgets)
         future: Future[tuple[int, ...]] = Future()
-        self._running = future
+        with self._executor.lock:  # another thread may have begun meanwhile
+            if self._idle_ladder("refit") is not ladder:
+                raise RuntimeError("refit: the ladder was replaced meanwhile; call refit again")
+            self._running = future
 
         def work() -> None:
             try:

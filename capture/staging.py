@@ -73,7 +73,7 @@ def grid_rows(grid_thw: torch.Tensor | Sequence[Sequence[int]]) -> list[Grid]:
         table = grid_thw
     rows = []
     for item, row in enumerate(table):
-        if len(row) == 3:
+        if hasattr(row, "__len__") and len(row) == 3:
             t, h, w = row
             if type(t) is type(h) is type(w) is int and t > 0 and h > 0 and w > 0:
                 rows.append((t, h, w))

@@ -6,7 +6,7 @@ each item: its embedding (key None), and the states of the blocks asked for (by 
 
 from collections.abc import Sequence
 from itertools import islice
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -27,6 +27,7 @@ from .vision_encoder import VisionEncoder
 Pool = Literal["mean", "max", "tokens", "head"]
 POOLS: tuple[Pool, ...] = ("mean", "max", "tokens", "head")
 
+PatchEncoder = TypeVar("PatchEncoder", VisionEncoder, Siglip2Encoder)
 Rows = dict[int | None, list[torch.Tensor]]
 
 
@@ -127,7 +128,23 @@ def folder_preprocessor(encoder: AnyEncoder, folder: Any) -> Any:
     return _packed_preprocessor(encoder).from_folder(folder, encoder.spec)
 
 
-class PackedFeed:
+class _PatchFeed(Generic[PatchEncoder]):
+    """What feeds of packed patches share."""
+
+    encoder: PatchEncoder
+    preprocessor: Any
+
+    def layers(self, layers: Sequence[int]) -> list[int]:
+        """As in `Feed`."""
+        return check_layers(self.encoder.spec, layers)
+
+    def prepare(self, source: Any) -> Prepared:
+        """As in `Feed`."""
+        rows, grid = self.preprocessor(source)
+        return Prepared((torch.from_numpy(rows).to(self.encoder.dtype),), len(rows), grid)
+
+
+class PackedFeed(_PatchFeed[VisionEncoder]):
     """Images and videos of a `VisionEncoder`: packed patches and their grids."""
 
     default_pool: Pool = "mean"
@@ -145,15 +162,6 @@ class PackedFeed:
             raise _no_head(self.encoder)
         if pruning_rate is not None:
             check_prunable(self.encoder.spec)
-
-    def layers(self, layers: Sequence[int]) -> list[int]:
-        """As in `Feed`."""
-        return check_layers(self.encoder.spec, layers)
-
-    def prepare(self, source: Any) -> Prepared:
-        """As in `Feed`."""
-        rows, grid = self.preprocessor(source)
-        return Prepared((torch.from_numpy(rows).to(self.encoder.dtype),), len(rows), grid)
 
     def encode(
         self,
@@ -180,7 +188,7 @@ class PackedFeed:
         return results
 
 
-class Siglip2Feed:
+class Siglip2Feed(_PatchFeed[Siglip2Encoder]):
     """Images of a `Siglip2Encoder`: packed patches and the sizes of the images."""
 
     def __init__(self, encoder: Siglip2Encoder, preprocessor: Siglip2Preprocessor | None = None):
@@ -196,15 +204,6 @@ class Siglip2Feed:
         if pool == "head" and self.encoder.head is None:
             raise _no_head(self.encoder)
         _check_no_pruning(self.encoder, pruning_rate)
-
-    def layers(self, layers: Sequence[int]) -> list[int]:
-        """As in `Feed`."""
-        return check_layers(self.encoder.spec, layers)
-
-    def prepare(self, source: Any) -> Prepared:
-        """As in `Feed`."""
-        rows, grid = self.preprocessor(source)
-        return Prepared((torch.from_numpy(rows).to(self.encoder.dtype),), len(rows), grid)
 
     def encode(
         self,

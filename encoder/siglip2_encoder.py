@@ -1,5 +1,6 @@
 """SigLIP 2 with native aspect ratio (NaFlex) as an object: padded or packed images to features."""
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -325,17 +326,20 @@ def image_sizes(shapes: torch.Tensor | Sequence[Sequence[int]]) -> list[tuple[in
     """
     if isinstance(shapes, torch.Tensor) and shapes.is_floating_point():
         raise TypeError(f"spatial_shapes: {shapes.dtype} must be integers, sizes in patches")
-    table = shapes.tolist() if isinstance(shapes, torch.Tensor) else [list(s) for s in shapes]
+    table: Any = shapes.tolist() if isinstance(shapes, torch.Tensor) else shapes
     sizes = []
     for index, row in enumerate(table):
-        if not isinstance(row, list) or len(row) != 2:
+        if not hasattr(row, "__len__") or len(row) != 2:
             raise ValueError(
                 f"spatial_shapes[{index}] = {row}: must be the rows and columns of patches of an "
                 "image; pass [images, 2]"
             )
-        h, w = row
-        if not (isinstance(h, int) and isinstance(w, int)):
-            raise TypeError(f"spatial_shapes[{index}] = {row}: must be integers, sizes in patches")
+        try:
+            h, w = map(operator.index, row)  # numpy's integers too
+        except TypeError as error:
+            raise TypeError(
+                f"spatial_shapes[{index}] = {row}: must be integers, sizes in patches"
+            ) from error
         if h < 1 or w < 1:
             raise ValueError(
                 f"spatial_shapes[{index}] = {row}: must be at least 1; drop the empty image"

@@ -1,5 +1,6 @@
 """The image towers of Step-3.7, Step3-VL-10B and Step3 as an object: whole images and crops."""
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -282,9 +283,12 @@ def _crop_counts(counts: Sequence[int] | torch.Tensor | None, images: int) -> li
                 "each image"
             )
         counts = counts.tolist()
-    plain = list(counts)
-    if not all(isinstance(n, int) for n in plain):
-        raise TypeError(f"num_local_patches: {plain} must be one integer for each image")
+    try:
+        plain = [operator.index(n) for n in counts]  # numpy's integers too
+    except TypeError as error:
+        raise TypeError(
+            f"num_local_patches: {counts} must be one integer for each image"
+        ) from error
     if len(plain) != images or min(plain, default=0) < 0:
         raise ValueError(
             f"num_local_patches: {plain} must be {images} counts, one for each image, none negative"

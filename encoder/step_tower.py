@@ -11,6 +11,7 @@ from ..capture import EncoderCudaGraphConfig
 from ..capture.multi_path import MultiPathManager
 from .capturable import check_capturable
 from .fp8 import Fp8Plan, pick_plan
+from .grids import PIXEL_DTYPES
 from .step_forward import ImageSize
 from .step_path import StepPath
 from .step_spec import StepSpec
@@ -68,8 +69,19 @@ class StepTower:
         """[N, rows, state_size] of images [N, C, H, W] of any size that can be cut into patches.
 
         Raises:
-            ValueError: sides that the tower cannot cut.
+            TypeError: pixels that are no floats.
+            ValueError: another number of axes or channels, or sides that the tower cannot cut.
         """
+        if not isinstance(pixel_values, torch.Tensor) or pixel_values.dtype not in PIXEL_DTYPES:
+            raise TypeError(
+                f"encode: {getattr(pixel_values, 'dtype', type(pixel_values))} must be a "
+                "floating-point tensor of normalised pixels (not raw uint8)"
+            )
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.spec.in_channels:
+            raise ValueError(
+                f"encode: pixel_values {list(pixel_values.shape)} must be [images, "
+                f"{self.spec.in_channels}, height, width]"
+            )
         return self.features(pixel_values, ("last_hidden_state",))["last_hidden_state"]
 
     def features(self, pixel_values: torch.Tensor, names: Sequence[str]) -> dict[str, torch.Tensor]:

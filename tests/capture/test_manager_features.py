@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from vitgraph.capture import EncoderCudaGraphManager, MeasuredCosts
+from vitgraph.capture import EncoderCudaGraphManager, MeasuredCosts, refit
 from vitgraph.capture.calibration import cache_path
 from vitgraph.capture.cost import EagerCurve, Terms
 
@@ -382,6 +382,29 @@ def test_clear_waits_for_a_refit(paused_refit):
     assert future.done()
     assert manager.ladder is None
     assert manager.stats()["refits"] == 0
+
+
+@pytest.mark.parametrize("first", ["refit", "evict"])
+def test_another_thread_is_faster(manager, monkeypatch, first):
+    """It changes the ladder while this one still fits budgets."""
+    fit, begun = refit.fit_budgets, []
+
+    def slowly(*args, **options):
+        budgets = fit(*args, **options)
+        if not begun:
+            begun.append(True)
+            if first == "evict":
+                manager.evict(budgets_before[0])
+            else:
+                manager.refit({16: 1, 128: 1}, background=False)
+        return budgets
+
+    budgets_before = budgets(manager)
+    monkeypatch.setattr(refit, "fit_budgets", slowly)
+    with pytest.raises(RuntimeError, match="the ladder was replaced meanwhile; call refit again"):
+        manager.refit({40: 1, 128: 1}, background=False)
+    assert budgets(manager) == ([16, 128] if first == "refit" else budgets_before[1:])
+    assert manager.stats()["ladder_generation"] == 2
 
 
 def test_refit_refuses(make, pixels_for):

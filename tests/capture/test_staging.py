@@ -79,6 +79,7 @@ def test_grid_rows_of_nothing(grid):
         ([(1, 4)], ValueError, r"grid_thw\[0\]=\(1, 4\) is not"),
         ([(1, 4, 4), (1, 0, 4)], ValueError, r"grid_thw\[1\]=\(1, 0, 4\) must be at least 1"),
         (torch.ones(1, 3), TypeError, "whole numbers"),
+        ((1, 4, 6), ValueError, r"grid_thw\[0\]=1 is not \(t, h, w\)"),
         ([(1, 2.5, 4)], TypeError, "whole numbers"),
         ([(1, 4.0, 4)], TypeError, "whole numbers"),
         ([(1, 4, 4), (-1, 4, 4)], ValueError, r"grid_thw\[1\]=\(-1, 4, 4\) must be at least 1"),

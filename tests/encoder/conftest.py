@@ -4,8 +4,9 @@ transformers' default initialisation (std 0.02) is blind: without rope, a tiny t
 changes by 5.6e-6. `boost` scales weights by their fan-in and doubles queries and keys.
 """
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -101,6 +102,15 @@ def boost(module: torch.nn.Module) -> None:
             p.normal_(0, 0.3 if "pos_embed" in name else 1 / math.sqrt(fan_in))
             if name.endswith(("qkv.weight", "q_proj.weight", "k_proj.weight")):
                 p.mul_(2)
+
+
+@pytest.fixture(autouse=True)
+def log_level_stays() -> Iterator[None]:
+    """Commands set the level for their process, which here is that of all tests."""
+    logger = logging.getLogger("vitgraph")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

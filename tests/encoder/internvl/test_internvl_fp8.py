@@ -80,10 +80,12 @@ def test_every_token_points_where_it_does_in_bf16(kind, build, tiles, used):
 
 @pytest.mark.parametrize("layer", fp8.LAYERS)
 def test_single_layers(layer, build, tiles):
-    """Each way in and out of fp8 between two layers, with an activation of another kind."""
-    model = calm_model("pooled", build)
+    """Each way in and out of fp8 between two layers, with an activation unlike the others."""
+    model = calm_model("pooled", build, hidden_act="silu")
     native = InternVLEncoder.from_hf(model)
-    encoder = InternVLEncoder.from_hf(model, precision=Fp8Plan(layers=(layer,)))
+    # the last block, too: what is lacking from the stream behind it is added before it is read
+    plan = Fp8Plan(skip_last=0, layers=(layer,))
+    encoder = InternVLEncoder.from_hf(model, precision=plan)
     images = tiles(2, build.side)
     mean, worst = cosines(encoder(images), native(images))
     assert MEAN <= mean < 1 - 1e-7

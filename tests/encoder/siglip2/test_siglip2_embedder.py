@@ -128,6 +128,16 @@ def test_a_tower_without_a_head(build, saved):
         embedder.encode(images(), pool="head")
 
 
+def test_lfm2(build, tmp_path):
+    """Its own processor cuts tiles; whoever wants whole images says so."""
+    model = build.lfm2()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Lfm2VlImageProcessor cuts images in another way"):
+        Embedder.from_pretrained(tmp_path, device="cpu")
+    embedder = Embedder(Siglip2Encoder.from_hf(model), Siglip2Preprocessor(4, MOST))
+    assert embedder.encode(images()).shape == (7, 64)
+
+
 def test_videos_are_refused_and_the_rest_is_kept(build, saved, tmp_path):
     folder, pooled, _ = saved(build.model())
     embedder = Embedder.from_pretrained(folder, device="cpu")

@@ -3,11 +3,13 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from vitgraph.capture import EncoderCudaGraphManager
 from vitgraph.encoder import CheckpointError, Siglip2Encoder, VisionEncoder, encoder_for
+from vitgraph.encoder.siglip2_encoder import image_sizes
 from vitgraph.encoder.siglip2_tower import Siglip2Tower
 from vitgraph.kernels.testing import rel_rms
 
@@ -178,6 +180,16 @@ def test_folder_of_save_pretrained(kind, build, batch, tmp_path):
     assert half(**args).pooler_output.dtype == torch.bfloat16
 
 
+def test_sizes_of_numpy():
+    """As an image processor returns them without tensors."""
+    assert image_sizes(np.array([[3, 5], [2, 2]])) == [(3, 5), (2, 2)]
+    assert image_sizes([(3, np.int64(5))]) == [(3, 5)]
+    with pytest.raises(TypeError, match=r"spatial_shapes\[0\] = .* must be integers"):
+        image_sizes(np.array([[3.0, 5.0]]))
+    with pytest.raises(ValueError, match=r"spatial_shapes\[0\] = 3: must be the rows and columns"):
+        image_sizes([3, 5])
+
+
 def test_other_folders(build, tmp_path):
     tensors = {"vision_model.head.probe": torch.zeros(1, 1, 64)}
     for config, message in (
@@ -188,7 +200,7 @@ def test_other_folders(build, tmp_path):
         (build.vision | {"model_type": "siglip2_vision_model", "hidden_act": "relu"}, "'relu'"),
         (build.vision | {"model_type": "siglip2_vision_model", "num_patches": 65}, "not a square"),
         ([], "not a JSON object but a list"),
-        ({"model_type": "siglip2", "vision_config": [3]}, "json: vision_config is a list, not a JSON"),
+        ({"model_type": "siglip2", "vision_config": [3]}, "json: vision_config is a list, not a"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config))
         save_file(tensors, tmp_path / "model.safetensors")

@@ -4,6 +4,7 @@ import json
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -125,6 +126,30 @@ def test_new_weights_for_sizes_first_seen_in_inference_mode(build, images):
         before = encoder.encode(images(1, 112)).clone()
     encoder.load_weights(build.hf_model(5))
     assert rel_rms(encoder.encode(images(1, 112)), before) > 0.1
+
+
+def test_states_of_what_is_no_batch_of_images(build, images):
+    encoder = build.encoder(build.step3())
+    for bad, message in (
+        (images(1, 112)[0], r"\[3, 112, 112\] must be \[images, 3, height, width\]"),
+        (images(1, 112)[:, :1], r"\[1, 1, 112, 112\] must be \[images, 3"),
+        (images(1, 100), "100"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            encoder.encode(bad)
+    with pytest.raises(TypeError, match=r"encode: torch\.uint8 must be a floating-point"):
+        encoder.encode(images(1, 112).to(torch.uint8))
+
+
+@torch.no_grad()
+def test_counts_of_numpy(build, images):
+    encoder = build.encoder(build.step3())
+    wholes, crops, counts = inputs(images, build, [1, 2])
+    want = encoder(wholes, crops, counts)
+    got = encoder(wholes, crops, np.array(counts))
+    assert all(map(torch.equal, got.pooler_output, want.pooler_output))
+    with pytest.raises(TypeError, match="must be one integer for each image"):
+        encoder(wholes, crops, np.array([1.0, 2.0]))
 
 
 def test_two_threads_make_one_path_of_a_new_size(build, images, monkeypatch):
