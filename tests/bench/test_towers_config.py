@@ -111,6 +111,8 @@ def test_kimi_notices_missing_positions_and_a_missing_rope(monkeypatch):
     }  # fmt: skip
     monkeypatch.setitem(TOWERS, "tiny-kimi", TowerConfig("kimi_k25", tiny))
     tower = build_tower("tiny-kimi", device="cpu", dtype=torch.float32)
+    table = tower.patch_embed.pos_emb.position_embeddings
+    assert 0.25 < table.std() < 0.35  # as other tables; by its fan-in a full one would hardly show
     grid = GRID[:2]
     rows = torch.randn(120, patch_values(tower.config), generator=torch.Generator().manual_seed(1))
 

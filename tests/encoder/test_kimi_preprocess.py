@@ -68,13 +68,32 @@ def test_images_equal_hugging_face_bit_for_bit(size, limits):
     np.testing.assert_array_equal(rows, expected["pixel_values"].reshape(len(rows), -1))
 
 
-@pytest.mark.parametrize("mean", [[0.5] * 3, [0.48145466, 0.4578275, 0.40821073]], ids=str)
+MEANS = [[0.5] * 3, [0.48145466, 0.4578275, 0.40821073]]
+
+
+def levels_in_rows(mean: list[float]) -> tuple[Image.Image, np.ndarray]:
+    """An image of one token that has every level, and its rows."""
+    image = Image.fromarray((np.arange(28 * 28) % 256).astype(np.uint8).reshape(28, 28))
+    return image, NavitPreprocessor.from_configs(SPEC, {"image_mean": mean}, {})(image)[0]
+
+
+@pytest.mark.parametrize("mean", MEANS, ids=str)
 def test_normalisation_equals_hugging_face_bit_for_bit(mean):
     hf = processors()
-    image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    image, rows = levels_in_rows(mean)
     expected = hf.image(image_mean=mean)(images=[image], return_tensors="np")
-    rows, _ = NavitPreprocessor.from_configs(SPEC, {"image_mean": mean}, {})(image)
     np.testing.assert_array_equal(rows, expected["pixel_values"].reshape(len(rows), -1))
+
+
+@pytest.mark.parametrize("mean", MEANS, ids=str)
+def test_normalisation_is_that_of_whole_levels(mean):
+    """As transformers does it for tensors: (level - 255 mean) / (255 deviation), in fp32."""
+    image, rows = levels_in_rows(mean)
+    levels = torch.from_numpy(np.array(image)).float().expand(3, 28, 28)
+    scaled = [torch.tensor(values)[:, None, None] * 255.0 for values in (mean, [0.5] * 3)]
+    expected = (levels - scaled[0]) / scaled[1]
+    patches = expected.view(3, 2, 14, 2, 14).permute(1, 3, 0, 2, 4).reshape(4, -1)
+    np.testing.assert_array_equal(rows, patches.numpy())
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 9])
