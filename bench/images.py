@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from ..kernels.testing import rel_rms
-from . import siglip2_contest, step_contest
+from . import internvl_contest, siglip2_contest, step_contest
 from .image_contest import ImageContest, Parts
+from .internvl_contest import INTERNVL_TOWERS, InternVLContest
 from .siglip2_contest import SIGLIP2_TOWERS, Siglip2Contest
 from .step_config import STEP_TOWERS
 from .step_contest import StepContest
@@ -47,9 +48,16 @@ def siglip2_tower(name: str) -> ImageTower:
     return ImageTower(lambda *where: Siglip2Contest(sizes, *where), siglip2_contest.WORKLOADS)
 
 
+def internvl_tower(name: str) -> ImageTower:
+    """A tower of `INTERNVL_TOWERS`."""
+    sizes = INTERNVL_TOWERS[name]
+    return ImageTower(lambda *where: InternVLContest(*sizes, *where), internvl_contest.WORKLOADS)
+
+
 TOWERS: dict[str, ImageTower] = {
     "step-3.7": step_tower("step-3.7"),
     **{name: siglip2_tower(name) for name in SIGLIP2_TOWERS},
+    **{name: internvl_tower(name) for name in INTERNVL_TOWERS},
 }
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from vitgraph.bench import images
 from vitgraph.bench.__main__ import main
+from vitgraph.bench.internvl_contest import InternVLContest
 from vitgraph.bench.siglip2_contest import Siglip2Contest
 from vitgraph.bench.step_contest import StepContest
 from vitgraph.bench.timing import QUICK, TimeBudget
@@ -16,6 +17,10 @@ STEP = {
 SIGLIP2 = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96,
 }  # fmt: skip
+INTERNVL = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96,
+    "image_size": [112, 112], "patch_size": [14, 14], "attention_bias": True,
+}  # fmt: skip
 EFFORT = QUICK.__class__(warmup_s=0.0, rounds=1, min_rounds=1, limit_s=1.0)
 CPU = torch.device("cpu")
 TOWERS = {
@@ -26,6 +31,9 @@ TOWERS = {
     "siglip2": images.ImageTower(
         lambda *where: Siglip2Contest(SIGLIP2, *where),
         {"same": 9 * ((8, 8),), "sizes": 3 * ((3, 5), (16, 16), (4, 9))},
+    ),
+    "internvl": images.ImageTower(
+        lambda *where: InternVLContest(INTERNVL, 48, *where), {"2tiles": 2}
     ),
 }
 
@@ -60,6 +68,7 @@ def test_rows(rows):
         ("step", "crops"): 6 * 100,
         ("siglip2", "same"): 9 * 64,
         ("siglip2", "sizes"): 3 * (15 + 256 + 36),
+        ("internvl", "2tiles"): 2 * 64,
     }
     assert "siglip2          same         ours  " in images.summary(found)
     only = rows(workloads=["same"], providers=["ours"])
@@ -95,7 +104,13 @@ def test_time_that_is_over_is_noted(rows):
     budget = TimeBudget(1e-9)
     found = images.run(TOWERS, device=CPU, effort=EFFORT, time_budget=budget)
     assert found == []
-    assert budget.skipped == ["step two", "step crops", "siglip2 same", "siglip2 sizes"]
+    assert budget.skipped == [
+        "step two",
+        "step crops",
+        "siglip2 same",
+        "siglip2 sizes",
+        "internvl 2tiles",
+    ]
 
 
 def test_unknown_names(rows, capsys):
