@@ -17,6 +17,7 @@ from vitgraph.encoder import (
     swap_vision_tower,
 )
 from vitgraph.kernels.quantize import quantize_ref
+from vitgraph.kernels.testing import rel_rms
 
 MEAN, WORST = 0.999, 0.99
 DEPTH = 12
@@ -87,9 +88,12 @@ def test_single_layers(layer, build, tiles):
     plan = Fp8Plan(skip_last=0, layers=(layer,))
     encoder = InternVLEncoder.from_hf(model, precision=plan)
     images = tiles(2, build.side)
-    mean, worst = cosines(encoder(images), native(images))
+    got, want = encoder(images), native(images)
+    mean, worst = cosines(got, want)
     assert MEAN <= mean < 1 - 1e-7
     assert worst >= WORST
+    # 0.013 where it was measured; quick GELU instead of SiLU makes 0.042
+    assert rel_rms(got.last_hidden_state, want.last_hidden_state) < 0.025
 
 
 @pytest.mark.parametrize("precision", ["fp8", Fp8Plan(layers=("qkv", "up"))])
