@@ -31,7 +31,7 @@ from .graph_options import (
 EXTRAS = {
     "fa4": (
         "on Hopper, frames of 8,192 patches and more: 2048 x 2048 pixels took 99 ms instead of 108 "
-        "(Qwen3-VL-8B), 48 instead of 50 (Qwen2.5-VL-7B) and 130 instead of 129 (Qwen2-VL-7B)"
+        "(Qwen3-VL-8B), 49 instead of 50 (Qwen2.5-VL-7B) and 131 instead of 129 (Qwen2-VL-7B)"
     ),
     "flash": "no speed by itself: used only with --attention fa2, and not measured here",
 }

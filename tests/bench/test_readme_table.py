@@ -9,10 +9,13 @@ from vitgraph.bench.readme_table import readme_table, readme_tables
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results" / "h200"
 COMMITTED, PLAIN = RESULTS / "towers.json", RESULTS / "towers-plain.json"
+FAMILIES = RESULTS / "families.json"
 
 
 def test_the_readme_holds_the_committed_results():
-    assert readme_tables(COMMITTED, PLAIN) in (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    assert readme_tables(COMMITTED, PLAIN) in readme
+    assert readme_table(FAMILIES) in readme
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
