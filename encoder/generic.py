@@ -65,10 +65,11 @@ class GenericEncoder(GenericTower):
         """
         grids = grid_rows(grid_thw)
         pixels = self._pixel_rows(pixel_values, grids, check_finite)
+        graphs = self.graphs  # another thread may release them meanwhile
         with torch.no_grad():
-            if self.graphs is not None:
+            if graphs is not None:
                 self._check_captured()
-                tensors = self.graphs.execute(pixels, grids)
+                tensors = graphs.execute(pixels, grids)
             else:
                 self.item_specs(grids)  # refuses grids
                 tensors = self.eager_forward(pixels, grids)
@@ -111,9 +112,10 @@ class GenericEncoder(GenericTower):
 
     def release_graphs(self) -> None:
         """Free the captured graphs and their buffers; calls run eagerly again."""
-        if self.graphs is not None:
-            self.graphs.clear()
-            self.graphs = self._captured = None
+        graphs, self.graphs = self.graphs, None  # first: calls of other threads find none or all
+        if graphs is not None:
+            graphs.clear()
+            self._captured = None
 
     def load_weights(self, tower: torch.nn.Module) -> None:
         """Nothing for the own tower, whose weights are used where they are, by graphs too.

@@ -77,6 +77,8 @@ def plan_pruning(
     if rates is None and masks is None:
         return None
     check_prunable(spec)
+    if isinstance(rates, torch.Tensor):
+        rates = rates.tolist()  # a number or a list
     each = list(rates) if isinstance(rates, Iterable) else [rates] * len(grids)
     chosen = [None] * len(grids) if masks is None else list(masks)
     for name, given in (("pruning_rate", each), ("keep_mask", chosen)):
@@ -106,8 +108,9 @@ def plan_pruning(
 
 
 def _checked(mask: torch.Tensor, item: int, size: int) -> torch.Tensor:
-    if mask.dtype not in (torch.bool, torch.uint8):
-        raise TypeError(f"keep_mask[{item}] is {mask.dtype}; pass bool or uint8")
+    if not isinstance(mask, torch.Tensor) or mask.dtype not in (torch.bool, torch.uint8):
+        kind = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise TypeError(f"keep_mask[{item}] is {kind}; pass a tensor of bool or uint8")
     if mask.shape != (size,):
         raise ValueError(
             f"keep_mask[{item}] is {list(mask.shape)}; the item has {size} tokens, pass [{size}]"

@@ -216,9 +216,10 @@ class Siglip2Encoder(Siglip2Tower):
         grids: list[Grid] = [(1, h, w) for h, w in sizes]
         wanted = [] if layers == () else check_layers(self.spec, layers)
         states: dict[int, torch.Tensor] = {}
+        graphs = self.graphs  # another thread may release them meanwhile
         with torch.no_grad():
-            if self.graphs is not None and not wanted:
-                outputs = self.graphs.execute(rows, grids)
+            if graphs is not None and not wanted:
+                outputs = graphs.execute(rows, grids)
             else:
                 outputs = self._eager_images(rows, grids, wanted, states)
         return Siglip2Output(
@@ -255,9 +256,9 @@ class Siglip2Encoder(Siglip2Tower):
 
     def release_graphs(self) -> None:
         """Free the captured graphs and their buffers; calls run eagerly again."""
-        if self.graphs is not None:
-            self.graphs.clear()
-            self.graphs = None
+        graphs, self.graphs = self.graphs, None  # first: calls of other threads find none or all
+        if graphs is not None:
+            graphs.clear()
 
     def stats(self) -> dict[str, Any]:
         """Counters of the graphs; see `EncoderCudaGraphManager.stats`.

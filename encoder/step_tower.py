@@ -109,13 +109,14 @@ class StepTower:
 
         Replays give a path that `names` names those outputs alone.
         """
-        if self.graphs is None:
+        graphs = self.graphs  # another thread may release them meanwhile
+        if graphs is None:
             return {name: self._eager(self.paths[name], pixels) for name, pixels in images.items()}
         inputs = {
             name: (self.paths[name].pixel_rows(pixels), [self.paths[name].fixed_grid] * len(pixels))
             for name, pixels in images.items()
         }
-        return self.graphs.execute(inputs, names=names)
+        return graphs.execute(inputs, names=names)
 
     def load_weights(self, tower: torch.nn.Module) -> None:
         """Re-read every weight from `tower` into the same memory; captured graphs see them.
@@ -154,9 +155,9 @@ class StepTower:
 
     def release_graphs(self) -> None:
         """Free the captured graphs and their buffers; calls run eagerly again."""
-        if self.graphs is not None:
-            self.graphs.clear()
-            self.graphs = None
+        graphs, self.graphs = self.graphs, None  # first: calls of other threads find none or all
+        if graphs is not None:
+            graphs.clear()
 
     def stats(self) -> dict[str, Any]:
         """Counters of each path and their sums; see `MultiPathManager.stats`.

@@ -218,8 +218,9 @@ class VisionEncoder(RecordableTower):
         wanted = [] if layers == () else check_layers(self.spec, layers)
         pruning = plan_pruning(self.spec, grids, pruning_rate, keep_mask)
         states: dict[int, torch.Tensor] = {}
-        if self.graphs is not None and not wanted:
-            outputs = self.graphs.execute(pixel_values, grids, pruning=pruning)
+        graphs = self.graphs  # another thread may release them meanwhile
+        if graphs is not None and not wanted:
+            outputs = graphs.execute(pixel_values, grids, pruning=pruning)
         else:
             with torch.no_grad():
                 outputs = self._eager(pixel_values, grids, wanted, states, pruning)
@@ -268,9 +269,9 @@ class VisionEncoder(RecordableTower):
 
     def release_graphs(self) -> None:
         """Free the captured graphs and their buffers; calls run eagerly again."""
-        if self.graphs is not None:
-            self.graphs.clear()
-            self.graphs = None
+        graphs, self.graphs = self.graphs, None  # first: calls of other threads find none or all
+        if graphs is not None:
+            graphs.clear()
 
     def row_order(self, grid_thw: torch.Tensor | Sequence[Sequence[int]]) -> torch.Tensor | None:
         """Index [T] (CPU) that brings patch rows of an output to the order of the pixel rows.

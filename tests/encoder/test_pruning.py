@@ -62,7 +62,11 @@ def test_rates(encoder, rates):
     assert whole.tokens_per_item == tuple(TOKENS)
 
 
-@pytest.mark.parametrize("rate", [Fraction(1, 2), np.float32(0.5)], ids=["fraction", "numpy"])
+@pytest.mark.parametrize(
+    "rate",
+    [Fraction(1, 2), np.float32(0.5), torch.tensor(0.5), torch.full((4,), 0.5)],
+    ids=["fraction", "numpy", "tensor", "tensor of each"],
+)
 def test_one_rate_of_another_type_of_number(encoder, rate):
     pixels = pixels_of(GRIDS)
     want = encoder(pixels, GRIDS, pruning_rate=0.5).tokens_per_item
@@ -98,7 +102,8 @@ def test_nothing(encoder):
         ({"pruning_rate": [0.5]}, ValueError, "pruning_rate: 1 entries for 4 items"),
         ({"keep_mask": [None] * 3}, ValueError, "keep_mask: 3 entries for 4 items"),
         ({"keep_mask": [torch.ones(5, dtype=torch.bool)] + [None] * 3}, ValueError, r"pass \[6\]"),
-        ({"keep_mask": [torch.ones(6)] + [None] * 3}, TypeError, "pass bool or uint8"),
+        ({"keep_mask": [torch.ones(6)] + [None] * 3}, TypeError, "float32; pass a tensor of bool"),
+        ({"keep_mask": [[True] * 6, None, None, None]}, TypeError, r"keep_mask\[0\] is list; pass"),
         (
             {"keep_mask": [torch.ones(6, dtype=torch.bool)] + [None] * 3, "pruning_rate": 0.5},
             ValueError,

@@ -115,6 +115,22 @@ def test_capture_needs_a_gpu(encoder):
         encoder.capture()
 
 
+def test_a_call_between_finds_no_graphs_or_whole_ones(encoder, pixels, monkeypatch):
+    want = encoder(pixels, GRIDS).pooler_output
+
+    class Graphs:
+        def clear(self):
+            # a call of another thread
+            assert torch.equal(encoder(pixels, GRIDS).pooler_output, want)
+
+        def execute(self, *args, **kwargs):
+            raise RuntimeError("cleared")
+
+    monkeypatch.setattr(encoder, "graphs", Graphs())
+    encoder.release_graphs()
+    assert encoder.graphs is None
+
+
 def test_autocast_changes_nothing(encoder, pixels):
     want = encoder(pixels, GRIDS).pooler_output
     with torch.autocast("cpu", dtype=torch.bfloat16):
