@@ -129,16 +129,16 @@ def model_config(raw: Mapping[str, Any]) -> Any:
         raise ValueError(
             f"model type {model_type!r} is no InternVL{hint}; supported: {', '.join(MODEL_TYPES)}"
         )
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
-    fields = {k: v for k, v in copy.deepcopy(dict(raw)).items() if k != "model_type"}
-    try:
-        return AutoConfig.for_model(model_type, **fields)
-    except KeyError as error:
+    text = (raw.get("text_config") or {}).get("model_type")
+    if text is not None and text not in CONFIG_MAPPING:
         raise ValueError(
             f"model type {model_type!r}: the installed transformers does not know its text model "
-            f"{error}"
-        ) from error
+            f"{text!r}; install a newer release"
+        )
+    fields = {k: v for k, v in copy.deepcopy(dict(raw)).items() if k != "model_type"}
+    return AutoConfig.for_model(model_type, **fields)
 
 
 def weight_map(s: StepSpec) -> list[Rule]:

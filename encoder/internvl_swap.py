@@ -15,6 +15,7 @@ from .internvl import spec, tower_spec
 from .internvl_encoder import InternVLEncoder
 from .step_tower import live_tensors, live_weights, path_configs
 from .tower_contents import TowerContents
+from .transformers_compat import image_features_select_states, selects_last_state
 
 logger = logging.getLogger("vitgraph")
 
@@ -78,8 +79,14 @@ class SwappedInternVLTower(SwappedTower):
         projected = kwargs.pop(PROJECTED, False)
         if bool_masked_pos is not None:
             kwargs["bool_masked_pos"] = bool_masked_pos
+        encoder: Any = self.encoder
+        num_states = encoder.spec.depth + 1
+        asked = dict(kwargs)
+        is_last = selects_last_state(asked.get("output_hidden_states"), num_states)
+        if is_last:  # the result itself
+            del asked["output_hidden_states"]
         change = self._seen.change()
-        reason = self._reason_for_hf(pixel_values, pixel_values, change, kwargs)
+        reason = self._reason_for_hf(pixel_values, pixel_values, change, asked)
         if reason is None and pixel_values is not None and not self._can_cut(pixel_values):
             reason = "image size"
         if reason is None and pixel_values is not None:
@@ -89,12 +96,18 @@ class SwappedInternVLTower(SwappedTower):
                 self._is_projector_dirty = False
             self._follow(change)
             self._fused_calls += 1
-            encoder: Any = self.encoder
+            encoder = self.encoder  # it may have been built anew
             names = ["last_hidden_state"]
             if projected and encoder.spec.out_size:
                 names.append("pooler_output")
+            features = encoder.features(pixel_values, names)
             assert self._output_class is not None
-            return self._pack(self._output_class(**encoder.features(pixel_values, names)), kwargs)
+            output: Any = self._output_class(last_hidden_state=features["last_hidden_state"])
+            if is_last:
+                output["hidden_states"] = (None,) * (num_states - 1) + (output[0],)
+            if "pooler_output" in features:
+                output["pooler_output"] = features["pooler_output"]
+            return self._pack(output, kwargs)
         self._note(str(reason))
         # an optimizer may step after this call, in ways that versions do not show
         self._is_dirty |= reason in ("grad", "training")
@@ -124,6 +137,8 @@ class SwappedInternVLTower(SwappedTower):
             reason = self._reason_for_own_projector(pixel_values, choices)
             if reason is None:
                 others = {**kwargs}
+                if image_features_select_states():
+                    others["output_hidden_states"] = -1
                 return_dict = others.pop("return_dict", None)
                 if return_dict is None:
                     return_dict = config.return_dict

@@ -28,3 +28,20 @@ def paddleocr_sampling(config: Any) -> Literal["bilinear_corners", "bilinear"]:
         embeddings = PaddleOCRVisionEmbeddings(config)
     by_corners = getattr(embeddings, "interpolation_align_corners", True)
     return "bilinear_corners" if by_corners else "bilinear"
+
+
+def selects_last_state(value: Any, num_states: int) -> bool:
+    """Whether an `output_hidden_states` of transformers 5.23 asks for the last state alone.
+
+    Indices may stand there beside a flag since then; models that read one state pass its index on.
+    """
+    chosen = value if isinstance(value, list | tuple) else [value]
+    indices = [i for i in chosen if isinstance(i, int) and not isinstance(i, bool)]
+    return bool(indices) and len(indices) == len(chosen) and {*indices} <= {-1, num_states - 1}
+
+
+def image_features_select_states() -> bool:
+    """Whether `get_image_features` asks its tower for the state it reads, as since 5.23."""
+    from transformers.utils import output_capturing
+
+    return hasattr(output_capturing, "select_hidden_states")
