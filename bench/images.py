@@ -6,9 +6,11 @@
 - `ours-eager`: our encoder launch by launch.
 - `ours`: the whole call of our captured encoder: staging, replays, joining.
 
-A contender whose error against fp32 exceeds 1.3 times that of `hf-eager-sdpa` gets no time.
+A contender whose error against fp32 exceeds 1.3 times that of `hf-eager-sdpa`, whose result is not
+finite, or that fails, gets no time.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ..kernels.testing import rel_rms
+from ..kernels.testing import error_ratio
 from . import internvl_contest, siglip2_contest, step_contest
 from .image_contest import ImageContest, Parts
 from .internvl_contest import INTERNVL_TOWERS, InternVLContest
@@ -81,8 +83,13 @@ def run(
     `reason`. Without a GPU, `hf-exact-graph` is left out and `ours` is not captured.
 
     Raises:
-        ValueError: an unknown provider, or a workload that none of the towers has.
+        ValueError: an unknown provider, a workload that none of the towers has, or fp32, against
+            which errors are measured.
     """
+    if dtype == torch.float32:
+        raise ValueError(
+            "bench: --dtype float32 is what errors are measured against; use bfloat16 or float16"
+        )
     if unknown := sorted(set(providers) - set(PROVIDERS)):
         raise ValueError(
             f"bench: provider {', '.join(unknown)} is not known; use {', '.join(PROVIDERS)}"
@@ -116,49 +123,58 @@ def _workload(
     is_cuda = contest.encoder.device.type == "cuda"
     synchronize = torch.cuda.synchronize if is_cuda else _nothing
     exact, eager = contest.hf(inputs, exact=True), contest.hf(inputs)
-    results: dict[str, Parts] = {}
-    calls: dict[str, Callable[[], Any]] = {}
     timings: dict[str, Timing] = {}
-    reasons: dict[str, str] = {}
+    kept: list[Any] = []  # what recorded graphs read
 
     def ours() -> Any:
         return contest.ours(inputs)
 
-    if "hf-eager-sdpa" in providers:
-        calls["hf-eager-sdpa"], results["hf-eager-sdpa"] = lambda: contest.hf(inputs), eager
-    if "hf-exact-graph" in providers and is_cuda:
-        # kept: the graph reads what it holds
-        without_host = contest.hf_without_host(inputs)
-        graph, output = record(without_host)
+    def hf_eager() -> tuple[Parts, Callable[[], Any]]:
+        return eager, lambda: contest.hf(inputs)
+
+    def hf_graph() -> tuple[Parts, Callable[[], Any]]:
+        kept.append(contest.hf_without_host(inputs))
+        graph, output = record(kept[-1])
         graph.replay()
-        calls["hf-exact-graph"] = graph.replay
-        results["hf-exact-graph"] = contest.recorded_parts(output, inputs)
-    if "ours-eager" in providers:
+        return contest.recorded_parts(output, inputs), graph.replay
+
+    def ours_eager() -> tuple[Parts, None]:
         with _without_graphs(contest.encoder):
-            results["ours-eager"] = contest.parts(ours(), inputs)
-            timings |= time_calls({"ours-eager": ours}, synchronize, effort)
-    if "ours" in providers:
+            parts = contest.parts(ours(), inputs)
+            timings.update(time_calls({"ours-eager": ours}, synchronize, effort))
+        return parts, None
+
+    def ours_captured() -> tuple[Parts, Callable[[], Any]]:
         if is_cuda and contest.encoder.graphs is None:
             contest.encoder.capture()
-        results["ours"] = contest.parts(ours(), inputs)
-        calls["ours"] = ours
-    ratios = {name: _error(parts, eager, exact) for name, parts in results.items()}
-    for name, ratio in ratios.items():
-        if ratio > MAX_ERROR:
-            reasons[name] = f"error {ratio:.2f} times that of hf-eager-sdpa"
-            calls.pop(name, None)
+        return contest.parts(ours(), inputs), ours
+
+    ways = dict(zip(PROVIDERS, (hf_eager, hf_graph, ours_eager, ours_captured), strict=True))
+    if not is_cuda:
+        del ways["hf-exact-graph"]
+    rows: dict[str, dict[str, Any]] = {}
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, way in ways.items():
+        if name not in providers:
+            continue
+        row = rows[name] = {"provider": name, "patches": contest.patches(inputs)}
+        row |= {"floor_ms": None, "ms": None, "max_err_ratio": None}
+        try:
+            parts, call = way()
+            row["max_err_ratio"] = ratio = _error(parts, eager, exact)
+        except Exception as error:  # the others go on
+            row["reason"] = f"{type(error).__name__}: {error}"
+            continue
+        if not ratio <= MAX_ERROR:
+            row["reason"] = f"error {ratio:.2f} times that of hf-eager-sdpa"
+        elif call is not None:
+            calls[name] = call
     timings |= time_calls(calls, synchronize, effort)
-    rows = []
-    for name, ratio in ratios.items():
-        row = {"provider": name, "patches": contest.patches(inputs), "max_err_ratio": ratio}
-        row |= {"floor_ms": None, "ms": None}
-        if name in reasons:
-            row["reason"] = reasons[name]
-        else:
+    for name, row in rows.items():
+        if "reason" not in row:
             timing = timings[name]
             row |= {"ms": timing.ms, "p20": timing.p20, "p80": timing.p80}
-        rows.append(row)
-    return rows
+    return list(rows.values())
 
 
 @contextmanager
@@ -173,10 +189,8 @@ def _without_graphs(encoder: Any) -> Iterator[None]:
 
 def _error(parts: Parts, eager: Parts, exact: Parts) -> float:
     """The worst part's error over that of Hugging Face's own forward in the dtype."""
-    return max(
-        rel_rms(part, oracle) / rel_rms(base, oracle)
-        for part, base, oracle in zip(parts, eager, exact, strict=True)
-    )
+    ratios = [error_ratio(*three) for three in zip(parts, eager, exact, strict=True)]
+    return math.nan if any(map(math.isnan, ratios)) else max(ratios)
 
 
 def _nothing() -> None:
@@ -188,8 +202,9 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [f"{'tower':16} {'workload':12} {'provider':16} {'ms':>9} {'error':>6}"]
     for row in rows:
         ms = f"{'-':>9}" if row["ms"] is None else f"{row['ms']:9.3f}"
+        ratio = row["max_err_ratio"]
         lines.append(
             f"{row['tower']:16} {row['workload']:12} {row['provider']:16} {ms} "
-            f"{row['max_err_ratio']:6.2f}"
+            f"{'-' if ratio is None else format(ratio, '.2f'):>6} {row.get('reason', '')}".rstrip()
         )
     return "\n".join(lines)

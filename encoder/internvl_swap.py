@@ -33,6 +33,10 @@ class SwappedInternVLTower(SwappedTower):
     tower and projector together, in one graph. Graphs serve tiles of the model's size; others are
     encoded eagerly.
 
+    transformers 5.23 adds the last of the `hidden_states` to what `get_image_features` returns,
+    which nothing reads. For towers that end in a norm, that state is the one before it, and ours
+    leave it out.
+
     Beside the reasons of `SwappedTower`, calls go to Hugging Face's forward for tiles whose sides
     are not whole patches that can be joined ("image size"), and for arguments that only that
     forward knows. The model's own projector runs behind the fused tower, with the reason counted,
@@ -82,8 +86,11 @@ class SwappedInternVLTower(SwappedTower):
         encoder: Any = self.encoder
         num_states = encoder.spec.depth + 1
         asked = dict(kwargs)
-        is_last = selects_last_state(asked.get("output_hidden_states"), num_states)
-        if is_last:  # the result itself
+        # the result itself, but for towers that end in a norm
+        is_last = not encoder.spec.final_norm and selects_last_state(
+            asked.get("output_hidden_states"), num_states
+        )
+        if is_last:
             del asked["output_hidden_states"]
         change = self._seen.change()
         reason = self._reason_for_hf(pixel_values, pixel_values, change, asked)
@@ -137,7 +144,8 @@ class SwappedInternVLTower(SwappedTower):
             reason = self._reason_for_own_projector(pixel_values, choices)
             if reason is None:
                 others = {**kwargs}
-                if image_features_select_states():
+                encoder: Any = self.encoder
+                if image_features_select_states() and not encoder.spec.final_norm:
                     others["output_hidden_states"] = -1
                 return_dict = others.pop("return_dict", None)
                 if return_dict is None:

@@ -42,9 +42,9 @@ TOWERS = {
 def rows():
     """`rows(**options)` of tiny towers on the CPU."""
 
-    def run(towers=TOWERS, workloads=None, **options):
+    def run(towers=TOWERS, workloads=None, dtype=torch.bfloat16, **options):
         return images.run(
-            towers, workloads, device=CPU, dtype=torch.bfloat16, effort=EFFORT,
+            towers, workloads, device=CPU, dtype=dtype, effort=EFFORT,
             time_budget=TimeBudget(None), **options,
         )  # fmt: skip
 
@@ -100,6 +100,24 @@ def test_the_recorded_forward_is_that_of_the_tower(tower):
         torch.testing.assert_close(contest.hf(inputs, exact=True), contest.hf(inputs))
 
 
+@pytest.mark.parametrize("bad", ["nan", "fails"])
+def test_who_fails_gets_no_time_and_spares_the_others(rows, monkeypatch, bad):
+    parts = InternVLContest.parts
+
+    def spoiled(*args):
+        if bad == "fails":
+            raise RuntimeError("out of memory")
+        first, second = parts(*args)
+        return [first, second * float("nan")]
+
+    monkeypatch.setattr(InternVLContest, "parts", spoiled)
+    hf, ours = rows({"internvl": TOWERS["internvl"]}, providers=["hf-eager-sdpa", "ours"])
+    assert hf["ms"] > 0
+    assert ours["ms"] is None
+    assert {"nan": "error nan", "fails": "RuntimeError: out of memory"}[bad] in ours["reason"]
+    assert ours["reason"] in images.summary([ours])
+
+
 def test_time_that_is_over_is_noted(rows):
     budget = TimeBudget(1e-9)
     found = images.run(TOWERS, device=CPU, effort=EFFORT, time_budget=budget)
@@ -118,5 +136,7 @@ def test_unknown_names(rows, capsys):
         rows(providers=["theirs"])
     with pytest.raises(ValueError, match="workload all is not known; use two, crops, same"):
         rows(workloads=["all"])
+    with pytest.raises(ValueError, match="use bfloat16 or float16"):
+        rows(dtype=torch.float32)
     assert main(["images", "--towers", "all", "--device", "cpu"]) == 2
     assert "tower all is not known; use step-3.7" in capsys.readouterr().err
