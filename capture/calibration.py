@@ -54,9 +54,9 @@ def calibrate(
 ) -> list[CostSample]:
     """Wall times of whole calls, medians: of rungs at 30, 60 and 100 % live, and eagerly.
 
-    Every small rung is measured and up to 12 of the others; of the rest one call with eight images.
-    Eager calls are measured on full layouts of some of both and on up to four times the largest
-    rung.
+    Every small rung is measured and up to 12 of the others, and every large one with eight images.
+    Eager calls are measured on full layouts of some of both, on eight images for every large rung,
+    and on up to four times the largest.
     """
     small = [rung for rung in rungs if rung.token_budget <= _ALL_UP_TO_TOKENS]
     large = rungs[len(small) :]

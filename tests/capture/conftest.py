@@ -1,10 +1,18 @@
 """A tiny encoder whose outputs betray every mistake of layout, and a recorder without CUDA."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from vitgraph.capture import BufferSpec, EncoderItemSpec, Pruning, RungLimits
+from vitgraph.capture import (
+    BufferSpec,
+    EncoderCudaGraphManager,
+    EncoderItemSpec,
+    Pruning,
+    RungLimits,
+)
 
 WIDTH = 6
 MERGE = 4
@@ -246,3 +254,32 @@ def pixels_for() -> Callable[..., torch.Tensor]:
         return torch.randint(-8, 9, (patches, WIDTH), generator=generator).float()
 
     return make
+
+
+# of managers that `make` builds
+CONFIG: dict[str, Any] = {
+    "token_budgets": [16, 64, 128],
+    "max_vision_items_per_batch": 8,
+    "max_frames_per_batch": 32,
+}
+
+
+@pytest.fixture
+def make(
+    encoder: FakeEncoder, rerun_recorder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., EncoderCudaGraphManager]:
+    """`make(**config)`: a captured manager of rungs of 16, 64 and 128 tokens, its cache empty."""
+    monkeypatch.setenv("VITGRAPH_CACHE", str(tmp_path))
+
+    def make(**config: Any) -> EncoderCudaGraphManager:
+        manager = EncoderCudaGraphManager(encoder, {**CONFIG, **config}, recorder=rerun_recorder)
+        manager.capture()
+        return manager
+
+    return make
+
+
+@pytest.fixture
+def manager(make: Callable[..., EncoderCudaGraphManager]) -> EncoderCudaGraphManager:
+    """What `make` builds without arguments."""
+    return make()
