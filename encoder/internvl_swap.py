@@ -36,13 +36,14 @@ class SwappedInternVLTower(SwappedTower):
 
     Beside the reasons of `SwappedTower`, calls go to Hugging Face's forward for tiles whose sides
     are not whole patches that can be joined ("image size"), for pixels that are not floats
-    ("pixel_values dtype"), and for arguments that only that forward knows. The model's own
-    projector runs behind the fused tower, with the reason counted, for tiles that are not square
-    ("projector image size"), for pixels that the model has to make floats first ("projector
-    pixel_values dtype"), another `vision_feature_select_strategy` than "default", while the
-    projector trains, needs grad, has hooks, on any module in it, or was replaced ("projector
-    training", ...), and where it is not in the tower's dtype and on its device, or is not what its
-    config says ("projector").
+    ("pixel_values dtype"), and for arguments that only that forward knows; with transformers 5.23
+    also features of a tower that ends in a norm, as the state before it is among them
+    ("output_hidden_states"). The model's own projector runs behind the fused tower, with the reason
+    counted, for tiles that are not square ("projector image size"), for pixels that the model has
+    to make floats first ("projector pixel_values dtype"), another `vision_feature_select_strategy`
+    than "default", while the projector trains, needs grad, has hooks, on any module in it, or was
+    replaced ("projector training", ...), and where it is not in the tower's dtype and on its
+    device, or is not what its config says ("projector").
     """
 
     def __init__(
@@ -88,7 +89,8 @@ class SwappedInternVLTower(SwappedTower):
         num_states = encoder.spec.depth + 1
         asked = dict(kwargs)
         is_last = selects_last_state(asked.get("output_hidden_states"), num_states)
-        if is_last:  # the result itself
+        is_last = is_last and not encoder.spec.final_norm
+        if is_last:  # the result itself, where no norm comes between
             del asked["output_hidden_states"]
         change = self._seen.change()
         reason = self._reason_for_hf(pixel_values, pixel_values, change, asked)
@@ -135,9 +137,11 @@ class SwappedInternVLTower(SwappedTower):
             "vision_feature_select_strategy": vision_feature_select_strategy,
         }
         choices = {n: getattr(config, n) if v is None else v for n, v in choices.items()}
+        encoder: Any = self.encoder
         # what the tower refuses by itself, it counts by itself
         if (
             self.is_active
+            and not (image_features_select_states() and encoder.spec.final_norm)
             and choices["vision_feature_layer"] == -1
             and self._reason_for_hf(pixel_values, pixel_values, self._seen.change(), kwargs) is None
             and self._can_cut(pixel_values)
