@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .fp8 import Fp8Plan
+from .grids import PIXEL_DTYPES
 from .hf_tower import GraphChoice, SwappedTower, check_plain
 from .internvl import spec, tower_spec
 from .internvl_encoder import InternVLEncoder
@@ -38,12 +39,14 @@ class SwappedInternVLTower(SwappedTower):
     leave it out.
 
     Beside the reasons of `SwappedTower`, calls go to Hugging Face's forward for tiles whose sides
-    are not whole patches that can be joined ("image size"), and for arguments that only that
-    forward knows. The model's own projector runs behind the fused tower, with the reason counted,
-    for tiles that are not square ("projector image size"), another
-    `vision_feature_select_strategy` than "default", while the projector trains, needs grad, has
-    hooks or was replaced ("projector training", ...), and where it is not in the tower's dtype and
-    on its device, or is not what its config says ("projector").
+    are not whole patches that can be joined ("image size"), for pixels that are not floats
+    ("pixel_values dtype"), and for arguments that only that forward knows.
+    The model's own projector runs behind the fused tower, with the reason
+    counted, for tiles that are not square ("projector image size"), for pixels that the model has
+    to make floats first ("projector pixel_values dtype"), another `vision_feature_select_strategy`
+    than "default", while the projector trains, needs grad, has hooks, on any module in it, or was
+    replaced ("projector training", ...), and where it is not in the tower's dtype and on its
+    device, or is not what its config says ("projector").
     """
 
     def __init__(
@@ -56,21 +59,23 @@ class SwappedInternVLTower(SwappedTower):
         precision: str | Fp8Plan = "native",
     ):
         self.parent: Any = parent
-        self._projector: Any = None
+        self._projector: Any = None  # that of the parent, from `_build` on
         self._seen_projector: TowerContents | None = None
         self._is_projector_dirty = False
         home = sys.modules[type(tower).__module__]
         output_class = getattr(home, f"{type(tower).__name__}OutputWithPooling")
+        # before the tower is patched, whatever may raise
+        if parent is not None:
+            self._seen_projector = TowerContents(self.parent.multi_modal_projector)
+            self._hf_features = self.parent.get_image_features
+            self._features_before = parent.__dict__.get("get_image_features")
+            self._features = ImageFeatures(self)
         # "generic": nothing is looked up among the families of packed patches
         super().__init__(
             tower, graphs=graphs, attention=attention, precision=precision, tier="generic"
         )
         self._output_class = output_class
         if parent is not None:
-            self._seen_projector = TowerContents(self._projector)
-            self._hf_features = self.parent.get_image_features
-            self._features_before = parent.__dict__.get("get_image_features")
-            self._features = ImageFeatures(self)
             self.parent.get_image_features = self._features
 
     def __call__(
@@ -94,8 +99,11 @@ class SwappedInternVLTower(SwappedTower):
             del asked["output_hidden_states"]
         change = self._seen.change()
         reason = self._reason_for_hf(pixel_values, pixel_values, change, asked)
-        if reason is None and pixel_values is not None and not self._can_cut(pixel_values):
-            reason = "image size"
+        if reason is None and pixel_values is not None:
+            if pixel_values.dtype not in PIXEL_DTYPES:
+                reason = "pixel_values dtype"
+            elif not self._can_cut(pixel_values):
+                reason = "image size"
         if reason is None and pixel_values is not None:
             if projected:
                 change = max(change, self._projector_change(), key=CHANGES.index)
@@ -134,6 +142,7 @@ class SwappedInternVLTower(SwappedTower):
             "vision_feature_select_strategy": vision_feature_select_strategy,
         }
         choices = {n: getattr(config, n) if v is None else v for n, v in choices.items()}
+        encoder: Any = self.encoder
         # what the tower refuses by itself, it counts by itself
         if (
             self.is_active
@@ -144,7 +153,6 @@ class SwappedInternVLTower(SwappedTower):
             reason = self._reason_for_own_projector(pixel_values, choices)
             if reason is None:
                 others = {**kwargs}
-                encoder: Any = self.encoder
                 if image_features_select_states() and not encoder.spec.final_norm:
                     others["output_hidden_states"] = -1
                 return_dict = others.pop("return_dict", None)
@@ -203,9 +211,10 @@ class SwappedInternVLTower(SwappedTower):
             return "projector training"
         if torch.is_grad_enabled() and any(p.requires_grad for p in projector.parameters()):
             return "projector grad"
-        hooks = projector._forward_hooks, projector._forward_pre_hooks
-        if any(hooks) or "forward" in projector.__dict__:
+        if any(_is_wrapped(module) for module in projector.modules()):
             return "projector hooks"
+        if pixel_values.dtype not in PIXEL_DTYPES:
+            return "projector pixel_values dtype"
         if pixel_values.shape[2] != pixel_values.shape[3]:
             return "projector image size"
         encoder: Any = self.encoder
@@ -322,6 +331,12 @@ def parent_of(model: torch.nn.Module, tower: torch.nn.Module) -> torch.nn.Module
         if type(holder).__name__ in MODEL_CLASSES and holder.vision_tower is tower:
             return holder
     return None
+
+
+def _is_wrapped(module: torch.nn.Module) -> bool:
+    """Whether a call of `module` does more than the `forward` of its class."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__
 
 
 def _check_place(tower: torch.nn.Module, projector: torch.nn.Module) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 
 from .fp8 import Fp8Plan
+from .grids import PIXEL_DTYPES
 from .hf_tower import GraphChoice, SwappedTower
 from .step_spec import ROPE_AXES, RopeAxes, step3p7_spec
 from .step_tower import (
@@ -31,8 +32,8 @@ class SwappedStepTower(SwappedTower):
 
     Graphs serve whole images and crops of 504 x 504 pixels; batches of other sizes are encoded
     eagerly. The projector stays the model's own. Beside the reasons of `SwappedTower`, calls go to
-    Hugging Face's forward for images whose sides are not whole patches ("image size"), and for
-    arguments that only that forward knows.
+    Hugging Face's forward for images whose sides are not whole patches ("image size"), for pixels
+    that are not floats ("pixel_values dtype"), and for arguments that only that forward knows.
 
     transformers before 5.23 turns the lower half of a head by the row of a patch, the released
     weights by the column. Swapped calls follow the weights unless `rope_axes` says "hw"; where this
@@ -54,11 +55,12 @@ class SwappedStepTower(SwappedTower):
                 "weights have it) or 'hw' (as transformers before 5.23 computes it)"
             )
         self.rope_axes: RopeAxes = rope_axes
+        self._their_axes: RopeAxes | None = None
         # "generic": nothing is looked up among the families of packed patches
         super().__init__(
             tower, graphs=graphs, attention=attention, precision=precision, tier="generic"
         )
-        if (theirs := rope_axes_of(tower)) != rope_axes:
+        if (theirs := self._their_axes) != rope_axes:
             logger.warning(
                 "vision tower: the installed transformers rotates with axes %r, the swapped calls "
                 "with %r; calls that go to Hugging Face's forward (with gradients, say) give other "
@@ -78,8 +80,8 @@ class SwappedStepTower(SwappedTower):
         change = self._seen.change()
         # an image says its grid by its shape
         reason = self._reason_for_hf(pixel_values, pixel_values, change, kwargs)
-        if reason is None and pixel_values is not None and not self._can_cut(pixel_values):
-            reason = "image size"
+        if reason is None and pixel_values is not None:
+            reason = self._reason_for_pixels(pixel_values)
         if reason is None and pixel_values is not None:
             self._follow(change)
             self._fused_calls += 1
@@ -90,12 +92,16 @@ class SwappedStepTower(SwappedTower):
         self._is_dirty |= reason in ("grad", "training")
         return self._hf_forward(pixel_values, **kwargs)
 
-    def _can_cut(self, images: torch.Tensor) -> bool:
+    def _reason_for_pixels(self, images: torch.Tensor) -> str | None:
+        """Why only Hugging Face's forward takes these images, None for the fused one."""
+        if images.dtype not in PIXEL_DTYPES:
+            return "pixel_values dtype"
         encoder: Any = self.encoder
         spec = encoder.spec
         if images.ndim != 4 or images.shape[1] != spec.in_channels:
-            return False
-        return all(side > 0 and side % spec.patch_size == 0 for side in images.shape[2:])
+            return "image size"
+        can_cut = all(side > 0 and side % spec.patch_size == 0 for side in images.shape[2:])
+        return None if can_cut else "image size"
 
     def _own_attention(self) -> AbstractContextManager[object]:
         return nullcontext()
@@ -106,6 +112,9 @@ class SwappedStepTower(SwappedTower):
                 self.tower, attention=self._attention, precision=self._precision,
                 rope_axes=self.rope_axes,
             )  # fmt: skip
+            # here, as the tower is not patched yet and known to be one that can be swapped
+            if self._their_axes is None:
+                self._their_axes = rope_axes_of(self.tower)
             if self._graphs is False:
                 return encoder
             config = None if self._graphs is True else self._graphs

@@ -21,6 +21,19 @@ def model_inputs(build, tiles, counts=(2, 1)):
     return {"input_ids": torch.tensor([ids]), "pixel_values": tiles(sum(counts), build.side)}
 
 
+def assert_close(got, want):
+    """For a field of an output; states are a tuple, with None for those not asked for."""
+    if isinstance(want, tuple):
+        assert len(got) == len(want)
+        for mine, theirs in zip(got, want, strict=True):
+            assert_close(mine, theirs)
+    elif want is None:
+        assert got is None
+    else:
+        assert got.shape == want.shape
+        assert rel_rms(got, want) < FP32
+
+
 @pytest.fixture(params=["full", "inner"])
 def whole(request):
     """A full model, or the model inside it."""
@@ -45,24 +58,12 @@ def test_the_model_goes_on(kind, whole, build, tiles):
             names.discard("hidden_states")
         assert set(mine) == names
         for name in names:
-            assert_alike(mine[name], features[name])
+            assert_close(mine[name], features[name])
         assert handle.stats().fused_calls == 3
         assert handle.stats().hf_calls == {}
     assert torch.equal(model(**inputs).logits, want)
     assert "forward" not in model.model.vision_tower.__dict__
     assert "get_image_features" not in model.model.__dict__
-
-
-def assert_alike(got, want):
-    """A tensor, or hidden states of which some are None (transformers 5.23)."""
-    if isinstance(want, tuple):
-        assert [x is None for x in got] == [x is None for x in want]
-        for a, b in zip(got, want, strict=True):
-            if b is not None:
-                assert_alike(a, b)
-        return
-    assert got.shape == want.shape
-    assert rel_rms(got, want) < FP32
 
 
 @torch.no_grad()
@@ -111,7 +112,7 @@ def test_forms_of_the_calls(build, tiles):
             assert type(got) is type(expected)
             assert len(got) == len(expected)
             for i in range(len(expected)):
-                assert_alike(got[i], expected[i])
+                assert_close(got[i], expected[i])
         assert handle.stats().fused_calls == len(calls)
         model.model.config.return_dict = False
         assert isinstance(model.model.get_image_features(images), tuple)
@@ -143,6 +144,31 @@ def test_sizes(build, tiles):
     with pytest.raises(RuntimeError):
         model.get_image_features(odd)  # as the model itself
     assert handle.stats().hf_calls["image size"] == 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.bool, torch.float8_e4m3fn])
+@pytest.mark.parametrize("size", ["tile", "other"])  # the path of graphs, and the eager one
+def test_pixels_that_are_no_floats(dtype, size, build, tiles):
+    """As Hugging Face's forward, which makes floats of them."""
+    model = build.model()
+    tower = model.model.vision_tower
+    images = (3 * tiles(2, build.side if size == "tile" else 84).abs()).to(dtype)
+    want, features = tower(images).last_hidden_state, model.get_image_features(images)
+    with swap_vision_tower(model) as handle:
+        assert torch.equal(tower(images).last_hidden_state, want)
+        assert handle.stats().hf_calls == {"pixel_values dtype": 1}
+        assert handle.stats().fused_calls == 0
+        # the model casts them, so that its tower sees floats
+        got = model.get_image_features(images)
+        assert rel_rms(got.pooler_output, features.pooler_output) < FP32
+        assert handle.stats().hf_calls == {
+            "pixel_values dtype": 1, "projector pixel_values dtype": 1,
+        }  # fmt: skip
+        for kind in (torch.float32, torch.float64):
+            got = tower(images.to(kind)).last_hidden_state
+            assert rel_rms(got, want) < FP32
+        assert handle.stats().fused_calls == 3
 
 
 @torch.no_grad()
@@ -214,6 +240,29 @@ def test_hooks_fire(build, tiles):
     projector.register_forward_hook(lambda *_: seen.append("projector"))
     assert rel_rms(model.get_image_features(images).pooler_output, want) < FP32
     assert seen == ["tower", "projector"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["layer_norm", "linear_1", "act", "linear_2"])
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "forward"])
+def test_what_wraps_a_part_of_the_projector_runs(how, name, build, tiles):
+    model, images = build.model(), tiles(2, build.side)
+    part = getattr(model.model.multi_modal_projector, name)
+    handle = swap_vision_tower(model)
+    model.get_image_features(images)
+    assert handle.stats().hf_calls == {}
+    own = part.forward
+    if how == "hook":
+        part.register_forward_hook(lambda _, __, y: 2 * y + 1)
+    elif how == "pre-hook":
+        part.register_forward_pre_hook(lambda _, x: (2 * x[0] + 1,))
+    else:
+        part.forward = lambda x: 2 * own(x) + 1
+    got = model.get_image_features(images).pooler_output
+    assert handle.stats().hf_calls == {"projector hooks": 1}
+    assert handle.stats().fused_calls == 2
+    handle.restore()
+    assert rel_rms(got, model.get_image_features(images).pooler_output) < FP32
 
 
 @torch.no_grad()
@@ -328,6 +377,24 @@ def test_what_wraps_the_features_stays(build, tiles):
     assert inner.get_image_features is wrapper
     assert handle.stats().fused_calls == 0
     assert handle.stats().hf_calls == {}
+
+
+@pytest.mark.parametrize("broken", ["get_image_features", "contents"])
+def test_a_model_that_cannot_be_noted_is_left_alone(broken, build, monkeypatch):
+    model = build.model()
+
+    def refuse(*_):
+        raise RuntimeError("not this one")
+
+    with monkeypatch.context() as patch:
+        if broken == "contents":
+            patch.setattr(type(model.model.multi_modal_projector), "modules", refuse)
+        else:
+            patch.setattr(type(model.model), "get_image_features", property(refuse))
+        with pytest.raises(RuntimeError, match="not this one"):
+            swap_vision_tower(model)
+    assert "forward" not in model.model.vision_tower.__dict__
+    swap_vision_tower(model).restore()
 
 
 def test_refusals(build):

@@ -105,6 +105,24 @@ def test_reasons_for_the_own_forward(build, images, column_first):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.bool, torch.float8_e4m3fn])
+@pytest.mark.parametrize("side", ["crop", "image"])
+def test_pixels_that_are_no_floats(dtype, side, build, images, column_first):
+    """As Hugging Face's forward, which makes floats of them."""
+    model = build.hf_model()
+    tower = model.model.vision_model
+    pixels = (3 * images(2, getattr(build, side)).abs()).to(dtype)
+    want = tower(pixels).last_hidden_state
+    with swap_vision_tower(model) as handle:
+        assert torch.equal(tower(pixels).last_hidden_state, want)
+        assert handle.stats().hf_calls == {"pixel_values dtype": 1}
+        assert handle.stats().fused_calls == 0
+        assert rel_rms(tower(pixels.float()).last_hidden_state, want) < FP32
+        assert rel_rms(tower(pixels.double()).last_hidden_state, want) < FP32
+        assert handle.stats().fused_calls == 2
+
+
+@torch.no_grad()
 def test_other_sizes_run_too(build, images, column_first):
     model = build.hf_model()
     tower = model.model.vision_model
@@ -167,6 +185,27 @@ def test_refusals(build):
     model.model.vision_model.layers[0].mlp.fc1 = type("Adapter", (torch.nn.Linear,), {})(64, 96)
     with pytest.raises(ValueError, match="fused forward would not run; merge adapters"):
         swap_vision_tower(model)
+
+
+def test_a_rope_that_cannot_be_tried_leaves_the_tower_alone(build, monkeypatch):
+    model = build.hf_model()
+
+    def refuse(*_):
+        raise RuntimeError("another rope")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.model.vision_model.rotary_emb), "forward", refuse)
+        with pytest.raises(RuntimeError, match="another rope"):
+            swap_vision_tower(model)
+    assert "forward" not in model.model.vision_model.__dict__
+    swap_vision_tower(model).restore()
+
+
+def test_a_tower_without_data_is_refused_as_such(build):
+    model = build.hf_model().to("meta")
+    with pytest.raises(ValueError, match="meta"):
+        swap_vision_tower(model)
+    assert "forward" not in model.model.vision_model.__dict__
 
 
 def test_axes_are_for_step_towers(qwen3):
