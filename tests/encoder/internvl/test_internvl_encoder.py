@@ -172,6 +172,8 @@ def test_other_folders(build, tmp_path):
     write({"model_type": "internvl_chat", "vision_config": {}})
     with pytest.raises(ValueError, match="use the repository that ends in -hf"):
         InternVLEncoder.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"InternVLEncoder with the repository that ends in -hf"):
+        VisionEncoder.from_pretrained(tmp_path)
     write([])
     with pytest.raises(CheckpointError, match="not a JSON object"):
         InternVLEncoder.from_pretrained(tmp_path)
