@@ -14,7 +14,9 @@ from vitgraph.encoder import (
     VisionEncoder,
     encoder_for,
 )
+from vitgraph.encoder.checkpoint import Checkpoint
 from vitgraph.encoder.cli import app
+from vitgraph.encoder.load import tower_spec
 from vitgraph.encoder.step_tower import path_configs
 from vitgraph.encoder.towers import tower_report
 from vitgraph.kernels.testing import rel_rms
@@ -215,3 +217,19 @@ def test_a_fused_weight_of_another_model(build, tmp_path):
     save_file(written | {key: torch.zeros(100, 64)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"has shape \[100, 64\], which are not q, k and v"):
         InternVLEncoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("top", "message"),
+    [
+        ({"downsample_ratio": "a"}, "internvl config: .*'downsample_ratio'.*'a'"),
+        ({"vision_config": {"num_attention_heads": 0}}, "num_heads = 0 must be a positive"),
+        ({"vision_config": {"patch_size": [0, 0]}}, "patch_size = 0 must be a positive"),
+        ({"vision_config": {"hidden_size": "x"}}, "internvl config: .*'hidden_size'.*'x'"),
+    ],
+)
+def test_fields_that_are_refused(top, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "internvl", **top}))
+    with pytest.raises(ValueError, match=message) as caught:
+        tower_spec(Checkpoint.open(tmp_path))
+    assert "\n" not in str(caught.value)
