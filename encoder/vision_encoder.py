@@ -260,6 +260,8 @@ class VisionEncoder(RecordableTower):
         check_capturable(self.device, [self.attention])
         if pruning:
             check_prunable(self.spec)
+        config = EncoderCudaGraphConfig.from_any(config)
+        config.resolve(self)  # a refused configuration leaves the old graphs at work
         self.release_graphs()  # room for the new ones
         self._records_pruning = pruning
         manager = EncoderCudaGraphManager(self, config)
