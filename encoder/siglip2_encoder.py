@@ -118,6 +118,8 @@ class Siglip2Encoder(Siglip2Tower):
         )
 
     @classmethod
+    @torch.inference_mode(False)  # tensors made of the checkpoint's are weights
+    @torch.no_grad()
     def from_checkpoint(
         cls,
         checkpoint: Checkpoint,

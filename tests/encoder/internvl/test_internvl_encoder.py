@@ -233,3 +233,18 @@ def test_fields_that_are_refused(top, message, tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
         tower_spec(Checkpoint.open(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("way", ["live", "folder", "fused"])
+def test_built_in_inference_mode_loaded_outside(way, build, tiles, tmp_path):
+    kind = "qianfan" if way == "fused" else "300m"
+    model, new = build.model(kind), build.model(kind, seed=1)
+    model.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        if way == "live":
+            made = InternVLEncoder.from_hf(model)
+        else:
+            made = InternVLEncoder.from_pretrained(tmp_path, device="cpu")
+    made.load_weights(new)
+    pixels = tiles(2, build.side)
+    check(made(pixels), InternVLEncoder.from_hf(new)(pixels))

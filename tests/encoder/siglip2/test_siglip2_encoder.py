@@ -301,3 +301,19 @@ def test_costs_are_kept_apart_by_the_head(build):
     prints = [Siglip2Encoder.from_hf(tower).fingerprint() for tower in towers]
     assert prints[0] != prints[1]
     assert prints[0] == Siglip2Encoder.from_hf(build.tower()).fingerprint()
+
+
+@pytest.mark.parametrize("way", ["live", "folder"])
+def test_built_in_inference_mode_loaded_outside(way, build, batch, tmp_path):
+    tower, new = build.tower(), build.tower(seed=1)
+    tower.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        if way == "live":
+            made = Siglip2Encoder.from_hf(tower)
+        else:
+            made = Siglip2Encoder.from_pretrained(tmp_path, device="cpu")
+    made.load_weights(new)
+    args = batch(LAYOUTS["mixed"])
+    got, want = made(**args), Siglip2Encoder.from_hf(new)(**args)
+    assert torch.equal(got.pooler_output, want.pooler_output)
+    assert torch.equal(got.last_hidden_state, want.last_hidden_state)

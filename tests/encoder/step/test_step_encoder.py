@@ -430,3 +430,19 @@ def test_old_graphs_are_gone_before_new_ones_are_recorded(build, rerun_recorder)
 
     assert encoder._capture_with(Watching(), {"token_budgets": [36]}) is encoder.graphs
     assert set(seen) == {None}
+
+
+@pytest.mark.parametrize("way", ["live", "folder", "fp8"])
+def test_built_in_inference_mode_loaded_outside(way, build, images, tmp_path):
+    model, new = build.hf_model(), build.hf_model(seed=1)
+    model.save_pretrained(tmp_path)
+    precision = "fp8" if way == "fp8" else "native"
+    with torch.inference_mode():
+        if way == "folder":
+            made = StepEncoder.from_pretrained(tmp_path, device="cpu", local_size=build.crop)
+        else:
+            made = StepEncoder.from_hf(model, local_size=build.crop, precision=precision)
+    made.load_weights(new)
+    want = StepEncoder.from_hf(new, local_size=build.crop, precision=precision)
+    pixels = images(2, build.image)
+    assert torch.equal(made.encode(pixels), want.encode(pixels))
