@@ -147,8 +147,6 @@ class Checkpoint:
         """
         return self.named_tensors(family.tower_key, family.prefixes, device)
 
-    @torch.inference_mode(False)  # tensors born in it could not be loaded into outside
-    @torch.no_grad()
     def named_tensors(
         self,
         tower_key: Callable[[str], str | None],
