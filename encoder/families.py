@@ -296,10 +296,13 @@ def family_of_model(config: Mapping[str, Any]) -> tuple[Family, tuple[str, ...]]
             f"model type {model_type!r} has a tower that takes spatial_shapes, not grid_thw; use "
             "vitgraph.encoder.Siglip2Encoder"
         )
-    if model_type in internvl.MODEL_TYPES:
+    if model_type in (*internvl.MODEL_TYPES, internvl.FIRST_FORMAT):
+        hint = ""
+        if model_type == internvl.FIRST_FORMAT:
+            hint = " with the repository that ends in -hf (transformers' own format)"
         raise ValueError(
             f"model type {model_type!r} has a tower that takes tiles of one size, not packed "
-            "patches; use vitgraph.encoder.InternVLEncoder"
+            f"patches; use vitgraph.encoder.InternVLEncoder{hint}"
         )
     supported = [t for family in FAMILIES.values() for t in family.model_types]
     raise ValueError(

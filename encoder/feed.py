@@ -100,7 +100,9 @@ def feed_of(encoder: AnyEncoder, preprocessor: Any = None) -> Feed:
         return StepFeed(encoder, preprocessor)
     if isinstance(encoder, Siglip2Encoder):
         return Siglip2Feed(encoder, preprocessor)
-    return PackedFeed(encoder, preprocessor)
+    if isinstance(encoder, VisionEncoder):
+        return PackedFeed(encoder, preprocessor)
+    raise _no_feed_of(encoder)
 
 
 def check_feed(kind: EncoderClass) -> None:
@@ -125,6 +127,8 @@ def folder_preprocessor(encoder: AnyEncoder, folder: Any) -> Any:
         return StepPreprocessor.from_folder(folder)
     if isinstance(encoder, Siglip2Encoder):
         return Siglip2Preprocessor.from_folder(folder)
+    if not isinstance(encoder, VisionEncoder):
+        raise _no_feed_of(encoder)
     return _packed_preprocessor(encoder).from_folder(folder, encoder.spec)
 
 
@@ -282,6 +286,15 @@ def _no_feed() -> ValueError:
         "Embedder: images of InternVL and Qianfan-OCR are cut into tiles by the model's own "
         "processor, which is not built in here; use vitgraph.encoder.InternVLEncoder, and pass it "
         "the pixel_values of that processor"
+    )
+
+
+def _no_feed_of(encoder: object) -> ValueError:
+    # the tower of a swap, a generic encoder, or what is no encoder at all
+    return ValueError(
+        f"Embedder: a {type(encoder).__name__} cannot be fed with images; load a VisionEncoder, "
+        "Siglip2Encoder or StepEncoder (vitgraph.encoder.load_encoder picks the class for a model "
+        "folder), or call the tower with pixel_values"
     )
 
 

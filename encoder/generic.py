@@ -94,8 +94,8 @@ class GenericEncoder(GenericTower):
             RuntimeError: the tower is not on a CUDA device.
         """
         check_capturable(self.device, [self.attention])
+        manager = EncoderCudaGraphManager(self, config)  # a refused one leaves the old graphs
         self.release_graphs()  # room for the new ones
-        manager = EncoderCudaGraphManager(self, config)
         manager.capture(graph_pool=graph_pool, show_progress=show_progress)
         self.graphs, self._captured = manager, TowerContents(self.tower)
         return manager

@@ -119,7 +119,8 @@ def model_config(raw: Mapping[str, Any]) -> Any:
     """The config of a full model from its config.json, with the defaults of transformers.
 
     Raises:
-        ValueError: another model type, or a text model that transformers does not know.
+        ValueError: another model type, a text model that transformers does not know, or a field
+            that transformers refuses.
     """
     model_type = raw.get("model_type")
     if model_type not in MODEL_TYPES:
@@ -129,6 +130,7 @@ def model_config(raw: Mapping[str, Any]) -> Any:
         raise ValueError(
             f"model type {model_type!r} is no InternVL{hint}; supported: {', '.join(MODEL_TYPES)}"
         )
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 
     text = (raw.get("text_config") or {}).get("model_type")
@@ -138,7 +140,11 @@ def model_config(raw: Mapping[str, Any]) -> Any:
             f"{text!r}; install a newer release"
         )
     fields = {k: v for k, v in copy.deepcopy(dict(raw)).items() if k != "model_type"}
-    return AutoConfig.for_model(model_type, **fields)
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except StrictDataclassError as error:  # no ValueError; several lines, the field among them
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{model_type} config: {reason}; correct config.json") from error
 
 
 def weight_map(s: StepSpec) -> list[Rule]:

@@ -111,6 +111,8 @@ class InternVLEncoder(StepTower):
         )
 
     @classmethod
+    @torch.inference_mode(False)  # tensors made of the checkpoint's are weights
+    @torch.no_grad()
     def from_checkpoint(
         cls,
         checkpoint: Checkpoint,

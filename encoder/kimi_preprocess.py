@@ -10,7 +10,7 @@ import PIL.Image
 import torch
 
 from .frame_rules import contained_size, sampled_frames
-from .preprocess import Grid, ImagePreprocessor
+from .preprocess import Grid, ImagePreprocessor, whole_number
 from .spec import EncoderSpec
 from .video import OpenVideo
 
@@ -145,24 +145,37 @@ class NavitPreprocessor(ImagePreprocessor):
 
 
 def _flattened(config: Mapping[str, Any], title: str, keys: Mapping[str, str]) -> dict[str, Any]:
-    """The settings of `config` and of its `media_proc_cfg`, by transformers' names."""
+    """The settings of `config` and of its `media_proc_cfg`, by transformers' names.
+
+    Raises:
+        ValueError: a setting of another kind, or one that is not supported.
+    """
     given = dict(config)
     if title == "video" and "image_processor_type" in given:
         given.pop("max_patches", None)  # those of images, where videos have none of their own
     published = given.pop("media_proc_cfg", None) or {}
+    if not isinstance(published, Mapping):
+        raise ValueError(f"{title} processor: media_proc_cfg = {published!r} must be an object")
     for name in _OFF:
         if published.get(name) is not None:
             raise ValueError(
                 f"{title} processor: media_proc_cfg.{name} = {published[name]} is not supported, "
                 "only null is; call the encoder with pixel_values"
             )
-    given |= {ours: published[name] for name, ours in keys.items() if name in published}
+    for name, ours in keys.items():
+        if name in published:
+            given[ours] = published[name]
+            if ours in ("max_patches", "max_side") and published[name] is not None:
+                whole_number(published[name], f"{title} processor: media_proc_cfg.{name}")
+    if given.get("max_patches") is not None:
+        whole_number(given["max_patches"], f"{title} processor: max_patches")
     if (size := given.pop("size", None)) is not None:
-        height, width = size.get("max_height"), size.get("max_width")
+        is_object = isinstance(size, Mapping)
+        height, width = (size.get(f"max_{s}") if is_object else None for s in ("height", "width"))
         if height is None or height != width:
             raise ValueError(
-                f"{title} processor: size = {size} must have equal max_height and max_width, in "
+                f"{title} processor: size = {size!r} must have equal max_height and max_width, in "
                 "patches"
             )
-        given.setdefault("max_side", height)
+        given.setdefault("max_side", whole_number(height, f"{title} processor: size.max_height"))
     return given

@@ -1,9 +1,11 @@
 """Pixels of images and videos to rows of `pixel_values`, as Hugging Face's Qwen processors do."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
@@ -152,7 +154,7 @@ class ImagePreprocessor:
 
         Raises:
             ValueError: a patch geometry other than the tower's, a step switched off, or mean and
-                deviation that differ between images and videos.
+                deviation that are no numbers or differ between images and videos.
         """
         preset = cls.for_family(spec)
         changes: dict[str, Any] = {}
@@ -171,10 +173,10 @@ class ImagePreprocessor:
                     )
         for key in ("image_mean", "image_std"):
             if image.get(key) is not None:
-                changes[key] = tuple(image[key])
-            if video.get(key) is not None and tuple(video[key]) != changes.get(
-                key, getattr(preset, key)
-            ):
+                changes[key] = per_channel(image[key], f"image processor: {key}")
+            if video.get(key) is not None and per_channel(
+                video[key], f"video processor: {key}"
+            ) != changes.get(key, getattr(preset, key)):
                 raise ValueError(
                     f"video processor: {key} = {video[key]} differs from that of images; encode "
                     "videos through pixel_values"
@@ -292,6 +294,29 @@ class ImagePreprocessor:
             rows[:, channel, :depth] = self._table[channel].take(patches[:, channel])
         rows[:, :, depth:] = rows[:, :, :1]
         return rows.reshape(t * h * w, -1), (t, h, w)
+
+
+def per_channel(value: Any, what: str) -> tuple[float, ...]:
+    """A number for each channel, from three or from one for all, as transformers takes them.
+
+    Raises:
+        ValueError: something else; `what` it is called.
+    """
+    numbers = tuple(value) if isinstance(value, Sequence | np.ndarray) else (value,) * 3
+    if len(numbers) != 3 or not all(isinstance(x, Real) and math.isfinite(x) for x in numbers):
+        raise ValueError(f"{what} = {value!r} must be a number, or three of them")
+    return numbers
+
+
+def whole_number(value: Any, what: str) -> int:
+    """`value`, a positive integer.
+
+    Raises:
+        ValueError: it is none; `what` it is called.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{what} = {value!r} must be a positive integer")
+    return int(value)
 
 
 def value_table(rescale: float, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:

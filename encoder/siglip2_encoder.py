@@ -118,6 +118,8 @@ class Siglip2Encoder(Siglip2Tower):
         )
 
     @classmethod
+    @torch.inference_mode(False)  # tensors made of the checkpoint's are weights
+    @torch.no_grad()
     def from_checkpoint(
         cls,
         checkpoint: Checkpoint,
@@ -248,8 +250,8 @@ class Siglip2Encoder(Siglip2Tower):
             RuntimeError: the tower is not on a CUDA device.
         """
         check_capturable(self.device, [self.attention])
+        manager = EncoderCudaGraphManager(self, config)  # a refused one leaves the old graphs
         self.release_graphs()  # room for the new ones
-        manager = EncoderCudaGraphManager(self, config)
         manager.capture(graph_pool=graph_pool, show_progress=show_progress)
         self.graphs = manager
         return manager
@@ -322,14 +324,21 @@ def image_sizes(shapes: torch.Tensor | Sequence[Sequence[int]]) -> list[tuple[in
     """(rows, columns) of patches of each image.
 
     Raises:
-        TypeError: sizes that are not integers.
+        TypeError: no table, or sizes that are not integers.
         ValueError: not two of them for each image, or one below 1.
     """
     if isinstance(shapes, torch.Tensor) and shapes.is_floating_point():
         raise TypeError(f"spatial_shapes: {shapes.dtype} must be integers, sizes in patches")
     table: Any = shapes.tolist() if isinstance(shapes, torch.Tensor) else shapes
+    try:
+        rows = list(table)
+    except TypeError as error:
+        raise TypeError(
+            f"spatial_shapes = {shapes!r}: must be the rows and columns of patches of each image; "
+            "pass [images, 2]"
+        ) from error
     sizes = []
-    for index, row in enumerate(table):
+    for index, row in enumerate(rows):
         if not hasattr(row, "__len__") or len(row) != 2:
             raise ValueError(
                 f"spatial_shapes[{index}] = {row}: must be the rows and columns of patches of an "

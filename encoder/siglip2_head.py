@@ -21,6 +21,8 @@ class ProbeHead:
         query: [H, head_dim] fp32 (fp64 for fp64), what the probe asks for.
     """
 
+    @torch.inference_mode(False)  # tensors born in it could not be loaded into outside
+    @torch.no_grad()
     def __init__(self, spec: EncoderSpec, tensors: Mapping[str, torch.Tensor]):
         """`tensors` by the names of `siglip2.weight_map`; they are used where they are."""
         self._spec = spec

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import PIL.Image
 
 from .media import MAX_SOURCE_PIXELS, load_image, refuse_video
-from .preprocess import Grid, read_json, value_table
+from .preprocess import Grid, per_channel, read_json, value_table, whole_number
 from .presets import HALF
 
 # The scale of an image is searched in these steps, and never above 100.
@@ -32,7 +33,7 @@ class Siglip2Preprocessor:
     Attributes:
         patch_size: Pixels along a side of a patch.
         max_num_patches: Most patches of an image.
-        image_mean, image_std: Of each channel, for pixels from 0 to 1.
+        image_mean, image_std: Of each channel, for pixels from 0 to 1; one number is for all.
         resample: PIL's filter.
         rescale_factor: From stored values to 0..1.
         max_source_pixels: Largest image that is read, in pixels.
@@ -47,15 +48,25 @@ class Siglip2Preprocessor:
     max_source_pixels: int = MAX_SOURCE_PIXELS
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "max_num_patches", "rescale_factor"):
-            if not getattr(self, name) > 0:
-                raise ValueError(
-                    f"Siglip2Preprocessor: {name} = {getattr(self, name)} must be positive"
-                )
-        if len(self.image_mean) != 3 or len(self.image_std) != 3 or 0 in self.image_std:
+        for name in ("patch_size", "max_num_patches"):
+            whole_number(getattr(self, name), f"Siglip2Preprocessor: {name}")
+        if not isinstance(self.rescale_factor, Real) or not 0 < self.rescale_factor < math.inf:
             raise ValueError(
-                f"Siglip2Preprocessor: image_mean = {self.image_mean} and image_std = "
-                f"{self.image_std} must be three numbers each, and no deviation zero"
+                f"Siglip2Preprocessor: rescale_factor = {self.rescale_factor!r} must be a positive "
+                "number"
+            )
+        for name in ("image_mean", "image_std"):
+            value = per_channel(getattr(self, name), f"Siglip2Preprocessor: {name}")
+            object.__setattr__(self, name, value)
+        if 0 in self.image_std:
+            raise ValueError(
+                f"Siglip2Preprocessor: image_std = {self.image_std}: no deviation may be zero"
+            )
+        filters = [int(known) for known in PIL.Image.Resampling]
+        if self.resample not in filters:
+            raise ValueError(
+                f"Siglip2Preprocessor: resample = {self.resample!r} is no filter of PIL, which has "
+                f"{', '.join(map(str, sorted(filters)))}"
             )
 
     @classmethod
@@ -79,7 +90,8 @@ class Siglip2Preprocessor:
         """The released settings, changed by those of an image processor.
 
         Raises:
-            ValueError: the processor of another model, or a step switched off.
+            ValueError: the processor of another model, a step switched off, or a setting without
+                meaning.
         """
         kind = config.get("image_processor_type")
         if kind is not None and not str(kind).startswith("Siglip2"):
@@ -98,10 +110,7 @@ class Siglip2Preprocessor:
             "rescale_factor",
         )  # fmt: skip
         given = {key: config[key] for key in keys if config.get(key) is not None}
-        changes: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in given.items()
-        }
-        return cls(**changes)
+        return cls(**given)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of an image of height x width pixels."""

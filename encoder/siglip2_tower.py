@@ -79,6 +79,10 @@ class Siglip2Tower(RecordableTower):
             raise ValueError("pruning: the images of SigLIP 2 lose no tokens; leave it out")
         return self._eager_images(pixel_values, grid_thw, (), {})
 
+    def fingerprint(self) -> str:
+        """What this tower's speed depends on, its head too."""
+        return f"{super().fingerprint()} head={self.head is not None}"
+
     def _eager_images(
         self,
         pixel_values: torch.Tensor,

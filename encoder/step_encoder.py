@@ -122,6 +122,8 @@ class StepEncoder(StepTower):
         )  # fmt: skip
 
     @classmethod
+    @torch.inference_mode(False)  # tensors made of the checkpoint's are weights
+    @torch.no_grad()
     def from_checkpoint(
         cls,
         checkpoint: Checkpoint,

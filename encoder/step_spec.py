@@ -103,6 +103,10 @@ class StepSpec:
     deepstack_layers: ClassVar[tuple[int, ...]] = ()
 
     def __post_init__(self) -> None:
+        for name in ("hidden_size", "num_heads", "image_size", "patch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"StepSpec: {name} = {value!r} must be a positive integer")
         if self.hidden_size % self.num_heads or self.head_dim % 8:
             raise ValueError(
                 f"StepSpec: hidden_size = {self.hidden_size} over num_heads = {self.num_heads} "

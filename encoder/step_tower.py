@@ -173,9 +173,10 @@ class StepTower:
         self, recorder: Any, config: Any, graph_pool: Any = None, show_progress: bool = False
     ) -> MultiPathManager:
         """`capture` by any recorder."""
-        self.release_graphs()  # room for the new ones
         configs = path_configs(self.paths, config)
+        # before the old graphs go: a refused configuration leaves them at work
         manager = MultiPathManager(self.paths, configs, recorder=recorder)
+        self.release_graphs()  # room for the new ones
         manager.capture(graph_pool, show_progress)
         self.graphs = manager
         return manager

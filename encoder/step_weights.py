@@ -123,6 +123,8 @@ class StepWeights:
         offset: [D], what the stream lacks after the last block; None for post-norm blocks.
     """
 
+    @torch.inference_mode(False)  # tensors born in it could not be loaded into outside
+    @torch.no_grad()
     def __init__(
         self,
         spec: StepSpec,
@@ -158,6 +160,8 @@ class StepWeights:
         self.blocks = [self._block(i) for i in range(spec.depth)]
         self.quantize(None)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def quantize(self, plan: Fp8Plan | None) -> None:
         """Let the layers of `plan` compute in fp8, beside the tensors, which stay as they are.
 

@@ -126,6 +126,8 @@ class VisionEncoder(RecordableTower):
         )
 
     @classmethod
+    @torch.inference_mode(False)  # tensors made of the checkpoint's are weights
+    @torch.no_grad()
     def from_checkpoint(
         cls,
         checkpoint: Checkpoint,
@@ -260,6 +262,8 @@ class VisionEncoder(RecordableTower):
         check_capturable(self.device, [self.attention])
         if pruning:
             check_prunable(self.spec)
+        config = EncoderCudaGraphConfig.from_any(config)
+        config.resolve(self)  # a refused configuration leaves the old graphs at work
         self.release_graphs()  # room for the new ones
         self._records_pruning = pruning
         manager = EncoderCudaGraphManager(self, config)

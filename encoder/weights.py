@@ -64,6 +64,8 @@ class TowerWeights:
         fp8: Quantised copies of some of the tensors; of none unless `quantize` was called.
     """
 
+    @torch.inference_mode(False)  # tensors born in it could not be loaded into outside
+    @torch.no_grad()
     def __init__(
         self,
         spec: EncoderSpec,
@@ -124,6 +126,8 @@ class TowerWeights:
         """What the stream lacks after `block`; None for nothing."""
         return _row(self.offsets, block + 1)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def quantize(self, plan: Fp8Plan | None) -> None:
         """Let the layers of `plan` compute in fp8, beside the tensors, which stay as they are.
 

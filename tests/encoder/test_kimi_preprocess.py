@@ -212,6 +212,12 @@ def test_settings():
     assert (read.max_side, read.video_fps, read.image_mean) == (30, 1.0, (0.25,) * 3)
 
 
+def test_one_mean_is_that_of_every_channel():
+    changed = {"media_proc_cfg": PUBLISHED | {"image_mean": 0.25, "image_std": 0.3}}
+    read = NavitPreprocessor.from_configs(SPEC, changed, changed)
+    assert (read.image_mean, read.image_std) == ((0.25,) * 3, (0.3,) * 3)
+
+
 def test_settings_that_hugging_face_saves(tmp_path):
     hf = processors()
     hf.image(**config(300, 40)).save_pretrained(tmp_path)
@@ -237,6 +243,30 @@ def test_settings_that_hugging_face_saves(tmp_path):
             {},
             "image processor: media_proc_cfg.fixed_output_tokens = 64 is not supported",
         ),
+        ({"size": 5}, {}, "image processor: size = 5 must have equal max_height and max_width"),
+        (
+            {"size": {"max_height": "a", "max_width": "a"}},
+            {},
+            "image processor: size.max_height = 'a' must be a positive integer",
+        ),
+        (
+            {"media_proc_cfg": [1]},
+            {},
+            r"image processor: media_proc_cfg = \[1\] must be an object",
+        ),
+        (
+            {"media_proc_cfg": {"in_patch_limit": "a"}},
+            {},
+            "image processor: media_proc_cfg.in_patch_limit = 'a' must be a positive integer",
+        ),
+        ({}, {"max_patches": 0}, "video processor: max_patches = 0 must be a positive integer"),
+        (
+            {},
+            {"media_proc_cfg": {"patch_limit_on_one_side": 0}},
+            "video processor: media_proc_cfg.patch_limit_on_one_side = 0 must be a positive",
+        ),
+        ({"image_mean": "a"}, {}, "image processor: image_mean = 'a' must be a number, or three"),
+        ({}, {"image_std": [1]}, r"video processor: image_std = \[1\] must be a number, or three"),
     ],
 )
 def test_settings_that_are_refused(image, video, message):

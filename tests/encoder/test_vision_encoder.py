@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 import vitgraph.bench.towers_config as towers
-from vitgraph.capture import EncoderCudaGraphConfig
+from vitgraph.capture import EncoderCudaGraphConfig, EncoderCudaGraphManager
 from vitgraph.capture.staging import allocate
-from vitgraph.encoder import VisionEncoder
+from vitgraph.encoder import VisionEncoder, vision_encoder
 from vitgraph.kernels.launch import is_compiling
 
 GRIDS = [(1, 4, 6), (2, 2, 4)]
@@ -161,3 +161,46 @@ def test_kernels_are_compiled_for_rungs_by_halves(encoder, monkeypatch):
     encoder.compile_kernels(inputs, outputs, rungs)
     assert taken == [40, 16, 8]
     assert not is_compiling()
+
+
+@pytest.mark.parametrize("pruning", [False, True])
+def test_a_refused_configuration_leaves_the_graphs(encoder, rerun_recorder, monkeypatch, pruning):
+    kept = EncoderCudaGraphManager(encoder, {"token_budgets": [64]}, recorder=rerun_recorder)
+    kept.capture()
+    monkeypatch.setattr(encoder, "graphs", kept)
+    monkeypatch.setattr(vision_encoder, "check_capturable", lambda *_: None)
+    for config in ({"token_budgets": []}, {"max_vision_items_per_batch": 10**9}):
+        with pytest.raises(ValueError, match=next(iter(config))):
+            encoder.capture(config, pruning=pruning)
+        assert encoder.graphs is kept
+        assert kept.ladder is not None
+        assert not encoder._records_pruning
+    with pytest.raises(RuntimeError, match="CUDA"):  # as far as a CPU goes
+        encoder.capture({"token_budgets": [64]})
+    assert (encoder.graphs, kept.ladder) == (None, None)
+
+
+@pytest.mark.parametrize("name", ["tiny-qwen3-vl", "tiny-qwen2.5-vl"])
+@pytest.mark.parametrize("precision", ["native", "fp8"])
+def test_built_in_inference_mode_loaded_outside(name, precision, pixels):
+    config = towers.tower_config(name)
+    old, new = (
+        towers.boost_(towers.empty_tower(config, device="cpu", dtype=torch.float32), seed=seed)
+        for seed in (0, 1)
+    )
+    with torch.inference_mode():
+        made = VisionEncoder.from_hf(old, precision=precision)
+    made.load_weights(new)
+    pixels = pixels[:, : made.spec.patch_values]
+    want = VisionEncoder.from_hf(new, precision=precision)(pixels, GRIDS)
+    assert torch.equal(made(pixels, GRIDS).pooler_output, want.pooler_output)
+
+
+def test_loaded_in_inference_mode_and_again_outside(build_model, tmp_path):
+    model, new = build_model("qwen3_vl"), build_model("qwen3_vl", seed=1).model.visual
+    model.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        made = VisionEncoder.from_pretrained(tmp_path, device="cpu")
+    made.load_weights(new)
+    for name, tensor in VisionEncoder.from_hf(new).weights.tensors.items():
+        assert torch.equal(made.weights.tensors[name], tensor), name

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 import transformers
 from transformers.utils import ModelOutput
 from vitgraph.capture import EncoderCudaGraphManager, Pruning
+from vitgraph.encoder import generic
+from vitgraph.encoder.feed import feed_of
 from vitgraph.encoder.generic import GenericEncoder
 from vitgraph.encoder.generic_tower import NEVER
 from vitgraph.encoder.hf_attention import (
@@ -379,3 +381,17 @@ def test_a_tower_that_moved_is_not_replayed(build, recorder):
         encoder(pixels, grids)
     encoder.release_graphs()
     encoder(pixels, grids)
+
+
+def test_a_refused_configuration_leaves_the_graphs(build, recorder, monkeypatch):
+    encoder = GenericEncoder(build("glm_ocr"))
+    kept = EncoderCudaGraphManager(encoder, {"token_budgets": [64]}, recorder=recorder)
+    kept.capture()
+    encoder.graphs, encoder._captured = kept, TowerContents(encoder.tower)
+    monkeypatch.setattr(generic, "check_capturable", lambda *_: None)
+    with pytest.raises(ValueError, match="token_budgets"):
+        encoder.capture({"token_budgets": []})
+    assert encoder.graphs is kept
+    assert kept.ladder is not None
+    with pytest.raises(ValueError, match="a GenericEncoder cannot be fed with images"):
+        feed_of(encoder)

@@ -14,7 +14,9 @@ from vitgraph.encoder import (
     VisionEncoder,
     encoder_for,
 )
+from vitgraph.encoder.checkpoint import Checkpoint
 from vitgraph.encoder.cli import app
+from vitgraph.encoder.load import tower_spec
 from vitgraph.encoder.step_tower import path_configs
 from vitgraph.encoder.towers import tower_report
 from vitgraph.kernels.testing import rel_rms
@@ -172,6 +174,8 @@ def test_other_folders(build, tmp_path):
     write({"model_type": "internvl_chat", "vision_config": {}})
     with pytest.raises(ValueError, match="use the repository that ends in -hf"):
         InternVLEncoder.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"InternVLEncoder with the repository that ends in -hf"):
+        VisionEncoder.from_pretrained(tmp_path)
     write([])
     with pytest.raises(CheckpointError, match="not a JSON object"):
         InternVLEncoder.from_pretrained(tmp_path)
@@ -213,3 +217,34 @@ def test_a_fused_weight_of_another_model(build, tmp_path):
     save_file(written | {key: torch.zeros(100, 64)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"has shape \[100, 64\], which are not q, k and v"):
         InternVLEncoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("top", "message"),
+    [
+        ({"downsample_ratio": "a"}, "internvl config: .*'downsample_ratio'.*'a'"),
+        ({"vision_config": {"num_attention_heads": 0}}, "num_heads = 0 must be a positive"),
+        ({"vision_config": {"patch_size": [0, 0]}}, "patch_size = 0 must be a positive"),
+        ({"vision_config": {"hidden_size": "x"}}, "internvl config: .*'hidden_size'.*'x'"),
+    ],
+)
+def test_fields_that_are_refused(top, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "internvl", **top}))
+    with pytest.raises(ValueError, match=message) as caught:
+        tower_spec(Checkpoint.open(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("way", ["live", "folder", "fused"])
+def test_built_in_inference_mode_loaded_outside(way, build, tiles, tmp_path):
+    kind = "qianfan" if way == "fused" else "300m"
+    model, new = build.model(kind), build.model(kind, seed=1)
+    model.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        if way == "live":
+            made = InternVLEncoder.from_hf(model)
+        else:
+            made = InternVLEncoder.from_pretrained(tmp_path, device="cpu")
+    made.load_weights(new)
+    pixels = tiles(2, build.side)
+    check(made(pixels), InternVLEncoder.from_hf(new)(pixels))

@@ -8,7 +8,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from vitgraph.capture import EncoderCudaGraphManager
-from vitgraph.encoder import CheckpointError, Siglip2Encoder, VisionEncoder, encoder_for
+from vitgraph.encoder import (
+    CheckpointError,
+    Siglip2Encoder,
+    VisionEncoder,
+    encoder_for,
+    siglip2_encoder,
+)
 from vitgraph.encoder.siglip2_encoder import image_sizes
 from vitgraph.encoder.siglip2_tower import Siglip2Tower
 from vitgraph.kernels.testing import rel_rms
@@ -267,3 +273,47 @@ def test_other_encoders_point_here(build, tmp_path):
         Siglip2Encoder.from_hf(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"on \['meta'\]; move the whole tower"):
         Siglip2Encoder.from_hf(tower.to("meta"))
+
+
+def test_a_refused_configuration_leaves_the_graphs(build, rerun_recorder, monkeypatch):
+    encoder = Siglip2Encoder.from_hf(build.tower())
+    capture_on_cpu(encoder, rerun_recorder, {"token_budgets": [64]})
+    kept = encoder.graphs
+    monkeypatch.setattr(siglip2_encoder, "check_capturable", lambda *_: None)
+    with pytest.raises(ValueError, match="token_budgets"):
+        encoder.capture({"token_budgets": []})
+    assert encoder.graphs is kept
+    assert kept.ladder is not None
+    with pytest.raises(RuntimeError, match="CUDA"):  # as far as a CPU goes
+        encoder.capture({"token_budgets": [64]})
+    assert (encoder.graphs, kept.ladder) == (None, None)
+
+
+@pytest.mark.parametrize("shapes", [None, 5, torch.tensor(3), np.array(3)])
+def test_shapes_that_are_no_table(shapes):
+    with pytest.raises(TypeError, match=r"^spatial_shapes = .*pass \[images, 2\]"):
+        image_sizes(shapes)
+
+
+def test_costs_are_kept_apart_by_the_head(build):
+    """The spec does not say whether there is one, and pooling takes time."""
+    towers = [build.tower(with_head=with_head) for with_head in (True, False)]
+    prints = [Siglip2Encoder.from_hf(tower).fingerprint() for tower in towers]
+    assert prints[0] != prints[1]
+    assert prints[0] == Siglip2Encoder.from_hf(build.tower()).fingerprint()
+
+
+@pytest.mark.parametrize("way", ["live", "folder"])
+def test_built_in_inference_mode_loaded_outside(way, build, batch, tmp_path):
+    tower, new = build.tower(), build.tower(seed=1)
+    tower.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        if way == "live":
+            made = Siglip2Encoder.from_hf(tower)
+        else:
+            made = Siglip2Encoder.from_pretrained(tmp_path, device="cpu")
+    made.load_weights(new)
+    args = batch(LAYOUTS["mixed"])
+    got, want = made(**args), Siglip2Encoder.from_hf(new)(**args)
+    assert torch.equal(got.pooler_output, want.pooler_output)
+    assert torch.equal(got.last_hidden_state, want.last_hidden_state)

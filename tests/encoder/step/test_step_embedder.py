@@ -13,9 +13,16 @@ from safetensors.torch import save_file
 from transformers.models.step3p7.image_processing_step3p7 import Step3p7ImageProcessor
 from typer.testing import CliRunner
 from vitgraph.capture.multi_path import MultiPathManager
-from vitgraph.encoder import Embedder, MediaError, StepEncoder, StepPreprocessor
+from vitgraph.encoder import (
+    Embedder,
+    MediaError,
+    StepEncoder,
+    StepPreprocessor,
+    swap_vision_tower,
+)
 from vitgraph.encoder import embedder as embedder_module
 from vitgraph.encoder.cli import app
+from vitgraph.encoder.feed import feed_of, folder_preprocessor
 from vitgraph.encoder.media import Video
 from vitgraph.encoder.step_tower import path_configs
 from vitgraph.kernels.testing import rel_rms
@@ -256,3 +263,10 @@ def test_info(saved):
     result = run("info", saved[0], "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["spec"]["family"] == "step3p7"
+
+
+def test_a_tower_of_a_swap_is_no_encoder(build):
+    with swap_vision_tower(build.hf_model(), rope_axes="hw") as handle:
+        for call in (feed_of, Embedder, lambda tower: folder_preprocessor(tower, "nowhere")):
+            with pytest.raises(ValueError, match=r"a HfStepTower cannot be fed.*load_encoder"):
+                call(handle.encoder)

@@ -404,3 +404,45 @@ def test_pairs_of_a_head():
     rows = torch.arange(16)[:, None]
     got = neighbours_to_halves(rows, num_heads=2)
     assert got.flatten().tolist() == [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15]
+
+
+@pytest.mark.parametrize(
+    "config", [{"token_budgets": []}, {"nonsense": 1}, {"local": {"token_budgets": [-1]}}]
+)
+def test_a_refused_configuration_leaves_the_graphs(build, rerun_recorder, config):
+    encoder = build.encoder(build.hf_model())
+    kept = encoder._capture_with(rerun_recorder, {"token_budgets": [36]})
+    with pytest.raises(ValueError, match=r"token_budgets|nonsense"):
+        encoder._capture_with(rerun_recorder, config)
+    assert encoder.graphs is kept
+    assert kept.graph_pool is not None
+
+
+def test_old_graphs_are_gone_before_new_ones_are_recorded(build, rerun_recorder):
+    encoder = build.encoder(build.hf_model())
+    old = encoder._capture_with(rerun_recorder, {"token_budgets": [36]})
+    seen = []
+
+    class Watching(type(rerun_recorder)):
+        def warm_up(self, work):
+            seen.append(old.graph_pool)
+            super().warm_up(work)
+
+    assert encoder._capture_with(Watching(), {"token_budgets": [36]}) is encoder.graphs
+    assert set(seen) == {None}
+
+
+@pytest.mark.parametrize("way", ["live", "folder", "fp8"])
+def test_built_in_inference_mode_loaded_outside(way, build, images, tmp_path):
+    model, new = build.hf_model(), build.hf_model(seed=1)
+    model.save_pretrained(tmp_path)
+    precision = "fp8" if way == "fp8" else "native"
+    with torch.inference_mode():
+        if way == "folder":
+            made = StepEncoder.from_pretrained(tmp_path, device="cpu", local_size=build.crop)
+        else:
+            made = StepEncoder.from_hf(model, local_size=build.crop, precision=precision)
+    made.load_weights(new)
+    want = StepEncoder.from_hf(new, local_size=build.crop, precision=precision)
+    pixels = images(2, build.image)
+    assert torch.equal(made.encode(pixels), want.encode(pixels))
