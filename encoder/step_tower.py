@@ -154,7 +154,10 @@ class StepTower:
         return self._capture_with(None, config, graph_pool, show_progress)
 
     def release_graphs(self) -> None:
-        """Free the captured graphs and their buffers; calls run eagerly again."""
+        """Free the captured graphs and their buffers; calls run eagerly again.
+
+        A call of another thread that has begun to use them raises RuntimeError.
+        """
         graphs, self.graphs = self.graphs, None  # first: calls of other threads find none or all
         if graphs is not None:
             graphs.clear()
