@@ -170,8 +170,11 @@ def ownership(session: Session) -> Result:
 def _replays(session: Session, grid: Sequence[Grid]) -> Callable[[], None]:
     """The replays of a call and nothing else."""
     manager = session.manager
-    batches = plan(session.encoder.item_specs(list(grid)), manager.rungs, manager.costs)
-    recordings = [session.rung(b.rung).graphs[0].recording for b in batches if b.rung]
+    items = session.encoder.item_specs(list(grid))
+    batches = plan(items, manager.rungs, manager.costs)
+    recordings = [
+        session.recording(b.rung, [items[i] for i in b.indices]) for b in batches if b.rung
+    ]
 
     def replay() -> None:
         for recording in recordings:
@@ -233,7 +236,8 @@ def overlap(session: Session) -> Result:
 
         ladder = managers[1].ladder
         assert ladder is not None
-        recording = ladder.rungs[ladder.limits[0]].graphs[0].recording
+        variant = session.encoder.variant_of(ladder.limits[0], session.encoder.item_specs(grid))
+        recording = ladder.rungs[ladder.limits[0]].graphs[0].recordings[variant]
 
         def replays() -> None:
             for _ in range(_OVERLAPPED_CALLS):

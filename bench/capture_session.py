@@ -20,9 +20,9 @@ from ..capture import (
     Load,
     MeasuredCosts,
     Recorder,
+    Recording,
     RungLimits,
 )
-from ..capture.captured import CapturedRung
 from ..capture.packing import room_of, total_of, within
 from ..encoder.vision_encoder import VisionEncoder
 from .timing import Effort
@@ -85,11 +85,12 @@ class Session:
         finally:
             manager.use_costs(costs)
 
-    def rung(self, limits: RungLimits) -> CapturedRung:
-        """The graphs of a rung."""
+    def recording(self, rung: RungLimits, items: Sequence[EncoderItemSpec]) -> Recording:
+        """The graph of `rung` that serves a batch of these items."""
         ladder = self.captured().ladder
         assert ladder is not None
-        return ladder.rungs[limits]
+        variant = self.encoder.variant_of(rung, items)
+        return ladder.rungs[rung].graphs[0].recordings[variant]
 
     def run_on(self, rung: RungLimits | None, grid: Sequence[Grid]) -> dict[str, torch.Tensor]:
         """`grid` on this rung, or eagerly for None."""

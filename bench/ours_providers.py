@@ -15,9 +15,11 @@ from ..capture import (
     Batch,
     EncoderCudaGraphConfig,
     EncoderCudaGraphManager,
+    EncoderItemSpec,
     RungLimits,
     plan,
 )
+from ..encoder.recordable import frame_patches
 from ..encoder.vision_encoder import VisionEncoder
 from ..kernels.attention import check_backend
 from .floor import TowerShape
@@ -131,7 +133,8 @@ class OursTower:
         graphs = self._captured()
         return plan(self.encoder().item_specs(job.grids), graphs.rungs, graphs.costs)
 
-    def _rungs(self, job: Job) -> list[RungLimits]:
+    def _replayed(self, job: Job) -> tuple[RungLimits, str]:
+        """The rung that serves the whole call, and the variant of its graph."""
         batches = self._batches(job)
         if any(batch.rung is None for batch in batches):
             raise UnavailableError("an item is not replayed; `ours` runs it eagerly")
@@ -139,7 +142,9 @@ class OursTower:
             raise UnavailableError(
                 f"the call is {len(batches)} replays with inputs of their own; only `ours` has both"
             )
-        return [batch.rung for batch in batches if batch.rung is not None]
+        (rung,) = [batch.rung for batch in batches if batch.rung is not None]
+        encoder = self.encoder()
+        return rung, encoder.variant_of(rung, encoder.item_specs(job.grids))
 
     def _eager(self, job: Job) -> Provider:
         encoder = self.encoder()
@@ -154,26 +159,19 @@ class OursTower:
             pooled = out["last_hidden_state" if encoder.spec.merger == "none" else "pooler_output"]
             return [pooled, *(out[f"deepstack_{j}"] for j in deepstack)]
 
-        attention = encoder.attention_for(max(encoder.spec.segment_size(*g) for g in job.grids))
+        attention = encoder.attention_for(frame_patches(encoder.item_specs(job.grids)))
         return Provider(call, features, len(job.pixel_values), attention=attention, replays=0)
 
     def _graph(self, job: Job) -> Provider:
-        encoder, graphs, rungs = self.encoder(), self._captured(), self._rungs(job)
+        encoder, graphs, (rung, variant) = self.encoder(), self._captured(), self._replayed(job)
         assert graphs.ladder is not None
-        captured = [graphs.ladder.rungs[rung] for rung in rungs]
-        recordings = [rung.graphs[0].recording for rung in captured]
-
-        def replay() -> None:
-            for recording in recordings:
-                recording.replay()
+        recording = graphs.ladder.rungs[rung].graphs[0].recordings[variant]
 
         # the call stages the inputs, and what it returns was written by these same recordings
         def features() -> list[torch.Tensor]:
             return features_of(encoder(job.pixel_values, job.grids))
 
-        padded = sum(rung.max_patches for rung in rungs)
-        attention = _attention(encoder, rungs)
-        return Provider(replay, features, padded, attention=attention, replays=len(recordings))
+        return Provider(recording.replay, features, rung.max_patches, attention=variant, replays=1)
 
     def _call(self, job: Job) -> Provider:
         encoder, batches = self.encoder(), self._batches(job)
@@ -193,12 +191,14 @@ class OursTower:
             call,
             lambda: features_of(call()),
             padded,
-            attention=_attention(encoder, [batch.rung for batch in batches if batch.rung]),
+            attention=_attention(encoder, items, batches),
             replays=sum(batch.rung is not None for batch in batches),
         )
 
 
-def _attention(encoder: VisionEncoder, rungs: Sequence[RungLimits]) -> str:
-    """The backends of graphs, as a row names them; that of most calls where none is replayed."""
-    names = {encoder.attention_for(rung.max_patches) for rung in rungs}
-    return "+".join(sorted(names)) or encoder.attention
+def _attention(
+    encoder: VisionEncoder, items: Sequence[EncoderItemSpec], batches: Sequence[Batch]
+) -> str:
+    """The backends of the batches, as a row names them."""
+    own = [[items[i] for i in batch.indices] for batch in batches]
+    return "+".join(sorted({encoder.attention_for(frame_patches(part)) for part in own}))

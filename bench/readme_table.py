@@ -77,8 +77,10 @@ def _table(meta: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         cells.setdefault((row["tower"], row["workload"]), {})[row["provider"]] = row
     has_vllm = any(_fastest(by_name, _VLLM) for by_name in cells.values())
+    has_floor = any(row["floor_ms"] is not None for row in rows)
     columns = ["HF eager", "HF graph", *(["vLLM"] if has_vllm else []), "ours"]
-    header = ["tower", "workload", "patches", *columns, "speed-up", "floor", "error"]
+    columns += ["speed-up", *(["floor"] if has_floor else []), "error"]
+    header = ["tower", "workload", "patches", *columns]
     lines = [_line(header), _line(["---", "---", *["---:"] * (len(header) - 2)])]
     for (tower, workload), by_name in cells.items():
         ours = by_name["ours"]
@@ -88,7 +90,7 @@ def _table(meta: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
             _line([
                 tower, workload, f"{ours['patches']:,}",
                 *(_ms(_fastest(by_name, group)) for group in groups), _ms(ours["ms"]),
-                _speed_up(by_name), _ms(ours["floor_ms"]),
+                _speed_up(by_name), *([_ms(ours["floor_ms"])] if has_floor else []),
                 "-" if ratio is None else f"{ratio:.2f}",
             ])
         )  # fmt: skip

@@ -274,7 +274,7 @@ def _by_rule(shape: AttentionShape, device: torch.device) -> str | None:
     available = frozenset(usable_tiles(device, shape.head_dim))
     if not available:
         return TRITON
-    return f"fa4 {choose_tile(shape.head_dim, max(shape.lengths), sum(shape.lengths), available)}"
+    return f"fa4 {choose_tile(max(shape.lengths), sum(shape.lengths), available)}"
 
 
 def _short(row: Row) -> str:

@@ -13,7 +13,15 @@ from .memory import MemoryProfile
 from .metrics import StatsCollector, prometheus_text
 from .multi_path import MultiPathManager
 from .packing import Batch
-from .protocol import BufferSpec, EncoderItemSpec, Pruning, RungLimits, SupportsEncoderCudaGraph
+from .protocol import (
+    BufferSpec,
+    EncoderItemSpec,
+    Pruning,
+    RecordsVariants,
+    RungLimits,
+    StagesInputs,
+    SupportsEncoderCudaGraph,
+)
 from .slots import Lease
 
 __all__ = [
@@ -38,8 +46,10 @@ __all__ = [
     "Pruning",
     "Recorder",
     "Recording",
+    "RecordsVariants",
     "RungLimits",
     "Shard",
+    "StagesInputs",
     "StatsCollector",
     "SupportsEncoderCudaGraph",
     "expected_cost",

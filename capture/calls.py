@@ -13,6 +13,7 @@ from .protocol import (
     BufferSpec,
     EncoderItemSpec,
     Pruning,
+    RecordsVariants,
     Rows,
     RungLimits,
     SupportsEncoderCudaGraph,
@@ -33,6 +34,7 @@ class PlannedBatch:
     reasons: Counter[str]
     load: Load
     _tables: dict[int, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _variants: dict[RungLimits, str] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -62,6 +64,13 @@ class PlannedBatch:
         if table is None:
             table = self._tables[len(destination)] = table_for(destination, self.rows(grid))
         return table
+
+    def variant(self, encoder: RecordsVariants, rung: RungLimits) -> str:
+        """Which graph of `rung` serves these items; asked once for each rung."""
+        variant = self._variants.get(rung)
+        if variant is None:
+            variant = self._variants[rung] = encoder.variant_of(rung, self.items)
+        return variant
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,21 @@ import torch
 from tqdm import tqdm
 
 from .graph import BudgetGraphMetadata, GraphPool, Recorder
-from .protocol import BufferSpec, RungLimits, SupportsEncoderCudaGraph
+from .protocol import BufferSpec, RecordsVariants, RungLimits, SupportsEncoderCudaGraph
 from .sample_layouts import full_item
 from .slots import Slot, SlotRing
 from .staging import allocate, leading_slices
 
+# What a rung of an encoder that records none is recorded as.
+ONLY_VARIANT = ""
+
 
 @dataclass(frozen=True)
 class CapturedRung:
-    """One rung: a graph for every slot.
+    """One rung, for every slot.
 
     Attributes:
-        graphs: one graph a slot.
+        graphs: one set of graphs a slot.
         capture_seconds: warm-up and recording.
         bytes: device memory that capturing it took; the largest rung also carries the shared
             static buffers and most of the pool.
@@ -99,7 +102,8 @@ def capture_ladder(
             bar.set_postfix_str(f"warm up {limits.token_budget} tokens")
             full_item(encoder, limits)
             started = time.perf_counter()
-            recorder.warm_up(_work(encoder, limits, slots[0].inputs, slots[0].outputs))
+            for variant in _variants(encoder, limits):
+                recorder.warm_up(_work(encoder, limits, variant, slots[0].inputs, slots[0].outputs))
             seconds[limits] = time.perf_counter() - started
             bar.update()
         meter.settle()
@@ -108,8 +112,8 @@ def capture_ladder(
             started = time.perf_counter()
             graphs = tuple(_record(encoder, limits, slot, recorder, pool) for slot in slots)
             # The first launch uploads a graph. The tables are empty: no row is live.
-            for graph in graphs:
-                graph.recording.replay()
+            for recording in (r for graph in graphs for r in graph.recordings.values()):
+                recording.replay()
             seconds[limits] += time.perf_counter() - started
             captured[limits] = CapturedRung(graphs, seconds[limits], meter.take() + static_bytes)
             static_bytes = 0
@@ -145,7 +149,8 @@ def extend_ladder(
         full_item(encoder, limits)
         inputs = allocate(encoder.input_specs(limits), encoder.device)
         outputs = allocate(encoder.output_specs(limits), encoder.device)
-        ladder.recorder.warm_up(_work(encoder, limits, inputs, outputs))
+        for variant in _variants(encoder, limits):
+            ladder.recorder.warm_up(_work(encoder, limits, variant, inputs, outputs))
         meter = _Meter(encoder.device)
         graphs = tuple(
             _record(encoder, limits, slot, ladder.recorder, ladder.pool) for slot in slots
@@ -175,15 +180,22 @@ def _rows_of(buffers: Mapping[str, torch.Tensor]) -> dict[str, int]:
     return {name: len(buffer) for name, buffer in buffers.items()}
 
 
+def _variants(encoder: SupportsEncoderCudaGraph, limits: RungLimits) -> tuple[str, ...]:
+    return encoder.variants(limits) if isinstance(encoder, RecordsVariants) else (ONLY_VARIANT,)
+
+
 def _work(
     encoder: SupportsEncoderCudaGraph,
     limits: RungLimits,
+    variant: str,
     all_inputs: Mapping[str, torch.Tensor],
     all_outputs: Mapping[str, torch.Tensor],
 ) -> Callable[[], None]:
     inputs = leading_slices(all_inputs, encoder.input_specs(limits))
     outputs = leading_slices(all_outputs, encoder.output_specs(limits))
     # Copies: an encoder that pops names must not empty the dictionaries kept here.
+    if isinstance(encoder, RecordsVariants):
+        return lambda: encoder.variant_forward(variant, dict(inputs), dict(outputs), limits)
     return lambda: encoder.graph_forward(dict(inputs), dict(outputs), limits)
 
 
@@ -196,8 +208,11 @@ def _record(
 ) -> BudgetGraphMetadata:
     inputs = leading_slices(slot.inputs, encoder.input_specs(limits))
     outputs = leading_slices(slot.outputs, encoder.output_specs(limits))
-    recording = recorder.record(_work(encoder, limits, inputs, outputs), pool)
-    return BudgetGraphMetadata(limits, recording, inputs, outputs)
+    recordings = {
+        variant: recorder.record(_work(encoder, limits, variant, inputs, outputs), pool)
+        for variant in _variants(encoder, limits)
+    }
+    return BudgetGraphMetadata(limits, recordings, inputs, outputs)
 
 
 class _Meter:

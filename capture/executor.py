@@ -7,9 +7,16 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from .calls import PlannedBatch, PlannedCall, Planner
-from .captured import CapturedLadder
+from .captured import ONLY_VARIANT, CapturedLadder
 from .cost import AssumedCosts, Costs
-from .protocol import Pruning, Rows, RungLimits, StagesInputs, SupportsEncoderCudaGraph
+from .protocol import (
+    Pruning,
+    RecordsVariants,
+    Rows,
+    RungLimits,
+    StagesInputs,
+    SupportsEncoderCudaGraph,
+)
 from .pruning import KEEP, KEEP_MASK, check_pruning, select_pruning, stage_pruning
 from .ranges import span
 from .rows import limit_of
@@ -54,6 +61,7 @@ class Executor:
         self._input_specs = encoder.input_specs(largest)
         self._output_specs = encoder.output_specs(largest)
         self._stage = encoder.stage if isinstance(encoder, StagesInputs) else None
+        self._varied = encoder if isinstance(encoder, RecordsVariants) else None
         known = PIXELS in self._input_specs if self._stage else self._input_specs.keys() in _INPUTS
         if not known:
             wanted = f"exactly {GRID} and {PIXELS}, or these with {KEEP} and {KEEP_MASK}"
@@ -256,8 +264,9 @@ class Executor:
             if KEEP in graph.inputs:
                 stage_pruning(graph.inputs, pruning, call.offsets, batch.runs)
             stage_pixels(graph.inputs[PIXELS], pixel_values, call.offsets, batch.runs)
+        variant = ONLY_VARIANT if self._varied is None else batch.variant(self._varied, rung)
         with span(f"vitgraph.replay[{rung.token_budget}]", self._nvtx):
-            graph.recording.replay()
+            graph.recordings[variant].replay()
         if self._copy_stream is not None:
             slot.mark_replayed()
         return graph.outputs, index

@@ -5,7 +5,7 @@ only `CudaGraphRecorder` touches streams and graphs.
 """
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -103,17 +103,17 @@ def _abandon(graph: torch.cuda.CUDAGraph) -> None:
 
 @dataclass(frozen=True)
 class BudgetGraphMetadata:
-    """A recorded rung and every buffer that its graph addresses.
+    """A recorded rung and every buffer that its graphs address.
 
     Attributes:
         limits: what the rung holds.
-        recording: the graph.
-        inputs, outputs: its static buffers, leading slices of the largest rung's.
-        addresses: where those buffers were when the graph was recorded.
+        recordings: its graphs by variant, one or more.
+        inputs, outputs: their static buffers, leading slices of the largest rung's.
+        addresses: where those buffers were when the graphs were recorded.
     """
 
     limits: RungLimits
-    recording: Recording
+    recordings: Mapping[str, Recording]
     inputs: dict[str, torch.Tensor]
     outputs: dict[str, torch.Tensor]
     addresses: tuple[int, ...] = field(init=False)

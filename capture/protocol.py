@@ -165,6 +165,32 @@ class HasFixedGrid(Protocol):
 
 
 @runtime_checkable
+class RecordsVariants(Protocol):
+    """An encoder that records a rung in several ways and picks one for each batch.
+
+    Other kernels may suit other batches of as many tokens.
+    """
+
+    def variants(self, limits: RungLimits) -> tuple[str, ...]:
+        """Names of the ways to record a rung."""
+        ...
+
+    def variant_of(self, limits: RungLimits, items: Sequence[EncoderItemSpec]) -> str:
+        """Which of `variants(limits)` serves a batch of these items."""
+        ...
+
+    def variant_forward(
+        self,
+        variant: str,
+        inputs: Mapping[str, torch.Tensor],
+        outputs: Mapping[str, torch.Tensor],
+        limits: RungLimits,
+    ) -> None:
+        """`graph_forward` in one of these ways."""
+        ...
+
+
+@runtime_checkable
 class StagesInputs(Protocol):
     """An encoder whose static inputs, but for the pixels, are not the grid table.
 

@@ -5,6 +5,7 @@ the host and staged (`hf_metadata`), and its attention is ours (`hf_attention`).
 depends on values, so it can be recorded.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 
 from ..capture import BufferSpec, EncoderItemSpec, Pruning, RungLimits
 from ..capture.staging import PIXELS
-from ..kernels.attention import LONG_SEGMENT, check_backend, choose_backend
+from ..kernels.attention import check_backend, choose_backend, typical_rows
 from .hf_attention import AttentionSwitch
 from .hf_metadata import Grid, TowerRefusedError
 from .hf_probe import (
@@ -95,11 +96,11 @@ class GenericTower:
             self._window_tokens = self.facts.tokens(large) / self._item(large).windows
         self._prove()
 
-    def attention_for(self, max_seqlen: int) -> str:
-        """Backend of a call or rung whose segments may have so many patches."""
+    def attention_for(self, segment_rows: float) -> str:
+        """Backend of a call a row of which lies, on average, in a segment of so many."""
         if not self._chooses_attention:
             return self.attention
-        return choose_backend(self.device, self.dtype, self.facts.head_dim, max_seqlen)
+        return choose_backend(self.device, self.dtype, self.facts.head_dim, segment_rows)
 
     def budget_range(self) -> tuple[int, int]:
         """Smallest and largest rung of an automatic ladder, in tokens."""
@@ -192,7 +193,8 @@ class GenericTower:
         given |= dict.fromkeys(metadata.lengths, limits.max_patches)
         # no side is zero, that a row could be divided by
         grid = inputs[GRID].clamp(min=1) if self.facts.reads_grid else self._any_grid
-        tensors = self._run(pixels, grid, given, self.attention_for(limits.max_patches))
+        attention = self.attention_for(typical_rows(limits.max_patches))
+        tensors = self._run(pixels, grid, given, attention)
         for name, tensor in tensors.items():
             outputs[name].copy_(tensor)
 
@@ -237,7 +239,7 @@ class GenericTower:
     def fingerprint(self) -> str:
         """What this tower's speed depends on."""
         config: Any = self.tower.config
-        attention = f"{self.attention} {self.attention_for(LONG_SEGMENT)}"
+        attention = f"{self.attention} {self.attention_for(math.inf)}"
         return f"{type(self.tower).__name__} {config.to_json_string()} {self.dtype} {attention}"
 
     @property
@@ -286,8 +288,8 @@ class GenericTower:
         given |= metadata.longest(values)
         grid = self._to_device(torch.tensor(grids)) if self.facts.reads_grid else self._any_grid
         offsets = values[metadata.frame_offsets].tolist()
-        longest = max(b - a for a, b in pairwise(offsets))
-        return self._run(pixels, grid, given, self.attention_for(longest))
+        squares = sum((b - a) ** 2 for a, b in pairwise(offsets))
+        return self._run(pixels, grid, given, self.attention_for(squares / offsets[-1]))
 
     def _by_groups(
         self, pixels: torch.Tensor, grids: Sequence[Grid], groups: Sequence[Sequence[int]]

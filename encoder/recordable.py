@@ -1,12 +1,13 @@
 """A tower as capture sees it: what items take, its static buffers, and the work of a graph."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from ..capture import BufferSpec, EncoderItemSpec, Pruning, RungLimits
 from ..capture.protocol import Rows
-from ..kernels.attention import LONG_SEGMENT, check_backend, choose_backend
+from ..kernels.attention import check_backend, choose_backend
 from ..kernels.layout import num_windows
 from ..kernels.tables import tuning
 from .capturable import compile_by_halves
@@ -39,11 +40,11 @@ class RecordableTower:
         self.attention = attention
         self._records_pruning = False
 
-    def attention_for(self, max_seqlen: int) -> str:
-        """Backend of a call or rung whose frames may have so many patches."""
+    def attention_for(self, frame_patches: float) -> str:
+        """Backend of a call a patch of which lies, on average, in a frame of so many patches."""
         if not self._chooses_attention:
             return self.attention
-        return choose_backend(self.device, self.dtype, self.spec.head_dim, max_seqlen)
+        return choose_backend(self.device, self.dtype, self.spec.head_dim, frame_patches)
 
     def budget_range(self) -> tuple[int, int]:
         """Smallest and largest rung of an automatic ladder, in tokens."""
@@ -99,20 +100,37 @@ class RecordableTower:
             specs[KEPT_INDEX] = BufferSpec((limits.token_budget,), torch.int32, "kept")
         return specs
 
+    def variants(self, limits: RungLimits) -> tuple[str, ...]:
+        """Attention backends of the graphs of a rung: for small frames, and for large ones."""
+        return tuple(dict.fromkeys((self.attention, self.attention_for(limits.max_patches))))
+
+    def variant_of(self, limits: RungLimits, items: Sequence[EncoderItemSpec]) -> str:
+        """The attention backend for these items."""
+        return self.attention_for(frame_patches(items))
+
     def graph_forward(
         self,
         inputs: Mapping[str, torch.Tensor],
         outputs: Mapping[str, torch.Tensor],
         limits: RungLimits,
     ) -> None:
-        """The work that a graph records."""
+        """The work that a graph records, for small frames."""
+        self.variant_forward(self.attention, inputs, outputs, limits)
+
+    def variant_forward(
+        self,
+        variant: str,
+        inputs: Mapping[str, torch.Tensor],
+        outputs: Mapping[str, torch.Tensor],
+        limits: RungLimits,
+    ) -> None:
+        """The work that a graph records, with the attention backend `variant`."""
         batch = Batch(inputs["pixel_values"], inputs["grid"], limits, limits.max_patches)
-        attention = self.attention_for(limits.max_patches)
         if not self._records_pruning:
-            tower_forward(self.weights, batch, outputs, attention=attention)
+            tower_forward(self.weights, batch, outputs, attention=variant)
             return
         whole = self._before_pruning(outputs, limits.max_patches)
-        tower_forward(self.weights, batch, {**outputs, **whole}, attention=attention)
+        tower_forward(self.weights, batch, {**outputs, **whole}, attention=variant)
         prune(self.spec, inputs["grid"], inputs["keep"], inputs["keep_mask"], whole, outputs)
 
     def compile_kernels(
@@ -138,7 +156,7 @@ class RecordableTower:
     def fingerprint(self) -> str:
         """What this tower's speed depends on."""
         tables = tuning(self.device).fingerprint()
-        attention = f"{self.attention} {self.attention_for(LONG_SEGMENT)}"
+        attention = f"{self.attention} {self.attention_for(math.inf)}"
         tower = f"{self.spec} {self.dtype} {attention} pruning={self._records_pruning}"
         plan = self.weights.fp8.plan
         return f"{tower} {tables}" + ("" if plan is None else f" {plan}")
@@ -174,7 +192,7 @@ class RecordableTower:
             table = torch.tensor(grids, dtype=torch.int32).to(self.device, non_blocking=True)
             longest = max(self.spec.segment_size(*grid) for grid in grids)
             batch = Batch(pixels, table, self._exact_limits(grids), longest)
-            attention = self.attention_for(longest)
+            attention = self.attention_for(frame_patches(self.item_specs(grids)))
             tower_forward(self.weights, batch, outputs, attention=attention, states=states)
             if pruning is not None:
                 return self._pruned(table, outputs, pruning)
@@ -205,3 +223,8 @@ class RecordableTower:
             max_frames=sum(i.num_frames for i in items),
             max_windows=sum(i.num_windows for i in items),
         )
+
+
+def frame_patches(items: Sequence[EncoderItemSpec]) -> float:
+    """Patches of the frame that a patch lies in, on average."""
+    return sum(item.attention_pairs for item in items) / sum(item.input_size for item in items)

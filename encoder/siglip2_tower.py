@@ -7,7 +7,7 @@ import torch
 from ..capture import BufferSpec, EncoderItemSpec, Pruning, RungLimits
 from .forward import Batch, tower_forward
 from .grids import Grid
-from .recordable import RecordableTower
+from .recordable import RecordableTower, frame_patches
 from .siglip2_head import ProbeHead
 from .spec import EncoderSpec
 from .weights import TowerWeights
@@ -54,15 +54,16 @@ class Siglip2Tower(RecordableTower):
             specs["pooler_output"] = BufferSpec(pooled, self.dtype, "items")
         return specs
 
-    def graph_forward(
+    def variant_forward(
         self,
+        variant: str,
         inputs: Mapping[str, torch.Tensor],
         outputs: Mapping[str, torch.Tensor],
         limits: RungLimits,
     ) -> None:
-        """The work that a graph records."""
+        """The work that a graph records, with the attention backend `variant`."""
         batch = Batch(inputs["pixel_values"], inputs["grid"], limits, limits.max_patches)
-        self._run(batch, outputs)
+        self._run(batch, variant, outputs)
 
     def eager_forward(
         self,
@@ -100,16 +101,18 @@ class Siglip2Tower(RecordableTower):
         if len(grid_thw):
             table = torch.tensor(grid_thw, dtype=torch.int32).to(self.device, non_blocking=True)
             longest = max(h * w for _, h, w in grid_thw)
-            self._run(Batch(pixels, table, self._exact_limits(grid_thw), longest), outputs, states)
+            batch = Batch(pixels, table, self._exact_limits(grid_thw), longest)
+            attention = self.attention_for(frame_patches(self.item_specs(grid_thw)))
+            self._run(batch, attention, outputs, states)
         return outputs
 
     def _run(
         self,
         batch: Batch,
+        attention: str,
         outputs: Mapping[str, torch.Tensor],
         states: Mapping[int, torch.Tensor] | None = None,
     ) -> None:
-        attention = self.attention_for(batch.max_seqlen)
         tower_forward(self.weights, batch, outputs, attention=attention, states=states)
         if self.head is not None:
             self.head(outputs["last_hidden_state"], batch.grid, outputs["pooler_output"])

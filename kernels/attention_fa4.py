@@ -51,21 +51,17 @@ TILES = (
 )
 
 
-def choose_tile(
-    head_dim: int, max_seqlen: int, num_rows: int, available: Set[Tile] = frozenset(TILES)
-) -> Tile:
+def choose_tile(max_seqlen: int, num_rows: int, available: Set[Tile] = frozenset(TILES)) -> Tile:
     """Pick a tile by the longest segment and the rows of the whole buffer, among `available`.
 
-    Measured on an H200 with 16 heads, head dims 72 and 80: 1 x 196 rows 64x112_rs; 1 x 784 rows
-    128x112_rs; 8 x 784 rows 192x144; 1 x 4096 rows 192x144 at 72 and 128x128_rs at 80. A segment
-    that leaves most of the device idle wants the smaller tile, hence `num_rows`.
+    Measured on an H200 with 16 heads of 64, 72 and 80: 1 x 196 rows 64x112_rs; 64 x 256 rows
+    128x128_rs; 1 x 784 rows 128x112_rs; 8 x 784 rows and segments of 2,048 rows and more 192x144. A
+    segment that leaves most of the device idle wants the smaller tile, hence `num_rows`.
     """
     if max_seqlen <= 256:
-        best = Tile(64, 112, True)
+        best = Tile(64, 112, True) if num_rows <= 2048 else Tile(128, 128, True)
     elif max_seqlen <= 1024 and num_rows <= 2048:
         best = Tile(128, 112, True)
-    elif max_seqlen > 2048 and head_dim == 80:
-        best = Tile(128, 128, True)
     else:
         best = Tile(192, 144, False)
     for tile in (best, *TILES):
@@ -207,7 +203,7 @@ def varlen_attention_fa4(
     folder = object_folder()
     if _object_reason(folder, capability, head_dim, q.dtype) is None:
         paths = _objects(folder)[head_dim]
-        chosen = tile or choose_tile(head_dim, max_seqlen, q.shape[0], paths.keys())
+        chosen = tile or choose_tile(max_seqlen, q.shape[0], paths.keys())
         # after the offsets: seqused q and k, page table, window left and right, sink, block
         # sparsity, (auxiliary tensors, scalars), and two schedules for over 256 segments
         _load_object(paths[chosen])(
@@ -217,7 +213,7 @@ def varlen_attention_fa4(
         return
     options = {}
     if capability == (9, 0) and head_dim <= 96:  # the tiles were measured there
-        chosen = tile or choose_tile(head_dim, max_seqlen, q.shape[0])
+        chosen = tile or choose_tile(max_seqlen, q.shape[0])
         options = {"tile_mn": (chosen.m, chosen.n), "mma_pv_is_rs": chosen.rs}
         options["intra_wg_overlap"] = True
     _load_package()(

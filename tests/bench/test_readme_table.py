@@ -9,13 +9,14 @@ from vitgraph.bench.readme_table import readme_table, readme_tables
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results" / "h200"
 COMMITTED, PLAIN = RESULTS / "towers.json", RESULTS / "towers-plain.json"
-FAMILIES = RESULTS / "families.json"
+FAMILIES, IMAGES = RESULTS / "families.json", RESULTS / "images.json"
 
 
 def test_the_readme_holds_the_committed_results():
     readme = (ROOT / "README.md").read_text()
     assert readme_tables(COMMITTED, PLAIN) in readme
     assert readme_table(FAMILIES) in readme
+    assert readme_table(IMAGES) in readme
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
@@ -102,6 +103,18 @@ def test_what_was_not_run_and_changes_are_named(tmp_path):
     assert "commit abc with changes, 2026-01-02" in text
     assert text.endswith("Not run, time was over: t a, t b.")
     assert "vLLM" not in text
+
+
+def test_a_floor_that_nobody_computed_has_no_column(tmp_path):
+    path = result(tmp_path, "r.json", {"w": {"hf-eager-sdpa": 3.0, "ours": 2.0}})
+    content = json.loads(path.read_text())
+    for row in content["rows"]:
+        row["floor_ms"] = None
+    path.write_text(json.dumps(content))
+    text = readme_table(path)
+    assert text.startswith("| tower | workload | patches | HF eager | HF graph | ours | speed-up |")
+    assert "floor" not in text
+    assert cells(text, "w") == ["1,234", "3", "-", "2", "1.50", "0.90"]
 
 
 def test_both_tables(tmp_path, capsys):
