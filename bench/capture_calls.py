@@ -4,6 +4,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 from statistics import mean, median
 
 import torch
@@ -33,17 +34,19 @@ def dispatch(session: Session) -> Result:
     layouts = random_layouts(
         session.layouts, session.seed, merge=encoder.spec.merge_size, largest=largest
     )
-    rows = []
+    contests: list[dict[str, Callable[[], object]]] = []
     for grid in layouts:
-        rungs = holding(manager, encoder.item_specs(grid))[:_NEXT_RUNGS]
         choices: dict[str, Callable[[], object]] = {
             "execute": lambda g=grid: manager.execute(session.pixels(g), g),
             "eager": lambda g=grid: session.run_on(None, g),
         }
-        for rung in rungs:
+        for rung in holding(manager, encoder.item_specs(grid))[:_NEXT_RUNGS]:
             choices[str(rung.token_budget)] = lambda r=rung, g=grid: session.run_on(r, g)
-        way = _way(manager, choices["execute"])
-        times = settled_ms(choices, session.effort.min_rounds, session.seed)
+        contests.append(choices)
+    ways = [_way(manager, choices["execute"]) for choices in contests]
+    measured = settled_ms(contests, session.effort.min_rounds, session.seed)
+    rows = []
+    for grid, way, times in zip(layouts, ways, measured, strict=True):
         execute = times.pop("execute")
         best = min(times, key=times.__getitem__)
         rows.append({
@@ -59,22 +62,25 @@ def dispatch(session: Session) -> Result:
 
 
 def settled_ms(
-    calls: Mapping[str, Callable[[], object]], turns: int, seed: int
-) -> dict[str, float]:
-    """Ms of whole calls, each among calls of its own kind; turns come in random order.
+    contests: Sequence[Mapping[str, Callable[[], object]]], turns: int, seed: int
+) -> list[dict[str, float]]:
+    """Ms of whole calls, each among calls of its own kind; for each contest by name.
 
-    The least of the medians of each turn: other processes slow the host, and with it short calls,
-    for tenths of a second. Near its limit of power a GPU runs a call up to some per cent faster or
-    slower by what ran in the tenths of a second before. Where contenders alternate, the one after a
-    light contender wins.
+    The least of the medians of each turn. Other processes slow the host, and with it short calls,
+    for seconds: one turn of every contest comes before the next of any. Near its limit of power a
+    GPU runs a call up to some per cent faster or slower by what ran in the tenths of a second
+    before: where contenders alternate, the one after a light contender wins. So a turn is many
+    calls, and contenders come in random order.
     """
     rng = random.Random(seed)
-    medians: dict[str, list[float]] = {name: [] for name in calls}
+    times = [dict.fromkeys(calls, inf) for calls in contests]
     for _ in range(turns):
-        for name in rng.sample(list(calls), len(calls)):
-            _run_for(calls[name], _SETTLE_S, 1)
-            medians[name].append(median(_run_for(calls[name], _COUNT_S, _LEAST_COUNTED)))
-    return {name: min(taken) for name, taken in medians.items()}
+        for calls, least in zip(contests, times, strict=True):
+            for name in rng.sample(list(calls), len(calls)):
+                _run_for(calls[name], _SETTLE_S, 1)
+                taken = median(_run_for(calls[name], _COUNT_S, _LEAST_COUNTED))
+                least[name] = min(least[name], taken)
+    return times
 
 
 def _run_for(call: Callable[[], object], seconds: float, least: int) -> list[float]:

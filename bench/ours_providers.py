@@ -19,7 +19,6 @@ from ..capture import (
     RungLimits,
     plan,
 )
-from ..encoder.recordable import frame_patches
 from ..encoder.vision_encoder import VisionEncoder
 from ..kernels.attention import check_backend
 from .floor import TowerShape
@@ -159,7 +158,7 @@ class OursTower:
             pooled = out["last_hidden_state" if encoder.spec.merger == "none" else "pooler_output"]
             return [pooled, *(out[f"deepstack_{j}"] for j in deepstack)]
 
-        attention = encoder.attention_for(frame_patches(encoder.item_specs(job.grids)))
+        attention = encoder.attention_for(encoder.item_specs(job.grids))
         return Provider(call, features, len(job.pixel_values), attention=attention, replays=0)
 
     def _graph(self, job: Job) -> Provider:
@@ -201,4 +200,4 @@ def _attention(
 ) -> str:
     """The backends of the batches, as a row names them."""
     own = [[items[i] for i in batch.indices] for batch in batches]
-    return "+".join(sorted({encoder.attention_for(frame_patches(part)) for part in own}))
+    return "+".join(sorted({encoder.attention_for(part) for part in own}))

@@ -5,7 +5,6 @@ the host and staged (`hf_metadata`), and its attention is ours (`hf_attention`).
 depends on values, so it can be recorded.
 """
 
-import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from .hf_probe import (
 MIN_BUDGET = 16
 # A quarter of the fused towers': Hugging Face's modules hold several fp32 copies of q and k.
 MAX_BUDGET = 4096
+_MANY = 1 << 20  # rows
 GRID = "grid_thw"
 NEVER = 2**31  # frames of an item that no rung holds
 _STAGED = 16  # layouts whose tables are kept
@@ -96,11 +96,12 @@ class GenericTower:
             self._window_tokens = self.facts.tokens(large) / self._item(large).windows
         self._prove()
 
-    def attention_for(self, segment_rows: float) -> str:
-        """Backend of a call a row of which lies, on average, in a segment of so many."""
+    def attention_for(self, segment_rows: float, num_rows: int) -> str:
+        """Backend of a call of so many rows, in segments of so many on average over rows."""
         if not self._chooses_attention:
             return self.attention
-        return choose_backend(self.device, self.dtype, self.facts.head_dim, segment_rows)
+        head_dim = self.facts.head_dim
+        return choose_backend(self.device, self.dtype, head_dim, segment_rows, num_rows)
 
     def budget_range(self) -> tuple[int, int]:
         """Smallest and largest rung of an automatic ladder, in tokens."""
@@ -193,7 +194,8 @@ class GenericTower:
         given |= dict.fromkeys(metadata.lengths, limits.max_patches)
         # no side is zero, that a row could be divided by
         grid = inputs[GRID].clamp(min=1) if self.facts.reads_grid else self._any_grid
-        attention = self.attention_for(typical_rows(limits.max_patches))
+        rows = limits.max_patches
+        attention = self.attention_for(typical_rows(rows), rows)
         tensors = self._run(pixels, grid, given, attention)
         for name, tensor in tensors.items():
             outputs[name].copy_(tensor)
@@ -239,7 +241,7 @@ class GenericTower:
     def fingerprint(self) -> str:
         """What this tower's speed depends on."""
         config: Any = self.tower.config
-        attention = f"{self.attention} {self.attention_for(math.inf)}"
+        attention = f"{self.attention} {self.attention_for(_MANY, _MANY)}"
         return f"{type(self.tower).__name__} {config.to_json_string()} {self.dtype} {attention}"
 
     @property
@@ -288,8 +290,8 @@ class GenericTower:
         given |= metadata.longest(values)
         grid = self._to_device(torch.tensor(grids)) if self.facts.reads_grid else self._any_grid
         offsets = values[metadata.frame_offsets].tolist()
-        squares = sum((b - a) ** 2 for a, b in pairwise(offsets))
-        return self._run(pixels, grid, given, self.attention_for(squares / offsets[-1]))
+        squares, rows = sum((b - a) ** 2 for a, b in pairwise(offsets)), offsets[-1]
+        return self._run(pixels, grid, given, self.attention_for(squares / rows, rows))
 
     def _by_groups(
         self, pixels: torch.Tensor, grids: Sequence[Grid], groups: Sequence[Sequence[int]]

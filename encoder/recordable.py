@@ -1,6 +1,5 @@
 """A tower as capture sees it: what items take, its static buffers, and the work of a graph."""
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -40,11 +39,10 @@ class RecordableTower:
         self.attention = attention
         self._records_pruning = False
 
-    def attention_for(self, frame_patches: float) -> str:
-        """Backend of a call a patch of which lies, on average, in a frame of so many patches."""
-        if not self._chooses_attention:
-            return self.attention
-        return choose_backend(self.device, self.dtype, self.spec.head_dim, frame_patches)
+    def attention_for(self, items: Sequence[EncoderItemSpec]) -> str:
+        """Backend of a batch of these items, by the frame that a patch lies in on average."""
+        patches = sum(item.input_size for item in items)
+        return self._backend(sum(item.attention_pairs for item in items) / patches, patches)
 
     def budget_range(self) -> tuple[int, int]:
         """Smallest and largest rung of an automatic ladder, in tokens."""
@@ -102,11 +100,12 @@ class RecordableTower:
 
     def variants(self, limits: RungLimits) -> tuple[str, ...]:
         """Attention backends of the graphs of a rung: for small frames, and for large ones."""
-        return tuple(dict.fromkeys((self.attention, self.attention_for(limits.max_patches))))
+        largest = self._backend(limits.max_patches, limits.max_patches)
+        return tuple(dict.fromkeys((self.attention, largest)))
 
     def variant_of(self, limits: RungLimits, items: Sequence[EncoderItemSpec]) -> str:
         """The attention backend for these items."""
-        return self.attention_for(frame_patches(items))
+        return self.attention_for(items)
 
     def graph_forward(
         self,
@@ -156,10 +155,16 @@ class RecordableTower:
     def fingerprint(self) -> str:
         """What this tower's speed depends on."""
         tables = tuning(self.device).fingerprint()
-        attention = f"{self.attention} {self.attention_for(math.inf)}"
+        attention = f"{self.attention} {self._backend(MAX_PATCHES, MAX_PATCHES)}"
         tower = f"{self.spec} {self.dtype} {attention} pruning={self._records_pruning}"
         plan = self.weights.fp8.plan
         return f"{tower} {tables}" + ("" if plan is None else f" {plan}")
+
+    def _backend(self, frame_patches: float, patches: int) -> str:
+        if not self._chooses_attention:
+            return self.attention
+        head_dim = self.spec.head_dim
+        return choose_backend(self.device, self.dtype, head_dim, frame_patches, patches)
 
     def _before_pruning(
         self, outputs: Mapping[str, torch.Tensor], num_patches: int
@@ -192,7 +197,7 @@ class RecordableTower:
             table = torch.tensor(grids, dtype=torch.int32).to(self.device, non_blocking=True)
             longest = max(self.spec.segment_size(*grid) for grid in grids)
             batch = Batch(pixels, table, self._exact_limits(grids), longest)
-            attention = self.attention_for(frame_patches(self.item_specs(grids)))
+            attention = self.attention_for(self.item_specs(grids))
             tower_forward(self.weights, batch, outputs, attention=attention, states=states)
             if pruning is not None:
                 return self._pruned(table, outputs, pruning)
@@ -223,8 +228,3 @@ class RecordableTower:
             max_frames=sum(i.num_frames for i in items),
             max_windows=sum(i.num_windows for i in items),
         )
-
-
-def frame_patches(items: Sequence[EncoderItemSpec]) -> float:
-    """Patches of the frame that a patch lies in, on average."""
-    return sum(item.attention_pairs for item in items) / sum(item.input_size for item in items)

@@ -7,7 +7,7 @@ import torch
 from ..capture import BufferSpec, EncoderItemSpec, Pruning, RungLimits
 from .forward import Batch, tower_forward
 from .grids import Grid
-from .recordable import RecordableTower, frame_patches
+from .recordable import RecordableTower
 from .siglip2_head import ProbeHead
 from .spec import EncoderSpec
 from .weights import TowerWeights
@@ -102,7 +102,7 @@ class Siglip2Tower(RecordableTower):
             table = torch.tensor(grid_thw, dtype=torch.int32).to(self.device, non_blocking=True)
             longest = max(h * w for _, h, w in grid_thw)
             batch = Batch(pixels, table, self._exact_limits(grid_thw), longest)
-            attention = self.attention_for(frame_patches(self.item_specs(grid_thw)))
+            attention = self.attention_for(self.item_specs(grid_thw))
             self._run(batch, attention, outputs, states)
         return outputs
 

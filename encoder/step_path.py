@@ -34,7 +34,7 @@ class StepPath:
         self.device: torch.device = parameter.device
         self.dtype: torch.dtype = parameter.dtype
         if attention is None:
-            attention = choose_backend(self.device, self.dtype, head_dim, size.rows)
+            attention = choose_backend(self.device, self.dtype, head_dim, size.rows, size.rows)
         else:
             check_backend(attention, self.dtype, self.device, head_dim)
         self.attention = attention

@@ -211,6 +211,9 @@ def check_backend(name: str, dtype: torch.dtype, device: torch.device | str, hea
 # 16,384 rows fa4 takes 6, 11 and 16 % less.
 _LONG_SEGMENTS = {64: 6144, 72: 2304, 80: 2304}
 _LONG_SEGMENT = 8192  # at head dims that were not measured
+# With fewer rows what fa4 gains is less than what its launch costs: hopper starts while the kernel
+# before it still runs.
+_ENOUGH_ROWS = 6144
 
 
 def long_segment(head_dim: int) -> int:
@@ -231,16 +234,18 @@ def choose_backend(
     dtype: torch.dtype,
     head_dim: int,
     segment_rows: float = 0,
+    num_rows: int = 0,
 ) -> str:
     """Backend to use when the user names none.
 
-    reference on a CPU. For 16-bit dtypes hopper, or fa4 from `long_segment` rows on; or whichever
-    of them is usable. Else triton.
+    reference on a CPU. For 16-bit dtypes hopper, or fa4 where segments have `long_segment` rows or
+    more and there are enough of them; or whichever of the two is usable. Else triton.
 
     Args:
         device, dtype, head_dim: of q, k and v.
         segment_rows: rows of the segment that a row lies in, on average: the sum over segments of
             their squared rows over the sum of their rows.
+        num_rows: the sum of their rows.
 
     Raises:
         ValueError: none of these takes the dtype or head dim; the message names those that do.
@@ -249,7 +254,7 @@ def choose_backend(
     if where.type != "cuda":
         return "reference"
     if dtype in _HALF:
-        is_long = segment_rows >= long_segment(head_dim)
+        is_long = segment_rows >= long_segment(head_dim) and num_rows >= _ENOUGH_ROWS
         for name in ("fa4", "hopper") if is_long else ("hopper", "fa4"):
             if _reason(name, where, head_dim, dtype) is None:
                 return name

@@ -98,7 +98,7 @@ def test_a_call_is_timed_among_calls_of_its_own_kind(monkeypatch):
         clock[0] += ms * 1e-3 * (1.5 if clock[0] - since[0] < 0.09 else 1)
 
     calls = {name: lambda n=name, ms=ms: call(n, ms) for name, ms in (("a", 1), ("b", 40))}
-    times = capture_calls.settled_ms(calls, 20, 0)
+    (times,) = capture_calls.settled_ms([calls], 20, 0)
     assert times == {"a": pytest.approx(1), "b": pytest.approx(40)}
     # in random order, and a short call more often than a long one
     assert events.count("a") > 5 * events.count("b") > 5 * 20 * 3
@@ -108,16 +108,18 @@ def test_a_call_is_timed_among_calls_of_its_own_kind(monkeypatch):
 
 
 def test_a_host_that_was_busy_for_most_turns_does_not_show(monkeypatch):
-    clock, total = [0.0], 0.9
+    clock, total = [0.0], 1.8
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(capture_calls.time, "perf_counter", lambda: clock[0])
 
     def call():
-        clock[0] += 1e-3 * (1.1 if clock[0] < 0.8 * total else 1)
+        clock[0] += 1e-3 * (1.1 if clock[0] < 0.6 * total else 1)
 
-    times = capture_calls.settled_ms({"a": call, "b": call}, 3, 0)  # 2 x 3 turns of 0.15 s
+    # 2 x 2 x 3 turns of 0.15 s; the last ones of the first contest begin behind two thirds of them
+    contests = [{"a": call, "b": call}] * 2
+    times = capture_calls.settled_ms(contests, 3, 0)
     assert clock[0] == pytest.approx(total, rel=0.02)
-    assert times == {"a": pytest.approx(1), "b": pytest.approx(1)}
+    assert times == [{"a": pytest.approx(1), "b": pytest.approx(1)}] * 2
 
 
 def test_a_failing_section_spares_the_others(session):

@@ -20,8 +20,8 @@ def hf():
 def choose(monkeypatch):
     """A machine on which another backend is faster for long frames."""
 
-    def choose(device, dtype, head_dim, segment_rows=0.0):
-        return "far" if segment_rows >= LONG else "near"
+    def choose(device, dtype, head_dim, segment_rows=0.0, num_rows=0):
+        return "far" if segment_rows >= LONG and num_rows >= LONG else "near"
 
     monkeypatch.setattr(recordable, "choose_backend", choose)
 
@@ -59,6 +59,7 @@ def test_a_rung_has_a_graph_for_long_frames_if_it_holds_one(hf, choose):
         ([VIDEO], "near"),  # 192 patches, in frames of 48
         ([LARGE, SMALL], "far"),  # 124 on average over patches, 88 over frames
         ([LARGE] + 4 * [SMALL], "near"),  # 91
+        ([VIDEO] + 2 * [LARGE], "far"),  # 106
     ],
 )
 def test_the_mean_frame_of_a_patch_decides(hf, choose, used, grids, backend):
