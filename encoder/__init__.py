@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .fp8 import Fp8Plan
     from .generic import GenericEncoder
     from .internvl_encoder import InternVLEncoder, InternVLOutput
+    from .internvl_preprocess import InternVLPreprocessor
     from .load import load_encoder
     from .media import MediaError
     from .siglip2_encoder import Siglip2Encoder, Siglip2Output
@@ -30,6 +31,7 @@ _HOMES = {
     "GenericEncoder": ".generic",
     "InternVLEncoder": ".internvl_encoder",
     "InternVLOutput": ".internvl_encoder",
+    "InternVLPreprocessor": ".internvl_preprocess",
     "MediaError": ".media",
     "Siglip2Encoder": ".siglip2_encoder",
     "Siglip2Output": ".siglip2_encoder",
@@ -54,6 +56,7 @@ __all__ = [
     "GenericEncoder",
     "InternVLEncoder",
     "InternVLOutput",
+    "InternVLPreprocessor",
     "MediaError",
     "Siglip2Encoder",
     "Siglip2Output",

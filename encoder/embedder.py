@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 
 from .checkpoint import Checkpoint
 from .demo import demo_encoder
-from .feed import POOLS, Pool, Prepared, check_feed, feed_of, folder_preprocessor
+from .feed import POOLS, Pool, Prepared, feed_of, folder_preprocessor
 from .fp8 import Fp8Plan
-from .load import AnyEncoder, encoder_class, encoder_of_checkpoint
+from .load import AnyEncoder, encoder_of_checkpoint
 from .media import MediaError, Video
 from .preprocess import preprocess_named
 from .pruning import check_rate
@@ -71,10 +71,12 @@ class Embedder:
         """`preprocessor` is by default the one that the tower's family was released with.
 
         That is a `Preprocessor` for a `VisionEncoder`, a `Siglip2Preprocessor` for a
-        `Siglip2Encoder`, a `StepPreprocessor` for a `StepEncoder`.
+        `Siglip2Encoder`, a `StepPreprocessor` for a `StepEncoder`, an `InternVLPreprocessor` for
+        an `InternVLEncoder`.
 
         Raises:
-            ValueError: the preprocessor makes other pixels than the tower reads.
+            ValueError: the preprocessor makes other pixels than the tower reads, or an
+                `InternVLEncoder` without its projector.
         """
         self._feed = feed_of(encoder, preprocessor)
         self.encoder = encoder
@@ -133,7 +135,6 @@ class Embedder:
                 token=token,
                 cache_dir=cache_dir,
             )
-            check_feed(encoder_class(checkpoint.raw_config()))
             encoder = encoder_of_checkpoint(
                 checkpoint, dtype=dtype, device=place, attention=attention, precision=precision
             )
@@ -171,22 +172,23 @@ class Embedder:
         Args:
             inputs: One item, or an iterable of items (a generator is read as it goes). An item is
                 a path, encoded bytes, a PIL image, an array or tensor of pixels (see
-                `media.load_image`), a `Video`, or {"frames": ..., "fps": ...}. Towers of Step and
-                SigLIP 2 take images alone.
+                `media.load_image`), a `Video`, or {"frames": ..., "fps": ...}. Towers of Step,
+                SigLIP 2 and InternVL take images alone.
             batch_size: Items in one call of the tower; fewer where they have more than 65,536
                 patches together.
             show_progress_bar: None shows it when the logger "vitgraph" is at INFO.
             pool: "mean" or "max" over an item's merged tokens, or "tokens" for all of them (of
                 SigLIP 2 its patches behind the last norm, of Step the tokens of its crops and then
-                of the whole image); "head" for what the head of SigLIP 2 makes of an image. None is
-                "head" in a tower that has one, else "mean".
+                of the whole image, of InternVL those of its tiles and then of its thumbnail);
+                "head" for what the head of SigLIP 2 makes of an image. None is "head" in a tower
+                that has one, else "mean".
             normalize_embeddings: Scale embeddings (with "tokens", each token) to length 1.
             convert_to_numpy: Results in numpy; otherwise a list of tensors.
             convert_to_tensor: Results as tensors on the tower's device; wins over numpy.
             truncate_dim: Keep that many leading values, before normalising.
             layers: Blocks whose patches are pooled as well (negative ones count from the end), for
-                "tokens" and "head" all of them in the row order of `pixel_values`. A Step tower
-                returns none.
+                "tokens" and "head" all of them in the row order of `pixel_values`. Towers of Step
+                and InternVL return none.
             pruning_rate: Fraction of each video's merged tokens to drop before they are pooled, in
                 [0, 1): those most like the frame before. Images lose none, `layers` neither.
             on_error: "raise" stops at the first bad input; "skip" leaves bad inputs out of the

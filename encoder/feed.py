@@ -12,8 +12,9 @@ import torch
 
 from .families import FAMILIES
 from .forward import check_layers
-from .internvl_encoder import InternVLEncoder
-from .load import AnyEncoder, EncoderClass
+from .internvl_encoder import TILES, InternVLEncoder
+from .internvl_preprocess import InternVLPreprocessor
+from .load import AnyEncoder
 from .media import refuse_video
 from .preprocess import Grid
 from .pruning import check_prunable
@@ -28,6 +29,7 @@ Pool = Literal["mean", "max", "tokens", "head"]
 POOLS: tuple[Pool, ...] = ("mean", "max", "tokens", "head")
 
 PatchEncoder = TypeVar("PatchEncoder", VisionEncoder, Siglip2Encoder)
+ImageEncoder = TypeVar("ImageEncoder", StepEncoder, InternVLEncoder)
 Rows = dict[int | None, list[torch.Tensor]]
 
 
@@ -95,7 +97,7 @@ def feed_of(encoder: AnyEncoder, preprocessor: Any = None) -> Feed:
             has no feed.
     """
     if isinstance(encoder, InternVLEncoder):
-        raise _no_feed()
+        return InternVLFeed(encoder, preprocessor)
     if isinstance(encoder, StepEncoder):
         return StepFeed(encoder, preprocessor)
     if isinstance(encoder, Siglip2Encoder):
@@ -105,16 +107,6 @@ def feed_of(encoder: AnyEncoder, preprocessor: Any = None) -> Feed:
     raise _no_feed_of(encoder)
 
 
-def check_feed(kind: EncoderClass) -> None:
-    """Refuse a class of encoder without a feed, before its weights are read.
-
-    Raises:
-        ValueError: as said.
-    """
-    if issubclass(kind, InternVLEncoder):
-        raise _no_feed()
-
-
 def folder_preprocessor(encoder: AnyEncoder, folder: Any) -> Any:
     """The preprocessor that a model folder describes.
 
@@ -122,7 +114,7 @@ def folder_preprocessor(encoder: AnyEncoder, folder: Any) -> Any:
         ValueError: it asks for what is not supported.
     """
     if isinstance(encoder, InternVLEncoder):
-        raise _no_feed()
+        return InternVLPreprocessor.from_folder(folder)
     if isinstance(encoder, StepEncoder):
         return StepPreprocessor.from_folder(folder)
     if isinstance(encoder, Siglip2Encoder):
@@ -227,10 +219,31 @@ class Siglip2Feed(_PatchFeed[Siglip2Encoder]):
         return results
 
 
-class StepFeed:
-    """Images of a `StepEncoder`: the whole view of each and its crops."""
+class _ImageFeed(Generic[ImageEncoder]):
+    """What feeds of batches of equal images share: they give pooled tokens and nothing else."""
 
+    encoder: ImageEncoder
     default_pool: Pool = "mean"
+
+    def check(self, pool: Pool, layers: Sequence[int] | None, pruning_rate: float | None) -> None:
+        """Refuse a head, layers and pruning."""
+        if pool == "head":
+            raise _no_head(self.encoder)
+        if layers is not None:
+            raise ValueError(
+                f"encode: layers = {list(layers)}: this tower ({self.encoder.spec.family}) returns "
+                "the states of no blocks; leave layers out, or take hidden_states of Hugging "
+                "Face's tower"
+            )
+        _check_no_pruning(self.encoder, pruning_rate)
+
+    def layers(self, layers: Sequence[int]) -> list[int]:
+        """None, as `check` has seen to."""
+        return []
+
+
+class StepFeed(_ImageFeed[StepEncoder]):
+    """Images of a `StepEncoder`: the whole view of each and its crops."""
 
     def __init__(self, encoder: StepEncoder, preprocessor: StepPreprocessor | None = None):
         self.encoder = encoder
@@ -240,21 +253,6 @@ class StepFeed:
         _check_geometry(self.preprocessor, "crop_size", crop.height)
         self.width = encoder.spec.out_size
         self._patches = whole.patches, crop.patches
-
-    def check(self, pool: Pool, layers: Sequence[int] | None, pruning_rate: float | None) -> None:
-        """Refuse a head, layers and pruning."""
-        if pool == "head":
-            raise _no_head(self.encoder)
-        if layers is not None:
-            raise ValueError(
-                f"encode: layers = {list(layers)}: a StepEncoder returns the states of no blocks; "
-                "leave layers out, or take hidden_states of Hugging Face's tower"
-            )
-        _check_no_pruning(self.encoder, pruning_rate)
-
-    def layers(self, layers: Sequence[int]) -> list[int]:
-        """None, as `check` has seen to."""
-        return []
 
     def prepare(self, source: Any) -> Prepared:
         """As in `Feed`."""
@@ -281,20 +279,49 @@ class StepFeed:
         return {None: _each_pooled(output.pooler_output, pool)}
 
 
-def _no_feed() -> ValueError:
-    return ValueError(
-        "Embedder: images of InternVL and Qianfan-OCR are cut into tiles by the model's own "
-        "processor, which is not built in here; use vitgraph.encoder.InternVLEncoder, and pass it "
-        "the pixel_values of that processor"
-    )
+class InternVLFeed(_ImageFeed[InternVLEncoder]):
+    """Images of an `InternVLEncoder`: the tiles of each."""
+
+    def __init__(self, encoder: InternVLEncoder, preprocessor: InternVLPreprocessor | None = None):
+        if not encoder.spec.out_size:
+            raise ValueError(
+                f"Embedder: this tower ({encoder.spec.family}) came without its projector, which "
+                "makes the tokens; pass InternVLEncoder.from_hf the whole model"
+            )
+        self.encoder = encoder
+        tile = encoder.paths[TILES].size
+        self.preprocessor = preprocessor or InternVLPreprocessor(tile.height)
+        _check_geometry(self.preprocessor, "tile_size", tile.height)
+        self.width = encoder.spec.out_size
+        self._patches = tile.patches
+
+    def prepare(self, source: Any) -> Prepared:
+        """As in `Feed`."""
+        tiles = self.preprocessor(source).to(self.encoder.dtype)
+        return Prepared((tiles,), len(tiles) * self._patches)
+
+    def encode(
+        self,
+        batch: Sequence[Prepared],
+        pool: Pool,
+        layers: list[int],
+        pruning_rate: float | None,
+    ) -> Rows:
+        """As in `Feed`."""
+        tiles = [item.pixels[0] for item in batch]
+        # nobody reads the states of the tower, which a replay need not copy then
+        name = "pooler_output"
+        tokens = self.encoder.features(_packed(tiles, self.encoder), (name,))[name]
+        images = tokens.split([len(part) for part in tiles])
+        return {None: _each_pooled([image.flatten(0, 1) for image in images], pool)}
 
 
 def _no_feed_of(encoder: object) -> ValueError:
     # the tower of a swap, a generic encoder, or what is no encoder at all
     return ValueError(
         f"Embedder: a {type(encoder).__name__} cannot be fed with images; load a VisionEncoder, "
-        "Siglip2Encoder or StepEncoder (vitgraph.encoder.load_encoder picks the class for a model "
-        "folder), or call the tower with pixel_values"
+        "Siglip2Encoder, StepEncoder or InternVLEncoder (vitgraph.encoder.load_encoder picks the "
+        "class for a model folder), or call the tower with pixel_values"
     )
 
 

@@ -1,7 +1,6 @@
 """The encoder of InternVL: captured tiles, checkpoints, choices, bad input."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 from vitgraph.encoder import (
     CheckpointError,
-    Embedder,
     InternVLEncoder,
     VisionEncoder,
     encoder_for,
@@ -191,23 +189,6 @@ def test_other_folders(build, tmp_path):
     write({"model_type": "internvl", "vision_config": "x"})
     with pytest.raises(CheckpointError, match="vision_config is a str, not a JSON object"):
         InternVLEncoder.from_pretrained(tmp_path)
-
-
-def test_no_embedder(build, tmp_path):
-    """Said before the weights are read, here because there are none."""
-    model = build.model()
-    model.config.save_pretrained(tmp_path)
-    message = r"own processor.*InternVLEncoder, and pass it the pixel_values"
-    with pytest.raises(ValueError, match=message):
-        Embedder.from_pretrained(tmp_path, device="cpu")
-    with pytest.raises(ValueError, match=message):
-        Embedder(InternVLEncoder.from_hf(model))
-    output = tmp_path / "out.npy"
-    image = Path(__file__).parents[2] / "data" / "coffee.jpg"
-    arguments = ["embed", tmp_path, image, "-o", output, "--device", "cpu", "-q"]
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert (result.exit_code, output.exists()) == (2, False)
-    assert "InternVLEncoder" in result.output
 
 
 def test_a_fused_weight_of_another_model(build, tmp_path):

@@ -165,7 +165,7 @@ def test_videos_are_refused_and_the_rest_is_kept(saved, tmp_path):
     ("arguments", "message"),
     [
         ({"pruning_rate": 0.5}, "step3p7 reads images; leave pruning_rate out"),
-        ({"layers": [0]}, r"layers = \[0\]: a StepEncoder returns the states of no blocks; leave"),
+        ({"layers": [0]}, r"layers = \[0\]: this tower \(step3p7\) returns the states of no"),
         ({"pool": "head"}, r"this tower \(step3p7\) has no pooling head; choose 'mean'"),
         ({"truncate_dim": 49}, "from 1 to the width 48"),
     ],
@@ -245,7 +245,7 @@ def test_command_line(saved, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--layers", "0"], "layers = [0]: a StepEncoder returns the states of no blocks"),
+        (["--layers", "0"], "layers = [0]: this tower (step3p7) returns the states of no blocks"),
         (["--pruning-rate", "0.5"], "step3p7 reads images; leave pruning_rate out"),
         (["--pool", "head"], "this tower (step3p7) has no pooling head"),
     ],
