@@ -50,3 +50,11 @@ def test_short_eager_calls_forget_a_host_that_was_busy(encoder, monkeypatch):
         assert sample.us == pytest.approx(10_000)
     loads = [(sample.token_budget, sample.load) for sample in samples]
     assert len(set(loads)) == len(loads)
+
+
+def test_calls_with_like_shares_of_attention_follow_each_other(encoder):
+    rungs = [encoder.rung_limits(budget, 16, 16) for budget in (16, 512, 2048, 4096)]
+    samples = calibration.calibrate(encoder, rungs, lambda *_: None)
+    frames = [sample.load.pairs / sample.load.patches for sample in samples]
+    assert frames == sorted(frames)
+    assert frames[-1] > 2 * frames[len(frames) // 2] > 0
