@@ -101,7 +101,7 @@ class SwappedTower:
         self._rebuilds = 0
         self._said_no_graphs = False
         self._is_dirty = False
-        self.encoder = self._build()
+        self.encoder: VisionEncoder | GenericEncoder = self._build()
         self._seen = TowerContents(tower)
         tower.forward = self
         self.is_active = True
@@ -126,8 +126,6 @@ class SwappedTower:
             self._fused_calls += 1
             return self._pack(self.encoder(hidden_states, grid_thw), kwargs)
         self._note(str(reason))
-        # an optimizer may step after this call, in ways that versions do not show
-        self._is_dirty |= reason in ("grad", "training")
         with self._own_attention():
             return self._hf_forward(hidden_states, grid_thw=grid_thw, **kwargs)
 
@@ -203,16 +201,21 @@ class SwappedTower:
             return "no grid_thw"
         if change == "modules":
             return "module replaced"
-        if not isinstance(self.encoder, VisionEncoder) and (
-            name := self.encoder.unserved_argument(kwargs)
-        ):
+        if name := self._unserved_argument(kwargs):
             return name
         kind, dtype = self._seen.place()
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype:
             return "autocast"
         return None
 
+    def _unserved_argument(self, kwargs: Mapping[str, Any]) -> str | None:
+        """The first argument of a call that only the tower's own forward heeds."""
+        if isinstance(self.encoder, VisionEncoder):
+            return None
+        return self.encoder.unserved_argument(kwargs)
+
     def _note(self, reason: str) -> None:
+        """Count a call, or its projection, that runs Hugging Face's own modules."""
         if not self._hf_calls[reason]:
             level = logging.WARNING if reason == "module replaced" else logging.INFO
             logger.log(
@@ -221,6 +224,8 @@ class SwappedTower:
                 reason,
             )
         self._hf_calls[reason] += 1
+        # an optimizer may step after this call, in ways that versions do not show
+        self._is_dirty |= reason in ("grad", "training")
 
     def _follow(self, change: str | None) -> None:
         """Bring the encoder up to date with the tower."""
@@ -245,24 +250,30 @@ class SwappedTower:
             return nullcontext()
         return self.encoder.switch.held()
 
-    def _build(self) -> "VisionEncoder | GenericEncoder":
+    def _build(self) -> Any:
+        """An encoder of the tower as it is now, captured if it is on a GPU."""
         with torch.inference_mode(False), torch.no_grad():
-            # a tower with an encoder of its own has a swap of its own
-            encoder: Any = encoder_for(
-                self.tower,
-                tier=self._tier,
-                attention=self._attention,
-                precision=self._precision,
-            )
+            encoder = self._new_encoder()
             if self._graphs is False:
                 return encoder
-            config = None if self._graphs is True else EncoderCudaGraphConfig.from_any(self._graphs)
+            config = None if self._graphs is True else self._graphs
+            self._check_config(encoder, config)  # refused without a GPU too
             if encoder.device.type == "cuda":
                 encoder.capture(config)
             elif not self._said_no_graphs:
                 logger.info("vision tower on %s: no CUDA graphs, calls run eagerly", encoder.device)
                 self._said_no_graphs = True
         return encoder
+
+    def _new_encoder(self) -> Any:
+        # a tower with an encoder of its own has a swap of its own
+        return encoder_for(
+            self.tower, tier=self._tier, attention=self._attention, precision=self._precision
+        )
+
+    def _check_config(self, encoder: Any, config: Any) -> None:
+        """Refuse a configuration of graphs as `capture` would."""
+        EncoderCudaGraphConfig.from_any(config)
 
     def _pack(self, features: "VisionOutput | ModelOutput", kwargs: Mapping[str, Any]) -> Any:
         """The tower's own output object, new for each call: the parent writes into it."""

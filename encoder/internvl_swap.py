@@ -4,14 +4,14 @@ import functools
 import logging
 import sys
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from .fp8 import Fp8Plan
 from .grids import PIXEL_DTYPES
-from .hf_tower import GraphChoice, SwappedTower, check_plain
+from .hf_tower import GraphChoice, check_plain
+from .image_swap import SwappedImageTower
 from .internvl import spec, tower_spec
 from .internvl_encoder import InternVLEncoder
 from .step_tower import live_tensors, live_weights, path_configs
@@ -21,13 +21,11 @@ from .transformers_compat import image_features_select_states, selects_last_stat
 logger = logging.getLogger("vitgraph")
 
 MODEL_CLASSES = ("InternVLModel", "QianfanOCRModel")  # of transformers: tower and projector
-# arguments that say nothing of the result
-IGNORED = ("return_dict", "use_cache", "output_hidden_states", "output_attentions")
 PROJECTED = "vitgraph_projected"  # asks the swapped tower for what the projector makes of it, too
 CHANGES = (None, "values", "storage", "modules")
 
 
-class SwappedInternVLTower(SwappedTower):
+class SwappedInternVLTower(SwappedImageTower):
     """An InternVL tower whose calls go to the fused one; also the handle of the swap.
 
     Where the tower is inside an `InternVLModel`, the model's `get_image_features` goes to the fused
@@ -70,10 +68,7 @@ class SwappedInternVLTower(SwappedTower):
             self._hf_features = self.parent.get_image_features
             self._features_before = parent.__dict__.get("get_image_features")
             self._features = ImageFeatures(self)
-        # "generic": nothing is looked up among the families of packed patches
-        super().__init__(
-            tower, graphs=graphs, attention=attention, precision=precision, tier="generic"
-        )
+        super().__init__(tower, graphs=graphs, attention=attention, precision=precision)
         self._output_class = output_class
         if parent is not None:
             self.parent.get_image_features = self._features
@@ -124,8 +119,6 @@ class SwappedInternVLTower(SwappedTower):
                 output["pooler_output"] = features["pooler_output"]
             return self._pack(output, kwargs)
         self._note(str(reason))
-        # an optimizer may step after this call, in ways that versions do not show
-        self._is_dirty |= reason in ("grad", "training")
         return self._hf_forward(pixel_values, **kwargs)
 
     def image_features(
@@ -238,25 +231,14 @@ class SwappedInternVLTower(SwappedTower):
         if self._seen is not before and self._seen_projector is not None:
             self._seen_projector = TowerContents(self._projector)
 
-    def _own_attention(self) -> AbstractContextManager[object]:
-        return nullcontext()
-
-    def _build(self) -> Any:
+    def _new_encoder(self) -> "HfInternVLTower":
         self._projector = getattr(self.parent, "multi_modal_projector", None)
-        with torch.inference_mode(False), torch.no_grad():
-            encoder = HfInternVLTower.of_parts(
-                self.tower, self.parent, self._projector, self._attention, self._precision
-            )
-            if self._graphs is False:
-                return encoder
-            config = None if self._graphs is True else self._graphs
-            path_configs(encoder.paths, config)  # refused without a GPU too
-            if encoder.device.type == "cuda":
-                encoder.capture(config)
-            elif not self._said_no_graphs:
-                logger.info("vision tower on %s: no CUDA graphs, calls run eagerly", encoder.device)
-                self._said_no_graphs = True
-        return encoder
+        return HfInternVLTower.of_parts(
+            self.tower, self.parent, self._projector, self._attention, self._precision
+        )
+
+    def _check_config(self, encoder: Any, config: Any) -> None:
+        path_configs(encoder.paths, config)
 
 
 class ImageFeatures:
@@ -278,7 +260,7 @@ class ImageFeatures:
 
 
 class HfInternVLTower(InternVLEncoder):
-    """An encoder that knows which arguments of Hugging Face's forward it does not serve."""
+    """An encoder of live parts, which reads its weights from both of them again."""
 
     projector: torch.nn.Module | None = None
 
@@ -318,10 +300,6 @@ class HfInternVLTower(InternVLEncoder):
             ValueError: a tensor is missing or has another shape; nothing has changed then.
         """
         self._load(live_tensors(tower, self.projector, "vision_tower"))
-
-    def unserved_argument(self, kwargs: Mapping[str, Any]) -> str | None:
-        """The first argument of a call that only the tower's own forward heeds."""
-        return next((n for n, v in kwargs.items() if n not in IGNORED and v is not None), None)
 
 
 def parent_of(model: torch.nn.Module, tower: torch.nn.Module) -> torch.nn.Module | None:
