@@ -22,7 +22,6 @@ logger = logging.getLogger("vitgraph")
 
 MODEL_CLASSES = ("InternVLModel", "QianfanOCRModel")  # of transformers: tower and projector
 PROJECTED = "vitgraph_projected"  # asks the swapped tower for what the projector makes of it, too
-CHANGES = (None, "values", "storage", "modules")
 
 
 class SwappedInternVLTower(SwappedImageTower):
@@ -92,20 +91,14 @@ class SwappedInternVLTower(SwappedImageTower):
         )
         if is_last:
             del asked["output_hidden_states"]
-        change = self._seen.change()
-        reason = self._reason_for_hf(pixel_values, pixel_values, change, asked)
+        reason = self._reason_for_hf(pixel_values, pixel_values, asked)
         if reason is None and pixel_values is not None:
             if pixel_values.dtype not in PIXEL_DTYPES:
                 reason = "pixel_values dtype"
             elif not self._can_cut(pixel_values):
                 reason = "image size"
+        reason = self._settle_projected(reason) if projected else self._settle(reason)
         if reason is None and pixel_values is not None:
-            if projected:
-                change = max(change, self._projector_change(), key=CHANGES.index)
-                self._is_dirty |= self._is_projector_dirty
-                self._is_projector_dirty = False
-            self._follow(change)
-            self._fused_calls += 1
             encoder = self.encoder  # it may have been built anew
             names = ["last_hidden_state"]
             if projected and encoder.spec.out_size:
@@ -118,7 +111,6 @@ class SwappedInternVLTower(SwappedImageTower):
             if "pooler_output" in features:
                 output["pooler_output"] = features["pooler_output"]
             return self._pack(output, kwargs)
-        self._note(str(reason))
         return self._hf_forward(pixel_values, **kwargs)
 
     def image_features(
@@ -140,7 +132,8 @@ class SwappedInternVLTower(SwappedImageTower):
         if (
             self.is_active
             and choices["vision_feature_layer"] == -1
-            and self._reason_for_hf(pixel_values, pixel_values, self._seen.change(), kwargs) is None
+            and self._reason_for_hf(pixel_values, pixel_values, kwargs) is None
+            and self._seen.change() != "modules"
             and self._can_cut(pixel_values)
         ):
             reason = self._reason_for_own_projector(pixel_values, choices)
@@ -158,9 +151,10 @@ class SwappedInternVLTower(SwappedImageTower):
                 if output.pooler_output is not None:
                     return output if return_dict else output.to_tuple()
                 reason = "projector"
-            self._note(reason)
-            # as in `__call__`; calls of the tower alone need not read the projector again
-            self._is_projector_dirty |= reason in ("projector grad", "projector training")
+            with self._lock:
+                self._note(reason)
+                # as in `_note`; calls of the tower alone need not read the projector again
+                self._is_projector_dirty |= reason in ("projector grad", "projector training")
         return self._hf_features(
             pixel_values=pixel_values, vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy, **kwargs,
@@ -221,6 +215,15 @@ class SwappedInternVLTower(SwappedImageTower):
         if self.parent.multi_modal_projector is not self._projector:
             return "modules"
         return self._seen_projector.change()
+
+    def _settle_projected(self, reason: str | None) -> str | None:
+        """As `_settle`, for a call that needs the projector as it is now, too."""
+        with self._lock:
+            if reason is None:
+                has_changed = self._projector_change() is not None
+                self._is_dirty |= self._is_projector_dirty or has_changed
+                self._is_projector_dirty = False
+            return self._settle(reason)
 
     def _follow(self, change: str | None) -> None:
         is_behind = change is not None or self._is_dirty

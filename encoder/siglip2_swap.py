@@ -30,19 +30,16 @@ class SwappedSiglip2Tower(SwappedImageTower):
         """The tower's forward of a padded batch, with its arguments and output class."""
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-        change = self._seen.change()
-        reason = self._reason_for_hf(pixel_values, pixel_values, change, kwargs)
+        reason = self._reason_for_hf(pixel_values, pixel_values, kwargs)
         sizes: list[tuple[int, int]] = []
         if reason is None and pixel_values is not None:
             sizes, reason = _readable(pixel_values, pixel_attention_mask, spatial_shapes)
+        reason = self._settle(reason)
         if reason is None and pixel_values is not None:
-            self._follow(change)
-            self._fused_calls += 1
             encoder: Any = self.encoder
             output = encoder(pixel_values, sizes, check_finite=False)
             state: Any = _padded(output.last_hidden_state, output.patches_per_image, pixel_values)
             return self._pack(BaseModelOutputWithPooling(state, output.pooler_output), kwargs)
-        self._note(str(reason))
         return self._hf_forward(
             pixel_values=pixel_values, pixel_attention_mask=pixel_attention_mask,
             spatial_shapes=spatial_shapes, **kwargs,

@@ -70,17 +70,14 @@ class SwappedStepTower(SwappedImageTower):
             )
         from transformers.modeling_outputs import BaseModelOutput
 
-        change = self._seen.change()
         # an image says its grid by its shape
-        reason = self._reason_for_hf(pixel_values, pixel_values, change, kwargs)
+        reason = self._reason_for_hf(pixel_values, pixel_values, kwargs)
         if reason is None and pixel_values is not None:
             reason = self._reason_for_pixels(pixel_values)
+        reason = self._settle(reason)
         if reason is None and pixel_values is not None:
-            self._follow(change)
-            self._fused_calls += 1
             encoder: Any = self.encoder
             return self._pack(BaseModelOutput(encoder.encode(pixel_values)), kwargs)
-        self._note(str(reason))
         return self._hf_forward(pixel_values, **kwargs)
 
     def _reason_for_pixels(self, images: torch.Tensor) -> str | None:
