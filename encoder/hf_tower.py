@@ -20,6 +20,7 @@ import torch
 from ..capture import EncoderCudaGraphConfig
 from .families import family_of_tower
 from .fp8 import Fp8Plan
+from .stream_order import Written
 from .tower_contents import TowerContents
 from .towers import OWN_ENCODERS, Tier, encoder_for, is_fused
 from .vision_encoder import VisionEncoder, VisionOutput
@@ -104,6 +105,7 @@ class SwappedTower:
         self._rebuilds = 0
         self._said_no_graphs = False
         self._is_dirty = False
+        self._written: Written | None = None  # by the last change that was followed
         # held while a change is looked for and followed; calls themselves run side by side
         self._lock = threading.RLock()
         self.encoder: VisionEncoder | GenericEncoder = self._build()
@@ -228,6 +230,8 @@ class SwappedTower:
                 change = self._seen.change()
                 if change != "modules":
                     self._follow(change)
+                    if self._written is not None:
+                        self._written.order_reads()
                     self._fused_calls += 1
                     return None
                 reason = "module replaced"
@@ -263,6 +267,7 @@ class SwappedTower:
             with torch.inference_mode(False), torch.no_grad():
                 self.encoder.load_weights(self.tower)
             self._refreshes += 1
+        self._written = Written(self.encoder.device)
         self._seen = TowerContents(self.tower)
         self._is_dirty = False
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from vitgraph.encoder import VisionEncoder, swap_vision_tower
+from vitgraph.encoder import VisionEncoder, hf_tower, swap_vision_tower
 from vitgraph.kernels.testing import rel_rms
 
 FEATURES_BAR = 2.2e-5  # see test_swap_changes.py
@@ -39,6 +39,41 @@ def test_one_thread_follows_and_the_other_waits(change, qwen3, call, meet):
     assert rel_rms(before, want) > 1e-3
     for result in results:
         assert rel_rms(result, want) <= FEATURES_BAR
+
+
+def test_calls_on_other_streams_wait_for_new_weights(qwen3, call, monkeypatch):
+    notes = []
+
+    class Notes:
+        def __init__(self, device):
+            assert device == handle.encoder.device
+            notes.append("written")
+
+        def order_reads(self):
+            notes.append("ordered")
+
+    def noted(name):
+        own = getattr(VisionEncoder, name)
+
+        def method(self, *args):
+            notes.append(name)
+            return own(self, *args)
+
+        monkeypatch.setattr(VisionEncoder, name, method)
+
+    monkeypatch.setattr(hf_tower, "Written", Notes)
+    for name in ("load_weights", "__call__"):
+        noted(name)
+    work, read = call_of(qwen3, call), ["ordered", "__call__"]
+    handle = swap_vision_tower(qwen3, graphs=False)
+    work()
+    handle.refresh()
+    work()
+    work()
+    assert notes == ["__call__", "load_weights", "written", *read, *read]
+    qwen3.double()
+    work()
+    assert notes[7:] == ["written", *read]
 
 
 def test_a_call_waits_for_a_refresh(qwen3, call, meet):
