@@ -471,6 +471,8 @@ def test_built_in_inference_mode_loaded_outside(way, build, images, tmp_path):
             made = StepEncoder.from_pretrained(tmp_path, device="cpu", local_size=build.crop)
         else:
             made = StepEncoder.from_hf(model, local_size=build.crop, precision=precision)
+    # inference tensors would be refused as parameters
+    assert all(torch.nn.Parameter(value).requires_grad for value in made.state_dict().values())
     made.load_weights(new)
     want = StepEncoder.from_hf(new, local_size=build.crop, precision=precision)
     pixels = images(2, build.image)
