@@ -40,10 +40,6 @@ class InternVLContest:
         self.generator = torch.Generator(device).manual_seed(seed)
         boost_(self.model.vision_tower, seed)
         boost_(self.model.multi_modal_projector, seed + 1)
-        with torch.no_grad():
-            for name, parameter in self.model.vision_tower.named_parameters():
-                if "lambda" in name:  # a layer scale, which the boost takes for a bias
-                    parameter.uniform_(0.1, 0.3, generator=self.generator)
         for part in ("vision_tower", "multi_modal_projector"):
             getattr(self.exact, part).load_state_dict(getattr(self.model, part).state_dict())
         self.encoder = InternVLEncoder.from_hf(self.model)

@@ -49,10 +49,6 @@ class StepContest:
         self.generator = torch.Generator(device).manual_seed(seed)
         boost_(self.tower, seed)
         boost_(self.projector, seed + 1)
-        with torch.no_grad():
-            for name, parameter in self.tower.named_parameters():
-                if "lambda" in name:  # a layer scale, which the boost takes for a bias
-                    parameter.uniform_(0.1, 0.3, generator=self.generator)
         self.exact = _hf_modules(spec, device, torch.float32)
         for wide, half in zip(self.exact, (self.tower, self.projector), strict=True):
             wide.load_state_dict(half.state_dict())

@@ -2,8 +2,9 @@
 
 The weights are *boosted*: with Hugging Face's own initialisation (standard deviation 0.02)
 attention contributes so little that a tower without rotary embedding passes a comparison. Here
-every matrix is scaled by its fan-in, q and k are doubled, and norms and biases get noise, so that
-dropping the rotary embedding or a segment boundary changes the output by tens of per cent.
+every matrix is scaled by its fan-in, q and k are doubled, norms and biases get noise, and layer
+scales lie between 0.1 and 0.3, so that dropping the rotary embedding or a segment boundary changes
+the output by tens of per cent.
 """
 
 import importlib
@@ -31,6 +32,7 @@ _FAMILIES = {
 # projections that add to the residual stream, by the end of their path in each family
 _INTO_STREAM = ("attn.proj", "attn.out_proj", "mlp.linear_fc2", "mlp.fc2", "mlp.down_proj")
 _QUERY_KEY = ("qkv", "q_proj", "k_proj", "q", "k")  # projections that hold q or k
+_LAYER_SCALES = ("lambda_1", "lambda_2")
 
 
 @dataclass(frozen=True)
@@ -218,11 +220,14 @@ def boost_(tower: torch.nn.Module, seed: int) -> torch.nn.Module:
     """
     generators: dict[torch.device, torch.Generator] = {}
 
-    def noise(parameter: torch.Tensor) -> torch.Tensor:
-        device = parameter.device
+    def generator(device: torch.device) -> torch.Generator:
         if device not in generators:
             generators[device] = torch.Generator(device).manual_seed(seed)
-        return torch.randn(parameter.shape, device=device, generator=generators[device])
+        return generators[device]
+
+    def noise(parameter: torch.Tensor) -> torch.Tensor:
+        device = parameter.device
+        return torch.randn(parameter.shape, device=device, generator=generator(device))
 
     for path, module in tower.named_modules():
         is_norm = "Norm" in type(module).__name__
@@ -233,6 +238,9 @@ def boost_(tower: torch.nn.Module, seed: int) -> torch.nn.Module:
             elif parameter.ndim >= 2:
                 scale = parameter[0].numel() ** -0.5 * (2 if leaf in _QUERY_KEY else 1)
                 value = noise(parameter) * scale
+            elif name in _LAYER_SCALES:
+                value = torch.empty(parameter.shape, device=parameter.device)
+                value.uniform_(0.1, 0.3, generator=generator(parameter.device))
             else:
                 value = noise(parameter) * 0.05 + (1 if is_norm and name == "weight" else 0)
             parameter.copy_(value)

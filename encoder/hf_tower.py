@@ -8,6 +8,7 @@ by construction.
 
 import logging
 import sys
+import threading
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +20,7 @@ import torch
 from ..capture import EncoderCudaGraphConfig
 from .families import family_of_tower
 from .fp8 import Fp8Plan
+from .stream_order import Written
 from .tower_contents import TowerContents
 from .towers import OWN_ENCODERS, Tier, encoder_for, is_fused
 from .vision_encoder import VisionEncoder, VisionOutput
@@ -67,6 +69,8 @@ class SwappedTower:
     fire in fused calls; those on the tower itself do. A wrapper that `forward` had before the swap
     (accelerate's) runs only around Hugging Face's forward.
 
+    Several threads may call it: the first one that finds a change follows it, the others wait.
+
     A copy or pickle of the model contains the plain Hugging Face tower.
 
     Attributes:
@@ -101,7 +105,10 @@ class SwappedTower:
         self._rebuilds = 0
         self._said_no_graphs = False
         self._is_dirty = False
-        self.encoder = self._build()
+        self._written: Written | None = None  # by the last change that was followed
+        # held while a change is looked for and followed; calls themselves run side by side
+        self._lock = threading.RLock()
+        self.encoder: VisionEncoder | GenericEncoder = self._build()
         self._seen = TowerContents(tower)
         tower.forward = self
         self.is_active = True
@@ -119,15 +126,9 @@ class SwappedTower:
         """
         if hidden_states is None:
             hidden_states = kwargs.pop("pixel_values", None)
-        change = self._seen.change()
-        reason = self._reason_for_hf(hidden_states, grid_thw, change, kwargs)
+        reason = self._settle(self._reason_for_hf(hidden_states, grid_thw, kwargs))
         if reason is None and hidden_states is not None and grid_thw is not None:
-            self._follow(change)
-            self._fused_calls += 1
             return self._pack(self.encoder(hidden_states, grid_thw), kwargs)
-        self._note(str(reason))
-        # an optimizer may step after this call, in ways that versions do not show
-        self._is_dirty |= reason in ("grad", "training")
         with self._own_attention():
             return self._hf_forward(hidden_states, grid_thw=grid_thw, **kwargs)
 
@@ -137,11 +138,12 @@ class SwappedTower:
         Raises:
             ValueError: the tower no longer is one that can be swapped; nothing has changed then.
         """
-        change = self._seen.change()
-        if change == "modules":
-            _check_tower(self.tower, self._is_generic)
-        self._is_dirty = True
-        self._follow("storage" if change == "modules" else change)
+        with self._lock:
+            change = self._seen.change()
+            if change == "modules":
+                _check_tower(self.tower, self._is_generic)
+            self._is_dirty = True
+            self._follow("storage" if change == "modules" else change)
 
     def restore(self) -> None:
         """Give the tower its own forward back. Does nothing when that has happened before.
@@ -149,20 +151,21 @@ class SwappedTower:
         Raises:
             RuntimeError: `forward` was wrapped by something else since the swap.
         """
-        if not self.is_active:
-            return
-        current = self.tower.__dict__.get("forward")
-        if current is not self:
-            raise RuntimeError(
-                f"restore: the tower's forward is now a {type(current).__name__}, set after "
-                "swap_vision_tower; undo that first (accelerate: remove_hook_from_module)"
-            )
-        if self._patched_before is None:
-            del self.tower.forward
-        else:
-            self.tower.forward = self._patched_before
-        self.encoder.release_graphs()
-        self.is_active = False
+        with self._lock:  # after a thread that is building an encoder
+            if not self.is_active:
+                return
+            current = self.tower.__dict__.get("forward")
+            if current is not self:
+                raise RuntimeError(
+                    f"restore: the tower's forward is now a {type(current).__name__}, set after "
+                    "swap_vision_tower; undo that first (accelerate: remove_hook_from_module)"
+                )
+            if self._patched_before is None:
+                del self.tower.forward
+            else:
+                self.tower.forward = self._patched_before
+            self.encoder.release_graphs()
+            self.is_active = False
 
     def stats(self) -> SwapStats:
         """Counts since the swap."""
@@ -186,10 +189,9 @@ class SwappedTower:
         self,
         hidden_states: torch.Tensor | None,
         grid_thw: torch.Tensor | None,
-        change: str | None,
         kwargs: Mapping[str, Any],
     ) -> str | None:
-        """Why this call belongs to Hugging Face's forward; None for the fused one."""
+        """Why a call like this belongs to Hugging Face's forward; None for the fused one."""
         if self.tower.training:
             return "training"
         if torch.is_grad_enabled():
@@ -201,29 +203,58 @@ class SwappedTower:
                 return name
         if hidden_states is None or grid_thw is None:
             return "no grid_thw"
-        if change == "modules":
-            return "module replaced"
-        if not isinstance(self.encoder, VisionEncoder) and (
-            name := self.encoder.unserved_argument(kwargs)
-        ):
+        if name := self._unserved_argument(kwargs):
             return name
         kind, dtype = self._seen.place()
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype:
             return "autocast"
         return None
 
+    def _unserved_argument(self, kwargs: Mapping[str, Any]) -> str | None:
+        """The first argument of a call that only the tower's own forward heeds."""
+        if isinstance(self.encoder, VisionEncoder):
+            return None
+        return self.encoder.unserved_argument(kwargs)
+
+    def _settle(self, reason: str | None) -> str | None:
+        """Count a call, and follow what has changed before one of ours.
+
+        Args:
+            reason: Why the call belongs to Hugging Face's forward, None if nothing says so yet.
+
+        Returns:
+            The same, or "module replaced".
+        """
+        with self._lock:
+            if reason is None:
+                change = self._seen.change()
+                if change != "modules":
+                    self._follow(change)
+                    if self._written is not None:
+                        self._written.order_reads()
+                    self._fused_calls += 1
+                    return None
+                reason = "module replaced"
+            self._note(reason)
+            return reason
+
     def _note(self, reason: str) -> None:
-        if not self._hf_calls[reason]:
-            level = logging.WARNING if reason == "module replaced" else logging.INFO
-            logger.log(
-                level,
-                "vision tower: running Hugging Face's forward (%s); counted in stats(), said once",
-                reason,
-            )
-        self._hf_calls[reason] += 1
+        """Count a call, or its projection, that runs Hugging Face's own modules."""
+        with self._lock:
+            if not self._hf_calls[reason]:
+                level = logging.WARNING if reason == "module replaced" else logging.INFO
+                logger.log(
+                    level,
+                    "vision tower: running Hugging Face's forward (%s); counted in stats(), "
+                    "said once",
+                    reason,
+                )
+            self._hf_calls[reason] += 1
+            # an optimizer may step after this call, in ways that versions do not show
+            self._is_dirty |= reason in ("grad", "training")
 
     def _follow(self, change: str | None) -> None:
-        """Bring the encoder up to date with the tower."""
+        """Bring the encoder up to date with the tower; under the lock."""
         if change is None and not self._is_dirty:
             return
         if change == "storage":
@@ -236,6 +267,7 @@ class SwappedTower:
             with torch.inference_mode(False), torch.no_grad():
                 self.encoder.load_weights(self.tower)
             self._refreshes += 1
+        self._written = Written(self.encoder.device)
         self._seen = TowerContents(self.tower)
         self._is_dirty = False
 
@@ -245,24 +277,30 @@ class SwappedTower:
             return nullcontext()
         return self.encoder.switch.held()
 
-    def _build(self) -> "VisionEncoder | GenericEncoder":
+    def _build(self) -> Any:
+        """An encoder of the tower as it is now, captured if it is on a GPU."""
         with torch.inference_mode(False), torch.no_grad():
-            # a tower with an encoder of its own has a swap of its own
-            encoder: Any = encoder_for(
-                self.tower,
-                tier=self._tier,
-                attention=self._attention,
-                precision=self._precision,
-            )
+            encoder = self._new_encoder()
             if self._graphs is False:
                 return encoder
-            config = None if self._graphs is True else EncoderCudaGraphConfig.from_any(self._graphs)
+            config = None if self._graphs is True else self._graphs
+            self._check_config(encoder, config)  # refused without a GPU too
             if encoder.device.type == "cuda":
                 encoder.capture(config)
             elif not self._said_no_graphs:
                 logger.info("vision tower on %s: no CUDA graphs, calls run eagerly", encoder.device)
                 self._said_no_graphs = True
         return encoder
+
+    def _new_encoder(self) -> Any:
+        # a tower with an encoder of its own has a swap of its own
+        return encoder_for(
+            self.tower, tier=self._tier, attention=self._attention, precision=self._precision
+        )
+
+    def _check_config(self, encoder: Any, config: Any) -> None:
+        """Refuse a configuration of graphs as `capture` would."""
+        EncoderCudaGraphConfig.from_any(config)
 
     def _pack(self, features: "VisionOutput | ModelOutput", kwargs: Mapping[str, Any]) -> Any:
         """The tower's own output object, new for each call: the parent writes into it."""

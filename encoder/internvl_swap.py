@@ -4,14 +4,14 @@ import functools
 import logging
 import sys
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from .fp8 import Fp8Plan
 from .grids import PIXEL_DTYPES
-from .hf_tower import GraphChoice, SwappedTower, check_plain
+from .hf_tower import GraphChoice, check_plain
+from .image_swap import SwappedImageTower
 from .internvl import spec, tower_spec
 from .internvl_encoder import InternVLEncoder
 from .step_tower import live_tensors, live_weights, path_configs
@@ -21,13 +21,10 @@ from .transformers_compat import image_features_select_states, selects_last_stat
 logger = logging.getLogger("vitgraph")
 
 MODEL_CLASSES = ("InternVLModel", "QianfanOCRModel")  # of transformers: tower and projector
-# arguments that say nothing of the result
-IGNORED = ("return_dict", "use_cache", "output_hidden_states", "output_attentions")
 PROJECTED = "vitgraph_projected"  # asks the swapped tower for what the projector makes of it, too
-CHANGES = (None, "values", "storage", "modules")
 
 
-class SwappedInternVLTower(SwappedTower):
+class SwappedInternVLTower(SwappedImageTower):
     """An InternVL tower whose calls go to the fused one; also the handle of the swap.
 
     Where the tower is inside an `InternVLModel`, the model's `get_image_features` goes to the fused
@@ -70,10 +67,7 @@ class SwappedInternVLTower(SwappedTower):
             self._hf_features = self.parent.get_image_features
             self._features_before = parent.__dict__.get("get_image_features")
             self._features = ImageFeatures(self)
-        # "generic": nothing is looked up among the families of packed patches
-        super().__init__(
-            tower, graphs=graphs, attention=attention, precision=precision, tier="generic"
-        )
+        super().__init__(tower, graphs=graphs, attention=attention, precision=precision)
         self._output_class = output_class
         if parent is not None:
             self.parent.get_image_features = self._features
@@ -97,20 +91,14 @@ class SwappedInternVLTower(SwappedTower):
         )
         if is_last:
             del asked["output_hidden_states"]
-        change = self._seen.change()
-        reason = self._reason_for_hf(pixel_values, pixel_values, change, asked)
+        reason = self._reason_for_hf(pixel_values, pixel_values, asked)
         if reason is None and pixel_values is not None:
             if pixel_values.dtype not in PIXEL_DTYPES:
                 reason = "pixel_values dtype"
             elif not self._can_cut(pixel_values):
                 reason = "image size"
+        reason = self._settle_projected(reason) if projected else self._settle(reason)
         if reason is None and pixel_values is not None:
-            if projected:
-                change = max(change, self._projector_change(), key=CHANGES.index)
-                self._is_dirty |= self._is_projector_dirty
-                self._is_projector_dirty = False
-            self._follow(change)
-            self._fused_calls += 1
             encoder = self.encoder  # it may have been built anew
             names = ["last_hidden_state"]
             if projected and encoder.spec.out_size:
@@ -123,9 +111,6 @@ class SwappedInternVLTower(SwappedTower):
             if "pooler_output" in features:
                 output["pooler_output"] = features["pooler_output"]
             return self._pack(output, kwargs)
-        self._note(str(reason))
-        # an optimizer may step after this call, in ways that versions do not show
-        self._is_dirty |= reason in ("grad", "training")
         return self._hf_forward(pixel_values, **kwargs)
 
     def image_features(
@@ -147,7 +132,8 @@ class SwappedInternVLTower(SwappedTower):
         if (
             self.is_active
             and choices["vision_feature_layer"] == -1
-            and self._reason_for_hf(pixel_values, pixel_values, self._seen.change(), kwargs) is None
+            and self._reason_for_hf(pixel_values, pixel_values, kwargs) is None
+            and self._seen.change() != "modules"
             and self._can_cut(pixel_values)
         ):
             reason = self._reason_for_own_projector(pixel_values, choices)
@@ -165,9 +151,10 @@ class SwappedInternVLTower(SwappedTower):
                 if output.pooler_output is not None:
                     return output if return_dict else output.to_tuple()
                 reason = "projector"
-            self._note(reason)
-            # as in `__call__`; calls of the tower alone need not read the projector again
-            self._is_projector_dirty |= reason in ("projector grad", "projector training")
+            with self._lock:
+                self._note(reason)
+                # as in `_note`; calls of the tower alone need not read the projector again
+                self._is_projector_dirty |= reason in ("projector grad", "projector training")
         return self._hf_features(
             pixel_values=pixel_values, vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy, **kwargs,
@@ -229,6 +216,15 @@ class SwappedInternVLTower(SwappedTower):
             return "modules"
         return self._seen_projector.change()
 
+    def _settle_projected(self, reason: str | None) -> str | None:
+        """As `_settle`, for a call that needs the projector as it is now, too."""
+        with self._lock:
+            if reason is None:
+                has_changed = self._projector_change() is not None
+                self._is_dirty |= self._is_projector_dirty or has_changed
+                self._is_projector_dirty = False
+            return self._settle(reason)
+
     def _follow(self, change: str | None) -> None:
         is_behind = change is not None or self._is_dirty
         if is_behind and self._projector_change() in ("storage", "modules"):
@@ -238,25 +234,14 @@ class SwappedInternVLTower(SwappedTower):
         if self._seen is not before and self._seen_projector is not None:
             self._seen_projector = TowerContents(self._projector)
 
-    def _own_attention(self) -> AbstractContextManager[object]:
-        return nullcontext()
-
-    def _build(self) -> Any:
+    def _new_encoder(self) -> "HfInternVLTower":
         self._projector = getattr(self.parent, "multi_modal_projector", None)
-        with torch.inference_mode(False), torch.no_grad():
-            encoder = HfInternVLTower.of_parts(
-                self.tower, self.parent, self._projector, self._attention, self._precision
-            )
-            if self._graphs is False:
-                return encoder
-            config = None if self._graphs is True else self._graphs
-            path_configs(encoder.paths, config)  # refused without a GPU too
-            if encoder.device.type == "cuda":
-                encoder.capture(config)
-            elif not self._said_no_graphs:
-                logger.info("vision tower on %s: no CUDA graphs, calls run eagerly", encoder.device)
-                self._said_no_graphs = True
-        return encoder
+        return HfInternVLTower.of_parts(
+            self.tower, self.parent, self._projector, self._attention, self._precision
+        )
+
+    def _check_config(self, encoder: Any, config: Any) -> None:
+        path_configs(encoder.paths, config)
 
 
 class ImageFeatures:
@@ -278,7 +263,7 @@ class ImageFeatures:
 
 
 class HfInternVLTower(InternVLEncoder):
-    """An encoder that knows which arguments of Hugging Face's forward it does not serve."""
+    """An encoder of live parts, which reads its weights from both of them again."""
 
     projector: torch.nn.Module | None = None
 
@@ -318,10 +303,6 @@ class HfInternVLTower(InternVLEncoder):
             ValueError: a tensor is missing or has another shape; nothing has changed then.
         """
         self._load(live_tensors(tower, self.projector, "vision_tower"))
-
-    def unserved_argument(self, kwargs: Mapping[str, Any]) -> str | None:
-        """The first argument of a call that only the tower's own forward heeds."""
-        return next((n for n, v in kwargs.items() if n not in IGNORED and v is not None), None)
 
 
 def parent_of(model: torch.nn.Module, tower: torch.nn.Module) -> torch.nn.Module | None:

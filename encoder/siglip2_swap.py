@@ -1,24 +1,15 @@
 """The swap of a SigLIP 2 tower: images come as a padded batch, and go back as one."""
 
-import logging
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from ..capture import EncoderCudaGraphConfig
-from .fp8 import Fp8Plan
-from .hf_tower import GraphChoice, SwappedTower
+from .image_swap import SwappedImageTower
 from .siglip2_encoder import Siglip2Encoder, image_sizes, mask_agrees
 
-logger = logging.getLogger("vitgraph")
 
-# arguments that say nothing of the result
-IGNORED = ("return_dict", "use_cache", "output_hidden_states", "output_attentions")
-
-
-class SwappedSiglip2Tower(SwappedTower):
+class SwappedSiglip2Tower(SwappedImageTower):
     """A `Siglip2VisionModel` whose calls go to the fused tower; also the handle of the swap.
 
     Rows of `last_hidden_state` past the patches of an image are zeros; Hugging Face computes them
@@ -28,19 +19,6 @@ class SwappedSiglip2Tower(SwappedTower):
     ("spatial_shapes"), and for arguments that only that forward knows. Sizes and masks on a GPU
     are read on the host, as Hugging Face's forward reads the sizes.
     """
-
-    def __init__(
-        self,
-        tower: torch.nn.Module,
-        *,
-        graphs: GraphChoice,
-        attention: str | None,
-        precision: str | Fp8Plan = "native",
-    ):
-        # "generic": nothing is looked up among the families of packed patches
-        super().__init__(
-            tower, graphs=graphs, attention=attention, precision=precision, tier="generic"
-        )
 
     def __call__(
         self,
@@ -52,51 +30,25 @@ class SwappedSiglip2Tower(SwappedTower):
         """The tower's forward of a padded batch, with its arguments and output class."""
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-        change = self._seen.change()
-        reason = self._reason_for_hf(pixel_values, pixel_values, change, kwargs)
+        reason = self._reason_for_hf(pixel_values, pixel_values, kwargs)
         sizes: list[tuple[int, int]] = []
         if reason is None and pixel_values is not None:
             sizes, reason = _readable(pixel_values, pixel_attention_mask, spatial_shapes)
+        reason = self._settle(reason)
         if reason is None and pixel_values is not None:
-            self._follow(change)
-            self._fused_calls += 1
             encoder: Any = self.encoder
             output = encoder(pixel_values, sizes, check_finite=False)
             state: Any = _padded(output.last_hidden_state, output.patches_per_image, pixel_values)
             return self._pack(BaseModelOutputWithPooling(state, output.pooler_output), kwargs)
-        self._note(str(reason))
-        # an optimizer may step after this call, in ways that versions do not show
-        self._is_dirty |= reason in ("grad", "training")
         return self._hf_forward(
             pixel_values=pixel_values, pixel_attention_mask=pixel_attention_mask,
             spatial_shapes=spatial_shapes, **kwargs,
         )  # fmt: skip
 
-    def _own_attention(self) -> AbstractContextManager[object]:
-        return nullcontext()
-
-    def _build(self) -> Any:
-        with torch.inference_mode(False), torch.no_grad():
-            encoder = HfSiglip2Tower.from_hf(
-                self.tower, attention=self._attention, precision=self._precision
-            )
-            if self._graphs is False:
-                return encoder
-            config = None if self._graphs is True else EncoderCudaGraphConfig.from_any(self._graphs)
-            if encoder.device.type == "cuda":
-                encoder.capture(config)
-            elif not self._said_no_graphs:
-                logger.info("vision tower on %s: no CUDA graphs, calls run eagerly", encoder.device)
-                self._said_no_graphs = True
-        return encoder
-
-
-class HfSiglip2Tower(Siglip2Encoder):
-    """An encoder that knows which arguments of Hugging Face's forward it does not serve."""
-
-    def unserved_argument(self, kwargs: Mapping[str, Any]) -> str | None:
-        """The first argument of a call that only the tower's own forward heeds."""
-        return next((n for n, v in kwargs.items() if n not in IGNORED and v is not None), None)
+    def _new_encoder(self) -> Siglip2Encoder:
+        return Siglip2Encoder.from_hf(
+            self.tower, attention=self._attention, precision=self._precision
+        )
 
 
 def _readable(

@@ -64,6 +64,11 @@ class ImageSize:
         self.cos, self.sin = _angles(spec, *self.stages[0], device)
         self.read_positions(weights)
 
+    def constants(self) -> list[torch.Tensor]:
+        """All its tensors."""
+        tensors = self.counts, self.table, self.cos, self.sin
+        return [tensor for tensor in tensors if tensor is not None]
+
     def read_positions(self, weights: StepWeights) -> None:
         """Fill `table` from the weights, in place."""
         spec, table = weights.spec, weights.tensors["position.table"].to(weights.wide)

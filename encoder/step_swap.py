@@ -1,15 +1,14 @@
 """The swap of a Step tower: whole images and crops come as batches of pixels, without grids."""
 
 import logging
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Self
+from typing import Any
 
 import torch
 
 from .fp8 import Fp8Plan
 from .grids import PIXEL_DTYPES
-from .hf_tower import GraphChoice, SwappedTower
+from .hf_tower import GraphChoice
+from .image_swap import SwappedImageTower
 from .step_spec import ROPE_AXES, RopeAxes, step3p7_spec
 from .step_tower import (
     GLOBAL,
@@ -23,11 +22,8 @@ from .step_tower import (
 
 logger = logging.getLogger("vitgraph")
 
-# arguments that say nothing of the result
-IGNORED = ("return_dict", "use_cache", "output_hidden_states", "output_attentions")
 
-
-class SwappedStepTower(SwappedTower):
+class SwappedStepTower(SwappedImageTower):
     """A `Step3p7VisionModel` whose calls go to the fused tower; also the handle of the swap.
 
     Graphs serve whole images and crops of 504 x 504 pixels; batches of other sizes are encoded
@@ -56,10 +52,7 @@ class SwappedStepTower(SwappedTower):
             )
         self.rope_axes: RopeAxes = rope_axes
         self._their_axes: RopeAxes | None = None
-        # "generic": nothing is looked up among the families of packed patches
-        super().__init__(
-            tower, graphs=graphs, attention=attention, precision=precision, tier="generic"
-        )
+        super().__init__(tower, graphs=graphs, attention=attention, precision=precision)
         if (theirs := self._their_axes) != rope_axes:
             logger.warning(
                 "vision tower: the installed transformers rotates with axes %r, the swapped calls "
@@ -77,19 +70,14 @@ class SwappedStepTower(SwappedTower):
             )
         from transformers.modeling_outputs import BaseModelOutput
 
-        change = self._seen.change()
         # an image says its grid by its shape
-        reason = self._reason_for_hf(pixel_values, pixel_values, change, kwargs)
+        reason = self._reason_for_hf(pixel_values, pixel_values, kwargs)
         if reason is None and pixel_values is not None:
             reason = self._reason_for_pixels(pixel_values)
+        reason = self._settle(reason)
         if reason is None and pixel_values is not None:
-            self._follow(change)
-            self._fused_calls += 1
             encoder: Any = self.encoder
             return self._pack(BaseModelOutput(encoder.encode(pixel_values)), kwargs)
-        self._note(str(reason))
-        # an optimizer may step after this call, in ways that versions do not show
-        self._is_dirty |= reason in ("grad", "training")
         return self._hf_forward(pixel_values, **kwargs)
 
     def _reason_for_pixels(self, images: torch.Tensor) -> str | None:
@@ -103,56 +91,18 @@ class SwappedStepTower(SwappedTower):
         can_cut = all(side > 0 and side % spec.patch_size == 0 for side in images.shape[2:])
         return None if can_cut else "image size"
 
-    def _own_attention(self) -> AbstractContextManager[object]:
-        return nullcontext()
-
-    def _build(self) -> Any:
-        with torch.inference_mode(False), torch.no_grad():
-            encoder = HfStepTower.of_tower(
-                self.tower, attention=self._attention, precision=self._precision,
-                rope_axes=self.rope_axes,
-            )  # fmt: skip
-            # here, as the tower is not patched yet and known to be one that can be swapped
-            if self._their_axes is None:
-                self._their_axes = rope_axes_of(self.tower)
-            if self._graphs is False:
-                return encoder
-            config = None if self._graphs is True else self._graphs
-            path_configs(encoder.paths, config)  # refused without a GPU too
-            if encoder.device.type == "cuda":
-                encoder.capture(config)
-            elif not self._said_no_graphs:
-                logger.info("vision tower on %s: no CUDA graphs, calls run eagerly", encoder.device)
-                self._said_no_graphs = True
+    def _new_encoder(self) -> StepTower:
+        spec = step3p7_spec(self.tower.config, rope_axes=self.rope_axes)
+        weights = live_weights(spec, live_tensors(self.tower, None))
+        sizes = {GLOBAL: spec.image_size, LOCAL: LOCAL_SIZE}
+        encoder = StepTower(spec, weights, sizes, self._attention, self._precision)
+        # here, as the tower is not patched yet and known to be one that can be swapped
+        if self._their_axes is None:
+            self._their_axes = rope_axes_of(self.tower)
         return encoder
 
-
-class HfStepTower(StepTower):
-    """A tower that knows which arguments of Hugging Face's forward it does not serve."""
-
-    @classmethod
-    def of_tower(
-        cls,
-        tower: torch.nn.Module,
-        *,
-        attention: str | None,
-        precision: str | Fp8Plan,
-        rope_axes: RopeAxes,
-    ) -> Self:
-        """The tower alone of a live `Step3p7VisionModel`, where it is.
-
-        Raises:
-            ValueError: its parameters are on several devices, or hold no data; or a precision that
-                cannot be had.
-        """
-        spec = step3p7_spec(tower.config, rope_axes=rope_axes)
-        weights = live_weights(spec, live_tensors(tower, None))
-        sizes = {GLOBAL: spec.image_size, LOCAL: LOCAL_SIZE}
-        return cls(spec, weights, sizes, attention, precision)
-
-    def unserved_argument(self, kwargs: Mapping[str, Any]) -> str | None:
-        """The first argument of a call that only the tower's own forward heeds."""
-        return next((n for n, v in kwargs.items() if n not in IGNORED and v is not None), None)
+    def _check_config(self, encoder: Any, config: Any) -> None:
+        path_configs(encoder.paths, config)
 
 
 def rope_axes_of(tower: Any) -> RopeAxes:

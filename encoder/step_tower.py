@@ -16,6 +16,7 @@ from .step_forward import ImageSize
 from .step_path import StepPath
 from .step_spec import StepSpec
 from .step_weights import StepWeights
+from .stream_order import Written
 from .vision_encoder import place_of_live
 
 GLOBAL, LOCAL = "global", "local"
@@ -59,7 +60,7 @@ class StepTower:
         self.weights = weights
         self._attention = attention
         self.paths = {name: self._new_path(side, side) for name, side in sizes.items()}
-        self._others: dict[tuple[int, int], StepPath] = {}
+        self._others: dict[tuple[int, int], tuple[StepPath, Written]] = {}
         self._others_lock = threading.Lock()
         first = next(iter(self.paths.values()))
         self.device, self.dtype = first.device, first.dtype
@@ -187,7 +188,8 @@ class StepTower:
     def _load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         with self._others_lock:  # a path made meanwhile would keep the old positions
             self.weights.load(tensors)
-            for path in (*self.paths.values(), *self._others.values()):
+            others = (path for path, _ in self._others.values())
+            for path in (*self.paths.values(), *others):
                 path.size.read_positions(self.weights)
 
     def _eager(self, path: StepPath, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -201,11 +203,17 @@ class StepTower:
     def _other_path(self, height: int, width: int) -> StepPath:
         """The path of another size, kept until `MAX_OTHER_SIZES` newer ones have come."""
         with self._others_lock:
-            path = self._others.pop((height, width), None) or self._new_path(height, width)
-            self._others[height, width] = path
+            kept = self._others.pop((height, width), None)
+            if kept is None:
+                path = self._new_path(height, width)
+                kept = path, Written(path.device, path.size.constants())
+            else:
+                # made by a call that may have run on another stream
+                kept[1].order_reads()
+            self._others[height, width] = kept
             if len(self._others) > MAX_OTHER_SIZES:
                 del self._others[next(iter(self._others))]
-        return path
+        return kept[0]
 
 
 def live_tensors(

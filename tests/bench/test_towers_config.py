@@ -139,6 +139,19 @@ def test_boost_gives_norms_a_scale_around_one():
     assert 0.8 < weights["blocks.0.attn.proj.weight"].std() * 8 < 1.2
 
 
+def test_boost_gives_layer_scales_that_leave_blocks_a_part():
+    layer = torch.nn.Module()
+    for name in ("lambda_1", "lambda_2", "bias"):
+        layer.register_parameter(name, torch.nn.Parameter(torch.empty(64, dtype=torch.bfloat16)))
+    tower = torch.nn.Sequential(torch.nn.Sequential(layer))
+    weights = dict(boost_(tower, 0).named_parameters())
+    scales = torch.stack([weights["0.0.lambda_1"], weights["0.0.lambda_2"]]).float()
+    assert 0.1 <= scales.min() < 0.12
+    assert 0.28 < scales.max() <= 0.302  # rounded to bf16
+    assert not torch.equal(*scales)
+    assert weights["0.0.bias"].min() < 0
+
+
 def test_unknown_tower():
     with pytest.raises(ValueError, match="'qwen9' is not known"):
         tower_config("qwen9")

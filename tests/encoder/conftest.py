@@ -6,6 +6,7 @@ changes by 5.6e-6. `boost` scales weights by their fan-in and doubles queries an
 
 import logging
 import math
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -183,6 +184,65 @@ def model_inputs(pixel_rows: Callable[..., torch.Tensor]) -> Callable[..., dict[
         }
 
     return inputs
+
+
+class WatchedLock:
+    """A lock that says when a thread has to wait for it."""
+
+    def __init__(self, lock: Any, waits: threading.Event):
+        self._lock, self._waits = lock, waits
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            self._waits.set()
+            self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+@pytest.fixture
+def meet(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[str], list[Any]]]:
+    """`meet(handle, (owner, name), first, second)`: two threads meet in a swap.
+
+    `second()` starts when `first()` has come into `owner.name`, which goes on when the second one
+    waits for the lock of `handle`, has come into the same, or is through. Returns which of them
+    have come in, and the two results.
+    """
+
+    def meeting(
+        handle: Any, inside: tuple[Any, str], first: Callable[[], Any], second: Callable[[], Any]
+    ) -> tuple[list[str], list[Any]]:
+        owner, name = inside
+        work, arrived = getattr(owner, name), threading.Event()
+        entries, results = [], [None, None]
+
+        def run_second() -> None:
+            try:
+                results[1] = second()
+            finally:
+                arrived.set()
+
+        other = threading.Thread(target=run_second)
+
+        def come_in(*args: Any) -> Any:
+            if threading.current_thread() is other:
+                entries.append("second")
+                arrived.set()
+            else:
+                entries.append("first")
+                if len(entries) == 1:
+                    other.start()
+                    arrived.wait()
+            return work(*args)
+
+        monkeypatch.setattr(owner, name, come_in)
+        monkeypatch.setattr(handle, "_lock", WatchedLock(handle._lock, arrived))
+        results[0] = first()
+        other.join()
+        return entries, results
+
+    return meeting
 
 
 @pytest.fixture(params=list(TOWERS))

@@ -201,6 +201,8 @@ def test_loaded_in_inference_mode_and_again_outside(build_model, tmp_path):
     model.save_pretrained(tmp_path)
     with torch.inference_mode():
         made = VisionEncoder.from_pretrained(tmp_path, device="cpu")
+    # inference tensors would be refused as parameters
+    assert all(torch.nn.Parameter(value).requires_grad for value in made.state_dict().values())
     made.load_weights(new)
     for name, tensor in VisionEncoder.from_hf(new).weights.tensors.items():
         assert torch.equal(made.weights.tensors[name], tensor), name

@@ -226,6 +226,8 @@ def test_built_in_inference_mode_loaded_outside(way, build, tiles, tmp_path):
             made = InternVLEncoder.from_hf(model)
         else:
             made = InternVLEncoder.from_pretrained(tmp_path, device="cpu")
+    # inference tensors would be refused as parameters
+    assert all(torch.nn.Parameter(value).requires_grad for value in made.state_dict().values())
     made.load_weights(new)
     pixels = tiles(2, build.side)
     check(made(pixels), InternVLEncoder.from_hf(new)(pixels))

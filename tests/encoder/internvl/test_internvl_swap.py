@@ -291,6 +291,28 @@ def test_changes_are_followed(build, tiles):
 
 
 @torch.no_grad()
+def test_one_thread_reads_the_projector_and_the_other_waits(build, tiles, meet):
+    model, images = build.model(), tiles(2, build.side)
+    handle = swap_vision_tower(model)
+    before = model.get_image_features(images).pooler_output
+    model.model.multi_modal_projector.linear_2.weight.mul_(-1)
+
+    @torch.no_grad()
+    def work():
+        return model.get_image_features(images).pooler_output
+
+    entries, results = meet(handle, (handle.encoder, "load_weights"), work, work)
+    assert entries == ["first"]
+    assert handle.stats().refreshes == 1
+    assert handle.stats().fused_calls == 3
+    handle.restore()
+    want = work()
+    assert rel_rms(before, want) > 1e-2
+    for result in results:
+        assert rel_rms(result, want) < FP32
+
+
+@torch.no_grad()
 def test_parts_that_move_apart_and_together_again(build, tiles, caplog):
     model, images = build.model(), tiles(2, build.side)
     want = model.get_image_features(images).pooler_output

@@ -312,6 +312,8 @@ def test_built_in_inference_mode_loaded_outside(way, build, batch, tmp_path):
             made = Siglip2Encoder.from_hf(tower)
         else:
             made = Siglip2Encoder.from_pretrained(tmp_path, device="cpu")
+    # inference tensors would be refused as parameters
+    assert all(torch.nn.Parameter(value).requires_grad for value in made.state_dict().values())
     made.load_weights(new)
     args = batch(LAYOUTS["mixed"])
     got, want = made(**args), Siglip2Encoder.from_hf(new)(**args)

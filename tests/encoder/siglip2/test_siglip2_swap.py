@@ -107,6 +107,18 @@ def test_reasons_for_the_own_forward(build, batch):
 
 
 @torch.no_grad()
+def test_arguments_that_only_the_own_forward_knows(build, batch):
+    model, args = build.model(), batch(SHAPES)
+    with swap_vision_tower(model) as handle:
+        # None or of no meaning for the result
+        said = {"output_attentions": False, "output_hidden_states": False, "use_cache": False}
+        model.vision_model(**args, **said, adapter=None)
+        assert handle.stats().fused_calls == 1
+        model.vision_model(**args, adapter="what it is for, only that forward says")
+        assert handle.stats().hf_calls == {"adapter": 1}
+
+
+@torch.no_grad()
 def test_changes_are_followed(build, batch):
     model, args = build.model(), batch(SHAPES)
     plain = copy.deepcopy(model)

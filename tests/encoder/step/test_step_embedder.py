@@ -268,5 +268,5 @@ def test_info(saved):
 def test_a_tower_of_a_swap_is_no_encoder(build):
     with swap_vision_tower(build.hf_model(), rope_axes="hw") as handle:
         for call in (feed_of, Embedder, lambda tower: folder_preprocessor(tower, "nowhere")):
-            with pytest.raises(ValueError, match=r"a HfStepTower cannot be fed.*load_encoder"):
+            with pytest.raises(ValueError, match=r"a StepTower cannot be fed.*load_encoder"):
                 call(handle.encoder)

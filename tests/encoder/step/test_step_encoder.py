@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from vitgraph.encoder import CheckpointError, StepEncoder, VisionEncoder
+from vitgraph.encoder import CheckpointError, StepEncoder, VisionEncoder, step_tower
 from vitgraph.encoder.step_keys import neighbours_to_halves
 from vitgraph.encoder.step_tower import path_configs
 from vitgraph.kernels.testing import rel_rms
@@ -172,6 +172,35 @@ def test_two_threads_make_one_path_of_a_new_size(build, images, monkeypatch):
     for thread in threads:
         thread.join()
     assert made == [(112, 112)]
+
+
+def test_a_size_seen_on_another_stream_is_waited_for(build, images, monkeypatch):
+    encoder, notes = build.encoder(build.hf_model(0)), []
+
+    class Notes:
+        def __init__(self, device, tensors):
+            self.table = next(x for x in tensors if x.is_floating_point())
+            notes.append(("written", len(tensors), self.table.isfinite().all().item()))
+
+        def order_reads(self):
+            notes.append(("ordered", self.table.shape[0]))
+
+    own = step_tower.StepPath.eager_forward
+
+    def forward(path, *args):
+        notes.append(("read", path.size.table.shape[0]))
+        return own(path, *args)
+
+    monkeypatch.setattr(step_tower, "Written", Notes)
+    monkeypatch.setattr(step_tower.StepPath, "eager_forward", forward)
+    encoder.encode(images(1, 112))
+    encoder.encode(images(1, 112))
+    # counts, positions, cos and sin
+    assert notes == [("written", 4, True), ("read", 64), ("ordered", 64), ("read", 64)]
+    (kept,) = encoder._others.values()
+    size = kept[0].size
+    assert kept[1].table is size.table
+    assert len(size.constants()) == sum(isinstance(x, torch.Tensor) for x in vars(size).values())
 
 
 def test_new_weights_reach_a_size_that_is_just_seen(build, images, monkeypatch):
@@ -442,6 +471,8 @@ def test_built_in_inference_mode_loaded_outside(way, build, images, tmp_path):
             made = StepEncoder.from_pretrained(tmp_path, device="cpu", local_size=build.crop)
         else:
             made = StepEncoder.from_hf(model, local_size=build.crop, precision=precision)
+    # inference tensors would be refused as parameters
+    assert all(torch.nn.Parameter(value).requires_grad for value in made.state_dict().values())
     made.load_weights(new)
     want = StepEncoder.from_hf(new, local_size=build.crop, precision=precision)
     pixels = images(2, build.image)
