@@ -69,7 +69,13 @@ class PlannedBatch:
         """Which graph of `rung` serves these items; asked once for each rung."""
         variant = self._variants.get(rung)
         if variant is None:
-            variant = self._variants[rung] = encoder.variant_of(rung, self.items)
+            variant, known = encoder.variant_of(rung, self.items), encoder.variants(rung)
+            if variant not in known:
+                raise ValueError(
+                    f"execute: {type(encoder).__name__}.variant_of is {variant!r} for the rung of "
+                    f"{rung.token_budget} tokens, recorded as {', '.join(known)}; name one of these"
+                )
+            self._variants[rung] = variant
         return variant
 
 

@@ -102,7 +102,7 @@ def capture_ladder(
             bar.set_postfix_str(f"warm up {limits.token_budget} tokens")
             full_item(encoder, limits)
             started = time.perf_counter()
-            for variant in _variants(encoder, limits):
+            for variant in variants_of(encoder, limits):
                 recorder.warm_up(_work(encoder, limits, variant, slots[0].inputs, slots[0].outputs))
             seconds[limits] = time.perf_counter() - started
             bar.update()
@@ -149,7 +149,7 @@ def extend_ladder(
         full_item(encoder, limits)
         inputs = allocate(encoder.input_specs(limits), encoder.device)
         outputs = allocate(encoder.output_specs(limits), encoder.device)
-        for variant in _variants(encoder, limits):
+        for variant in variants_of(encoder, limits):
             ladder.recorder.warm_up(_work(encoder, limits, variant, inputs, outputs))
         meter = _Meter(encoder.device)
         graphs = tuple(
@@ -180,8 +180,21 @@ def _rows_of(buffers: Mapping[str, torch.Tensor]) -> dict[str, int]:
     return {name: len(buffer) for name, buffer in buffers.items()}
 
 
-def _variants(encoder: SupportsEncoderCudaGraph, limits: RungLimits) -> tuple[str, ...]:
-    return encoder.variants(limits) if isinstance(encoder, RecordsVariants) else (ONLY_VARIANT,)
+def variants_of(encoder: SupportsEncoderCudaGraph, limits: RungLimits) -> tuple[str, ...]:
+    """The ways in which a rung is recorded; one, without a name, if the encoder names none.
+
+    Raises:
+        ValueError: the encoder names a way twice, or an empty list of them.
+    """
+    if not isinstance(encoder, RecordsVariants):
+        return (ONLY_VARIANT,)
+    names = encoder.variants(limits)
+    if not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"capture: {type(encoder).__name__}.variants is {names} for the rung of "
+            f"{limits.token_budget} tokens; it must name one variant or more, each of them once"
+        )
+    return names
 
 
 def _work(
@@ -210,7 +223,7 @@ def _record(
     outputs = leading_slices(slot.outputs, encoder.output_specs(limits))
     recordings = {
         variant: recorder.record(_work(encoder, limits, variant, inputs, outputs), pool)
-        for variant in _variants(encoder, limits)
+        for variant in variants_of(encoder, limits)
     }
     return BudgetGraphMetadata(limits, recordings, inputs, outputs)
 

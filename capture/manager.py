@@ -1,4 +1,4 @@
-"""Capture of one graph per rung, and everything a caller does with them."""
+"""Capture of a ladder of rungs, and everything a caller does with it."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .calibration import calibrate, load_costs, store_costs
-from .captured import CapturedLadder, capture_ladder
+from .captured import CapturedLadder, capture_ladder, variants_of
 from .config import EncoderCudaGraphConfig
 from .cost import Costs, MeasuredCosts
 from .executor import Executor
@@ -70,8 +70,9 @@ class EncoderCudaGraphManager:
         return self._executor.costs
 
     def get_num_graphs_to_capture(self) -> int:
-        """Graphs that `capture` records: one for each rung and slot."""
-        return len(self._configured) * self.config.num_slots
+        """Graphs that `capture` records: one for each variant of each rung, and slot."""
+        variants = (variants_of(self._encoder, rung) for rung in self._configured)
+        return sum(map(len, variants)) * self.config.num_slots
 
     def profile_memory(self) -> MemoryProfile:
         """Device memory that `capture` will take, found by capturing a few rungs and dropping them.

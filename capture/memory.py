@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from operator import truediv
+from statistics import mean, median
 
 import torch
 
-from .captured import capture_ladder
+from .captured import capture_ladder, variants_of
 from .graph import Recorder
 from .ladder import MemoryModel
 from .protocol import RungLimits, SupportsEncoderCudaGraph
@@ -37,25 +38,30 @@ def profile_capture(
     """Capture a few of `rungs` in pools of their own, weigh them, and drop them again.
 
     What rungs share is taken to grow in proportion to the largest one, from two ladders: one that
-    ends at the largest rung and one that is a single rung of half its place. What a further rung
-    adds is the median over samples of the others; what one of them took above that is shared too,
-    by the smaller rungs (workspaces of a stream that large ones do not use).
+    ends at the largest rung and one that is a single rung of half its place. What a further graph
+    adds is the median over samples of the other rungs, and a further rung as many graphs as rungs
+    have on average; what one of the samples took above that is shared too, by the smaller rungs
+    (workspaces of a stream that large ones do not use).
     """
+    graphs = [len(variants_of(encoder, rung)) for rung in rungs]
     sampled = sorted({0, len(rungs) // 2, max(0, len(rungs) - 2), len(rungs) - 1})
     whole = _weigh(encoder, [rungs[i] for i in sampled], recorder, num_slots)
     largest, others = whole[-1], whole[:-1]
-    graph = median(others) if others else 0.0
-    shared_by_small = sum(max(0.0, weight - graph) for weight in others)
+    counts = [graphs[i] for i in sampled]
+    each = median(map(truediv, others, counts)) if others else 0.0
+    shared_by_small = sum(
+        max(0.0, weight - each * count) for weight, count in zip(others, counts, strict=False)
+    )
     budget = rungs[-1].token_budget
     middle = rungs[len(rungs) // 2]
     if middle is rungs[-1]:
-        per_token = (largest - graph) / budget
+        per_token = (largest - each * counts[-1]) / budget
     else:
         (alone,) = _weigh(encoder, [middle], recorder, num_slots)
         per_token = (largest - alone) / (budget - middle.token_budget)
     per_token = max(0.0, per_token)
-    fixed = max(0.0, largest - graph - per_token * budget) + shared_by_small
-    model = MemoryModel(per_token, graph, fixed)
+    fixed = max(0.0, largest - each * counts[-1] - per_token * budget) + shared_by_small
+    model = MemoryModel(per_token, each * mean(graphs), fixed)
     budgets = model.of([rung.token_budget for rung in rungs])
     return MemoryProfile(sum(budgets.values()), budgets, model)
 

@@ -105,7 +105,7 @@ class MultiPathManager:
         self._lock = threading.RLock()
 
     def get_num_graphs_to_capture(self) -> int:
-        """Graphs that `capture` records: one per rung of every path."""
+        """Graphs that `capture` records, of all paths."""
         return sum(manager.get_num_graphs_to_capture() for manager in self.managers.values())
 
     def capture(self, graph_pool: GraphPool | None = None, show_progress: bool = False) -> None:

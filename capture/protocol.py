@@ -35,7 +35,7 @@ class EncoderItemSpec:
 
 @dataclass(frozen=True)
 class RungLimits:
-    """What one captured graph can hold; every field is an inclusive upper limit.
+    """What one rung of a ladder can hold; every field is an inclusive upper limit.
 
     Attributes:
         token_budget: tokens; also the name of the rung.
@@ -121,6 +121,8 @@ class SupportsEncoderCudaGraph(Protocol):
         limits: RungLimits,
     ) -> None:
         """The recorded work: read `inputs`, write `outputs`, never wait for the device.
+
+        Of an encoder that `RecordsVariants` these are recorded instead.
 
         Rows of `pixel_values` past the live patches hold whatever an earlier replay left there.
         Rows of `outputs` past the live ones may hold anything.

@@ -27,10 +27,10 @@ from .graph_options import (
     in_options,
 )
 
-# One H200, bf16: bench/results/h200/towers.json against towers-plain.json.
+# One H200, bf16, two runs: bench/results/h200/towers.json against towers-plain.json.
 EXTRAS = {
     "fa4": (
-        "on Hopper, frames of 2,300 patches or more: 2048 x 2048 pixels took 101 ms instead of 108 "
+        "on Hopper, long frames: 2048 x 2048 pixels took 101 ms instead of 108 "
         "(Qwen3-VL-8B), 45 instead of 50 (Qwen2.5-VL-7B) and 121 instead of 129 (Qwen2-VL-7B)"
     ),
     "flash": "no speed by itself: used only with --attention fa2, and not measured here",

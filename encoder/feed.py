@@ -114,7 +114,7 @@ def folder_preprocessor(encoder: AnyEncoder, folder: Any) -> Any:
         ValueError: it asks for what is not supported.
     """
     if isinstance(encoder, InternVLEncoder):
-        return InternVLPreprocessor.from_folder(folder)
+        return InternVLPreprocessor.from_folder(folder, encoder.paths[TILES].size.height)
     if isinstance(encoder, StepEncoder):
         return StepPreprocessor.from_folder(folder)
     if isinstance(encoder, Siglip2Encoder):

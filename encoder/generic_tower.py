@@ -16,7 +16,7 @@ import torch
 
 from ..capture import BufferSpec, EncoderItemSpec, Pruning, RungLimits
 from ..capture.staging import PIXELS
-from ..kernels.attention import check_backend, choose_backend, typical_rows
+from ..kernels.attention import check_backend, choose_backend, long_segments, typical_rows
 from .hf_attention import AttentionSwitch
 from .hf_metadata import Grid, TowerRefusedError
 from .hf_probe import (
@@ -32,7 +32,7 @@ from .hf_probe import (
 MIN_BUDGET = 16
 # A quarter of the fused towers': Hugging Face's modules hold several fp32 copies of q and k.
 MAX_BUDGET = 4096
-_MANY = 1 << 20  # rows
+_LONGEST = 1 << 20  # rows, more than any segment has
 GRID = "grid_thw"
 NEVER = 2**31  # frames of an item that no rung holds
 _STAGED = 16  # layouts whose tables are kept
@@ -241,7 +241,8 @@ class GenericTower:
     def fingerprint(self) -> str:
         """What this tower's speed depends on."""
         config: Any = self.tower.config
-        attention = f"{self.attention} {self.attention_for(_MANY, _MANY)}"
+        longest = self.attention_for(_LONGEST, _LONGEST)
+        attention = f"{self.attention} {longest} {long_segments(self.facts.head_dim)}"
         return f"{type(self.tower).__name__} {config.to_json_string()} {self.dtype} {attention}"
 
     @property

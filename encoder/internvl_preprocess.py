@@ -23,6 +23,7 @@ from .preprocess import per_channel, read_json, value_table, whole_number
 from .presets import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 
 PROCESSOR = "GotOcr2ImageProcessor"
+TILE_SIZE = 448  # pixels, of the released models
 # what that class has, and a file of it that leaves them out
 CLASS_DEFAULTS: dict[str, Any] = {
     "tile_size": 384, "image_mean": CLIP_MEAN, "image_std": CLIP_STD,
@@ -43,7 +44,7 @@ class InternVLPreprocessor:
         max_source_pixels: Largest image that is read, in pixels.
     """
 
-    tile_size: int = 448
+    tile_size: int = TILE_SIZE
     min_tiles: int = 1
     max_tiles: int = 12
     image_mean: tuple[float, ...] = IMAGENET_MEAN
@@ -60,7 +61,9 @@ class InternVLPreprocessor:
                 f"InternVLPreprocessor: min_tiles = {self.min_tiles} and max_tiles = "
                 f"{self.max_tiles} must be in order"
             )
-        if not isinstance(self.rescale_factor, Real) or not 0 < self.rescale_factor < math.inf:
+        whole_number(self.max_source_pixels, "InternVLPreprocessor: max_source_pixels")
+        factor = self.rescale_factor
+        if isinstance(factor, bool) or not isinstance(factor, Real) or not 0 < factor < math.inf:
             raise ValueError(
                 f"InternVLPreprocessor: rescale_factor = {self.rescale_factor!r} must be a "
                 "positive number"
@@ -68,12 +71,12 @@ class InternVLPreprocessor:
         for name in ("image_mean", "image_std"):
             value = per_channel(getattr(self, name), f"InternVLPreprocessor: {name}")
             object.__setattr__(self, name, value)
-        if 0 in self.image_std:
+        if min(self.image_std) <= 0:
             raise ValueError(
-                f"InternVLPreprocessor: image_std = {self.image_std}: no deviation may be zero"
+                f"InternVLPreprocessor: image_std = {self.image_std}: deviations must be positive"
             )
         filters = [int(known) for known in PIL.Image.Resampling]
-        if self.resample not in filters:
+        if isinstance(self.resample, bool | float) or self.resample not in filters:
             raise ValueError(
                 f"InternVLPreprocessor: resample = {self.resample!r} is no filter of PIL, which "
                 f"has {', '.join(map(str, sorted(filters)))}"
@@ -87,10 +90,14 @@ class InternVLPreprocessor:
             )
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> "InternVLPreprocessor":
+    def from_folder(cls, folder: str | Path, tile_size: int = TILE_SIZE) -> "InternVLPreprocessor":
         """The settings in a model folder, and those of the released models where it has no file.
 
         Reads processor_config.json (nested settings) or preprocessor_config.json.
+
+        Args:
+            folder: Of the model.
+            tile_size: Side of a tile in pixels where there is no file.
 
         Raises:
             ValueError: a file is no JSON object, or asks for what is not supported.
@@ -98,7 +105,7 @@ class InternVLPreprocessor:
         nested = read_json(Path(folder) / "processor_config.json")
         config = nested.get("image_processor")
         config = config or read_json(Path(folder) / "preprocessor_config.json")
-        return cls.from_config(config) if config else cls()
+        return cls.from_config(config) if config else cls(tile_size)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "InternVLPreprocessor":

@@ -6,7 +6,7 @@ import torch
 
 from ..capture import BufferSpec, EncoderItemSpec, Pruning, RungLimits
 from ..capture.protocol import Rows
-from ..kernels.attention import check_backend, choose_backend
+from ..kernels.attention import check_backend, choose_backend, long_segments
 from ..kernels.layout import num_windows
 from ..kernels.tables import tuning
 from .capturable import compile_by_halves
@@ -20,7 +20,9 @@ MIN_PATCHES, MAX_PATCHES = 64, 65536  # of an automatic ladder
 
 
 class RecordableTower:
-    """The forward of a tower, eager or to be recorded: `capture.SupportsEncoderCudaGraph`.
+    """The forward of a tower, eager or to be recorded: a `capture.SupportsEncoderCudaGraph`.
+
+    A rung that holds long frames is recorded for short and for long ones (`RecordsVariants`).
 
     Attributes: see `VisionEncoder`.
     """
@@ -155,7 +157,8 @@ class RecordableTower:
     def fingerprint(self) -> str:
         """What this tower's speed depends on."""
         tables = tuning(self.device).fingerprint()
-        attention = f"{self.attention} {self._backend(MAX_PATCHES, MAX_PATCHES)}"
+        longest = self._backend(MAX_PATCHES, MAX_PATCHES)
+        attention = f"{self.attention} {longest} {long_segments(self.spec.head_dim)}"
         tower = f"{self.spec} {self.dtype} {attention} pruning={self._records_pruning}"
         plan = self.weights.fp8.plan
         return f"{tower} {tables}" + ("" if plan is None else f" {plan}")

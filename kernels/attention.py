@@ -22,6 +22,7 @@ A backend is imported when it is first used.
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -206,19 +207,29 @@ def check_backend(name: str, dtype: torch.dtype, device: torch.device | str, hea
         )
 
 
-# Rows from which on fa4 is faster than hopper, by head dim; measured on an H200 with 16 heads.
-# Below, hopper takes down to half of its time; about there they are even within some per cent; at
-# 16,384 rows fa4 takes 6, 11 and 16 % less.
-_LONG_SEGMENTS = {64: 6144, 72: 2304, 80: 2304}
-_LONG_SEGMENT = 8192  # at head dims that were not measured
-# With fewer rows what fa4 gains is less than what its launch costs: hopper starts while the kernel
-# before it still runs.
-_ENOUGH_ROWS = 6144
+@dataclass(frozen=True)
+class LongSegments:
+    """Where fa4 is preferred to hopper: both numbers of rows reached.
+
+    Attributes:
+        segment_rows: of the segment that a row lies in, on average.
+        num_rows: of the call.
+    """
+
+    segment_rows: int
+    num_rows: int = 0
 
 
-def long_segment(head_dim: int) -> int:
-    """Rows from which on segments go to fa4, if it is there, rather than to hopper."""
-    return _LONG_SEGMENTS.get(head_dim, _LONG_SEGMENT)
+# Measured on an H200 with 16 heads, by head dim. Below, hopper takes down to half of fa4's time; in
+# one segment of 16,384 rows fa4 takes 6, 11 and 16 % less. At 72 the two are about even in one
+# segment of 3,000 to 4,000 rows.
+_LONG = {64: LongSegments(6144), 72: LongSegments(2304, 6144), 80: LongSegments(2304)}
+_LONG_ELSEWHERE = LongSegments(8192)  # at head dims that were not measured
+
+
+def long_segments(head_dim: int) -> LongSegments:
+    """From where on fa4 is preferred to hopper."""
+    return _LONG.get(head_dim, _LONG_ELSEWHERE)
 
 
 def typical_rows(bound: int) -> int:
@@ -238,13 +249,13 @@ def choose_backend(
 ) -> str:
     """Backend to use when the user names none.
 
-    reference on a CPU. For 16-bit dtypes hopper, or fa4 where segments have `long_segment` rows or
-    more and there are enough of them; or whichever of the two is usable. Else triton.
+    reference on a CPU. For 16-bit dtypes hopper, or fa4 for `long_segments`; or whichever of the
+    two is usable. Else triton.
 
     Args:
         device, dtype, head_dim: of q, k and v.
         segment_rows: rows of the segment that a row lies in, on average: the sum over segments of
-            their squared rows over the sum of their rows.
+            their squared rows over the sum of their rows. 0, for most calls, is short.
         num_rows: the sum of their rows.
 
     Raises:
@@ -254,7 +265,8 @@ def choose_backend(
     if where.type != "cuda":
         return "reference"
     if dtype in _HALF:
-        is_long = segment_rows >= long_segment(head_dim) and num_rows >= _ENOUGH_ROWS
+        long = long_segments(head_dim)
+        is_long = segment_rows >= long.segment_rows and num_rows >= long.num_rows
         for name in ("fa4", "hopper") if is_long else ("hopper", "fa4"):
             if _reason(name, where, head_dim, dtype) is None:
                 return name

@@ -4,7 +4,8 @@ from collections import Counter
 
 import pytest
 import torch
-from vitgraph.capture import EncoderCudaGraphManager
+from vitgraph.capture import EncoderCudaGraphManager, captured
+from vitgraph.capture.graph import BudgetGraphMetadata as Graph
 
 FORKED = 32  # tokens from which on a rung has two graphs
 LONG = 48  # patches of a frame that is long
@@ -69,6 +70,55 @@ def test_every_variant_is_warmed_up_and_recorded(manager, forking_encoder):
     small, large = manager.ladder.rungs.values()
     assert [set(graph.recordings) for graph in small.graphs] == [{"short"}] * slots
     assert [set(graph.recordings) for graph in large.graphs] == [{"short", "long"}] * slots
+
+
+def test_graphs_are_counted(manager):
+    slots = len(manager.ladder.ring.slots)
+    assert manager.get_num_graphs_to_capture() == 3 * slots
+
+
+def test_memory_is_foretold_by_graph(forking_encoder, rerun_recorder, monkeypatch):
+    """Buffers take 500 bytes and a graph 10."""
+    recorded = []
+    monkeypatch.setattr(
+        captured, "BudgetGraphMetadata", lambda *args: recorded.append(args) or Graph(*args)
+    )
+
+    class Meter:
+        def __init__(self, device):
+            pass
+
+        def settle(self):
+            recorded.clear()
+
+        def take(self):
+            graphs = sum(len(args[1]) for args in recorded)
+            recorded.clear()
+            return 10 * graphs if graphs else 500
+
+    monkeypatch.setattr(captured, "_Meter", Meter)
+    config = {"token_budgets": [16, 20, 24, 28, 32, 48, 64]}
+    manager = EncoderCudaGraphManager(forking_encoder, config, recorder=rerun_recorder)
+    profile = manager.profile_memory()
+    manager.capture()
+    assert manager.stats()["bytes"] == 500 + 10 * (4 + 2 * 3)
+    assert profile.total_bytes == pytest.approx(manager.stats()["bytes"], abs=len(manager.rungs))
+
+
+@pytest.mark.parametrize("names", [(), ("short", "short")])
+def test_variants_that_cannot_be_told_apart(forking_encoder, rerun_recorder, names):
+    forking_encoder.variants = lambda limits: names
+    manager = EncoderCudaGraphManager(
+        forking_encoder, {"token_budgets": [16]}, recorder=rerun_recorder
+    )
+    with pytest.raises(ValueError, match="rung of 16 tokens; it must name one variant or more"):
+        manager.capture()
+
+
+def test_a_variant_that_was_not_recorded(manager, forking_encoder, pixels_for):
+    forking_encoder.variant_of = lambda limits, items: "other"
+    with pytest.raises(ValueError, match="'other' for the rung of 16 tokens, recorded as short; "):
+        manager.execute(pixels_for(FEW), FEW)
 
 
 def test_a_batch_is_served_by_its_variant(manager, pixels_for):

@@ -6,8 +6,9 @@ import vitgraph.bench.towers_config as towers
 from vitgraph.capture import EncoderCudaGraphConfig
 from vitgraph.capture.staging import allocate
 from vitgraph.encoder import VisionEncoder, recordable
+from vitgraph.kernels.attention import LongSegments
 
-LONG = 100  # patches
+LONG, ENOUGH = 100, 160  # patches of a frame, and of a call
 SMALL, LARGE, VIDEO = (1, 4, 8), (1, 12, 12), (4, 6, 8)
 
 
@@ -21,7 +22,7 @@ def choose(monkeypatch):
     """A machine on which another backend is faster for long frames."""
 
     def choose(device, dtype, head_dim, segment_rows=0.0, num_rows=0):
-        return "far" if segment_rows >= LONG and num_rows >= LONG else "near"
+        return "far" if segment_rows >= LONG and num_rows >= ENOUGH else "near"
 
     monkeypatch.setattr(recordable, "choose_backend", choose)
 
@@ -44,17 +45,25 @@ def rungs_of(encoder, *budgets):
 
 def test_a_rung_has_a_graph_for_long_frames_if_it_holds_one(hf, choose):
     encoder = VisionEncoder.from_hf(hf)
-    small, large = rungs_of(encoder, 16, 64)
-    assert small.max_patches < LONG <= large.max_patches
+    small, large = rungs_of(encoder, 36, 64)
+    assert LONG < small.max_patches < ENOUGH <= large.max_patches
     assert encoder.variants(small) == ("near",)
     assert encoder.variants(large) == ("near", "far")
-    assert "near far" in encoder.fingerprint()
+
+
+def test_the_fingerprint_says_where_long_begins(hf, choose, monkeypatch):
+    encoder = VisionEncoder.from_hf(hf)
+    before = encoder.fingerprint()
+    assert "near far" in before
+    monkeypatch.setattr(recordable, "long_segments", lambda head_dim: LongSegments(1, 2))
+    assert encoder.fingerprint() != before
 
 
 @pytest.mark.parametrize(
     ("grids", "backend"),
     [
-        ([LARGE], "far"),
+        ([LARGE], "near"),  # 144 are not enough
+        ([LARGE] * 2, "far"),
         ([SMALL], "near"),
         ([VIDEO], "near"),  # 192 patches, in frames of 48
         ([LARGE, SMALL], "far"),  # 124 on average over patches, 88 over frames

@@ -123,14 +123,12 @@ def test_chosen_by_length_and_by_what_is_there(without_packages, monkeypatch):
     attention._reason.cache_clear()
     monkeypatch.setattr("vitgraph.kernels.attention_fa4.unusable_reason", lambda *a: None)
     assert attention.choose_backend(device, BF16, 72) == "hopper"
-    limit = attention.long_segment(72)
-    rows = 3 * limit
-    assert attention.choose_backend(device, BF16, 72, limit - 0.5, rows) == "hopper"
-    assert attention.choose_backend(device, BF16, 72, limit, rows) == "fa4"
-    assert attention.choose_backend(device, BF16, 72, limit, limit) == "hopper"
-    assert attention.choose_backend(device, BF16, 64, limit, rows) == "hopper"
-    assert attention.choose_backend(device, BF16, 64, attention.long_segment(64), rows) == "fa4"
-    assert attention.choose_backend(device, torch.float32, 72, limit, rows) == "triton"
+    for head_dim, segment, rows in ((64, 6144, 0), (72, 2304, 6144), (80, 2304, 0), (128, 8192, 0)):
+        rows = max(rows, segment)
+        assert attention.choose_backend(device, BF16, head_dim, segment, rows) == "fa4"
+        assert attention.choose_backend(device, BF16, head_dim, segment - 0.5, rows) == "hopper"
+    assert attention.choose_backend(device, BF16, 72, 2304, 6143) == "hopper"
+    assert attention.choose_backend(device, torch.float32, 72, 9000, 9000) == "triton"
     attention._reason.cache_clear()
     monkeypatch.setattr(attention_hopper, "unusable_reason", lambda *a: "needs another Triton")
     assert attention.choose_backend(device, BF16, 72) == "fa4"

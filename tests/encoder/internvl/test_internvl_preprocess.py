@@ -175,13 +175,22 @@ def test_names_of_the_processor(kind):
         ({"rescale_factor": 0}, "rescale_factor = 0 must be a positive number"),
         ({"rescale_factor": 1e37}, r"rescale_factor = 1e\+37 and image_std = .* beyond fp32"),
         ({"resample": 99}, "resample = 99 is no filter of PIL, which has 0, 1, 2, 3, 4, 5"),
-        ({"image_std": [0, 1, 1]}, r"image_std = \(0, 1, 1\): no deviation may be zero"),
+        ({"resample": True}, "resample = True is no filter"),
+        ({"resample": 3.0}, "resample = 3.0 is no filter"),
+        ({"rescale_factor": True}, "rescale_factor = True must be a positive number"),
+        ({"image_std": [0, 1, 1]}, r"image_std = \(0, 1, 1\): deviations must be positive"),
+        ({"image_std": [1, -1, 1]}, r"image_std = \(1, -1, 1\): deviations must be positive"),
         ({"image_mean": [0.5]}, r"image_mean = \[0.5\] must be a number, or three of them"),
     ],
 )
 def test_bad_settings(config, message):
     with pytest.raises(ValueError, match=message):
         InternVLPreprocessor.from_config(config)
+
+
+def test_a_limit_of_source_pixels_has_to_be_one():
+    with pytest.raises(ValueError, match="max_source_pixels = 0 must be a positive integer"):
+        InternVLPreprocessor(max_source_pixels=0)
 
 
 def test_bad_images(tmp_path):
