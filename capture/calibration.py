@@ -41,6 +41,10 @@ _SAMPLES_OF_WARM_UP = 12
 # Shorter eager calls may wait for the host, which other processes slow down for seconds at a time:
 # they are measured twice, the whole list apart, and the lesser time counts.
 _HOST_MATTERS_US = 50_000.0
+# Near its limit of power a GPU runs a call some per cent faster or slower by what ran in the tenth
+# of a second before: a call is counted among calls of its own kind. Short calls do not get there.
+_SECONDS_TO_SETTLE = 0.1
+_CALLS_TO_SETTLE = 10
 # Three calls of a sample, or as many as take so long: long calls vary less.
 _SECONDS_ENOUGH = 0.25
 
@@ -74,9 +78,6 @@ def calibrate(
     for rung in large:
         several = equal_images(encoder, rung, rung.token_budget, 8)
         jobs += [(way, several) for way in (rung, None) if several]
-    # Near its limit of power a GPU runs a call some per cent faster or slower by what ran just
-    # before. So calls that are alike, by the share of attention in them, follow each other.
-    jobs.sort(key=lambda job: _pairs_of_a_patch(encoder.item_specs(job[1])))
     longest = max(_patches(encoder.item_specs(grid)) for _, grid in jobs)
     spec = encoder.input_specs(largest)[PIXELS]
     pixels = torch.randn(longest, *spec.shape[1:], device=encoder.device).to(spec.dtype)
@@ -192,7 +193,9 @@ def _time(device: torch.device, work: Callable[[], object]) -> float:
             torch.cuda.current_stream(device).synchronize()
         return time.perf_counter() - start
 
-    once()
+    seconds = max(once(), 1e-6)
+    for _ in range(min(_CALLS_TO_SETTLE, int(_SECONDS_TO_SETTLE / seconds))):
+        once()
     times = [once()]
     seconds = max(times[0], 1e-6)
     least = min(3, ceil(_SECONDS_ENOUGH / seconds))
@@ -207,10 +210,6 @@ def _may_wait_for_host(sample: CostSample) -> bool:
 
 def _patches(items: Sequence[EncoderItemSpec]) -> int:
     return sum(item.input_size for item in items)
-
-
-def _pairs_of_a_patch(items: Sequence[EncoderItemSpec]) -> float:
-    return sum(item.attention_pairs for item in items) / _patches(items)
 
 
 def _spread(count: int, most: int) -> list[int]:
