@@ -52,6 +52,35 @@ def test_short_eager_calls_forget_a_host_that_was_busy(encoder, monkeypatch):
     assert len(set(loads)) == len(loads)
 
 
+@pytest.mark.parametrize("busy_times", [1, 2, 3])
+def test_eager_calls_are_measured_until_two_times_agree(encoder, monkeypatch, busy_times):
+    clock, times = [0.0], {}
+    monkeypatch.setattr(calibration.time, "perf_counter", lambda: clock[0])
+
+    def run_on(rung, pixels, grid):
+        key = len(grid), len(pixels)
+        if rung is None and times.setdefault(key, [None, 0])[0] != last[0]:
+            times[key] = [last[0], times[key][1] + 1]
+        busy = rung is None and key[0] == 1 and times[key][1] <= busy_times
+        # no two busy times are alike
+        clock[0] += 0.01 * (1.2 + times[key][1] * 0.1 if busy else 1)
+
+    last = [0]
+    time = calibration._time
+
+    def counted(device, work):
+        last[0] += 1
+        return time(device, work)
+
+    monkeypatch.setattr(calibration, "_time", counted)
+    rungs = [encoder.rung_limits(budget, 16, 16) for budget in (16, 2048)]
+    samples = calibration.calibrate(encoder, rungs, run_on)
+    assert [sample.us for sample in samples] == pytest.approx([10_000] * len(samples))
+    taken = {key: count for key, (_, count) in times.items()}
+    assert {count for (items, _), count in taken.items() if items > 1} == {2}
+    assert {count for (items, _), count in taken.items() if items == 1} == {busy_times + 2}
+
+
 def test_long_calls_forget_what_ran_before(encoder, monkeypatch):
     """A GPU at its limit of power: for 90 ms a call is slower by what it ran before."""
     clock, last, since = [0.0], [None], [0.0]
