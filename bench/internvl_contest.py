@@ -19,6 +19,14 @@ INTERNVL_TOWERS: dict[str, tuple[dict[str, Any], int]] = {
         },
         3584,
     ),
+    "internvl3-38b": (
+        {
+            "hidden_size": 3200, "num_hidden_layers": 45, "num_attention_heads": 25,
+            "intermediate_size": 12800, "norm_type": "rms_norm", "use_qk_norm": True,
+            "image_size": [448, 448], "patch_size": [14, 14],
+        },
+        5120,
+    ),
 }  # fmt: skip
 WORKLOADS: dict[str, int] = {"1tile": 1, "7tiles": 7, "13tiles": 13, "52tiles": 52}
 
