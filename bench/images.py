@@ -32,32 +32,34 @@ MAX_ERROR = 1.3  # times that of the baseline
 
 
 @dataclass(frozen=True)
-class ImageTower:
+class ContestedTower:
     """How to build a contest (from device, dtype and seed), and its workloads by name."""
 
     build: Callable[[torch.device, torch.dtype, int], ImageContest]
     workloads: Mapping[str, Any]
 
 
-def step_tower(name: str) -> ImageTower:
+def step_tower(name: str) -> ContestedTower:
     """A Step tower of `STEP_TOWERS`."""
     spec = STEP_TOWERS[name]
-    return ImageTower(lambda *where: StepContest(spec, *where), step_contest.WORKLOADS)
+    return ContestedTower(lambda *where: StepContest(spec, *where), step_contest.WORKLOADS)
 
 
-def siglip2_tower(name: str) -> ImageTower:
+def siglip2_tower(name: str) -> ContestedTower:
     """A tower of `SIGLIP2_TOWERS`."""
     sizes = SIGLIP2_TOWERS[name]
-    return ImageTower(lambda *where: Siglip2Contest(sizes, *where), siglip2_contest.WORKLOADS)
+    return ContestedTower(lambda *where: Siglip2Contest(sizes, *where), siglip2_contest.WORKLOADS)
 
 
-def internvl_tower(name: str) -> ImageTower:
+def internvl_tower(name: str) -> ContestedTower:
     """A tower of `INTERNVL_TOWERS`."""
     sizes = INTERNVL_TOWERS[name]
-    return ImageTower(lambda *where: InternVLContest(*sizes, *where), internvl_contest.WORKLOADS)
+    return ContestedTower(
+        lambda *where: InternVLContest(*sizes, *where), internvl_contest.WORKLOADS
+    )
 
 
-TOWERS: dict[str, ImageTower] = {
+TOWERS: dict[str, ContestedTower] = {
     "step-3.7": step_tower("step-3.7"),
     **{name: siglip2_tower(name) for name in SIGLIP2_TOWERS},
     **{name: internvl_tower(name) for name in INTERNVL_TOWERS},
@@ -66,7 +68,7 @@ TOWERS: dict[str, ImageTower] = {
 
 @torch.no_grad()
 def run(
-    towers: Mapping[str, ImageTower],
+    towers: Mapping[str, ContestedTower],
     workloads: Sequence[str] | None = None,
     providers: Sequence[str] = PROVIDERS,
     *,

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..encoder.step_encoder import LOCAL_SIZE, StepEncoder
-from ..encoder.step_spec import StepSpec
+from ..encoder.image_spec import ImageTowerSpec
+from ..encoder.image_tower import live_tensors, live_weights
+from ..encoder.step_encoder import StepEncoder
+from ..encoder.step_spec import LOCAL_SIZE
 from ..encoder.step_swap import rope_axes_of
-from ..encoder.step_tower import live_tensors, live_weights
 from .image_contest import Parts
 from .towers_config import boost_
 
@@ -41,7 +42,7 @@ class StepInputs(NamedTuple):
 class StepContest:
     """Hugging Face's tower in the dtype and in fp32, and ours, on one device."""
 
-    def __init__(self, spec: StepSpec, device: torch.device, dtype: torch.dtype, seed: int):
+    def __init__(self, spec: ImageTowerSpec, device: torch.device, dtype: torch.dtype, seed: int):
         self.tower, self.projector = _hf_modules(spec, device, dtype)
         # compared with what transformers computes, so its order of axes counts
         spec = replace(spec, rope_axes=rope_axes_of(self.tower))
@@ -122,7 +123,7 @@ class StepContest:
         return [wholes, crops.view(sum(counts), per_crop, -1)]
 
 
-def _hf_modules(spec: StepSpec, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+def _hf_modules(spec: ImageTowerSpec, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
     """Tower and projector of transformers, their parameters not yet written, as released."""
     from transformers.initialization import no_init_weights
     from transformers.models.step3p7 import modeling_step3p7

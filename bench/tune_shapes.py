@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from ..encoder.families import FAMILIES
+from ..encoder.image_spec import ImageTowerSpec
 from ..encoder.spec import EncoderSpec
-from ..encoder.step_spec import StepSpec
 from ..kernels.gemm_tuning import GATED, RESIDUAL
 from .step_config import STEP_TOWERS
 from .towers_config import TOWERS
@@ -51,9 +51,9 @@ class AttentionShape:
     head_dim: int
 
 
-def layers(spec: EncoderSpec | StepSpec) -> dict[str, LinearShape]:
+def layers(spec: EncoderSpec | ImageTowerSpec) -> dict[str, LinearShape]:
     """Linear layers of a tower by name, as its prepared weights have them."""
-    if isinstance(spec, StepSpec):
+    if isinstance(spec, ImageTowerSpec):
         return _step_layers(spec)
     D, F, group = spec.hidden_size, spec.padded_mlp_size, spec.patches_per_token
     is_gated = spec.mlp == "gated"
@@ -81,7 +81,7 @@ def layers(spec: EncoderSpec | StepSpec) -> dict[str, LinearShape]:
     return {name: LinearShape(name, *shape) for name, shape in found.items()}
 
 
-def _step_layers(spec: StepSpec) -> dict[str, LinearShape]:
+def _step_layers(spec: ImageTowerSpec) -> dict[str, LinearShape]:
     """Of a tower of whole images: each convolution leaves a quarter of the rows before it."""
     D, F = spec.hidden_size, spec.mlp_size
     into = RESIDUAL if spec.block == "pre_norm" else ""
@@ -100,7 +100,7 @@ def _step_layers(spec: StepSpec) -> dict[str, LinearShape]:
     return {name: LinearShape(name, *shape) for name, shape in found.items()}
 
 
-def tower_specs() -> dict[str, EncoderSpec | StepSpec]:
+def tower_specs() -> dict[str, EncoderSpec | ImageTowerSpec]:
     """Specs of the published towers; without those that are made for trying out."""
     packed = {
         name: FAMILIES[config.family].spec(config.vision_config())
@@ -110,7 +110,9 @@ def tower_specs() -> dict[str, EncoderSpec | StepSpec]:
     return {**packed, **STEP_TOWERS}
 
 
-def linear_shapes(specs: Mapping[str, EncoderSpec | StepSpec] | None = None) -> list[LinearShape]:
+def linear_shapes(
+    specs: Mapping[str, EncoderSpec | ImageTowerSpec] | None = None,
+) -> list[LinearShape]:
     """Every shape of the linear layers of `specs`, of all published towers by default, once.
 
     Labels name the layer and the towers that have it.
@@ -129,7 +131,7 @@ def linear_shapes(specs: Mapping[str, EncoderSpec | StepSpec] | None = None) -> 
 
 
 def attention_shapes(
-    specs: Mapping[str, EncoderSpec | StepSpec] | None = None,
+    specs: Mapping[str, EncoderSpec | ImageTowerSpec] | None = None,
 ) -> list[AttentionShape]:
     """Every class of lengths with every number of heads and head dim of `specs`."""
     specs = tower_specs() if specs is None else specs

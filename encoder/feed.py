@@ -22,7 +22,7 @@ from .siglip2_encoder import Siglip2Encoder
 from .siglip2_preprocess import Siglip2Preprocessor
 from .step_encoder import StepEncoder
 from .step_preprocess import StepPreprocessor
-from .step_tower import GLOBAL, LOCAL
+from .step_spec import GLOBAL, LOCAL
 from .vision_encoder import VisionEncoder
 
 Pool = Literal["mean", "max", "tokens", "head"]

@@ -14,12 +14,12 @@ import torch
 
 from ..kernels.linear_fp8 import MULTIPLE, fp8_reason, linear_fp8
 from ..kernels.quantize import FP8, quantize_rows
+from .image_spec import ImageTowerSpec
 from .spec import EncoderSpec
-from .step_spec import StepSpec
 
 LAYERS = ("qkv", "proj", "up", "down")
 PRECISIONS = ("native", "fp8")
-TowerSpec = EncoderSpec | StepSpec
+TowerSpec = EncoderSpec | ImageTowerSpec
 
 # Blocks at either end that stay in the tower's dtype. An error made in the first ones is carried
 # through all others: in towers whose outlier channels meet plain norms, single tokens lose most
@@ -192,7 +192,7 @@ def _names(plan: Fp8Plan, spec: TowerSpec, parameter: torch.Tensor) -> list[str]
             f"precision = {plan}: the gate of {spec.family} is bounded by {spec.gate_limit}, which "
             f"the kernel that quantises for 'down' does not do; use Fp8Plan(layers={rest})"
         )
-    if isinstance(spec, StepSpec) and spec.qk_norm and "qkv" in plan.layers:
+    if isinstance(spec, ImageTowerSpec) and spec.qk_norm and "qkv" in plan.layers:
         rest = tuple(layer for layer in plan.layers if layer != "qkv")
         way_out = f"Fp8Plan(layers={rest})" if rest else "precision='native'"
         raise ValueError(

@@ -17,7 +17,7 @@ import torch
 
 from ..kernels.activation import Activation
 from ..kernels.norm import MAX_D
-from .step_spec import StepSpec
+from .image_spec import ImageTowerSpec
 from .weight_map import Rule, linear, norm
 
 # family, which is the model type of config.json, to the place of its blocks in the tower
@@ -50,7 +50,7 @@ _RENAMES = (
 )
 
 
-def tower_spec(vision: Any) -> StepSpec:
+def tower_spec(vision: Any) -> ImageTowerSpec:
     """The tower alone of an `InternVLVisionConfig` or a `QianfanOCRVisionConfig`.
 
     Raises:
@@ -69,7 +69,7 @@ def tower_spec(vision: Any) -> StepSpec:
     if vision.norm_type not in NORMS:
         _refuse(family, "norm_type", vision.norm_type, " or ".join(map(repr, NORMS)))
     D, heads = vision.hidden_size, vision.num_attention_heads
-    return StepSpec(
+    return ImageTowerSpec(
         family=family,
         hidden_size=D,
         num_heads=heads,
@@ -94,7 +94,7 @@ def tower_spec(vision: Any) -> StepSpec:
     )
 
 
-def spec(config: Any) -> StepSpec:
+def spec(config: Any) -> ImageTowerSpec:
     """The tower and projector of an `InternVLConfig` or a `QianfanOCRConfig`.
 
     Raises:
@@ -147,7 +147,7 @@ def model_config(raw: Mapping[str, Any]) -> Any:
         raise ValueError(f"{model_type} config: {reason}; correct config.json") from error
 
 
-def weight_map(s: StepSpec) -> list[Rule]:
+def weight_map(s: ImageTowerSpec) -> list[Rule]:
     """Rules for every tensor of the tower and its projector."""
     D, F, P = s.hidden_size, s.mlp_size, s.patch_size
     stem = "vision_tower.embeddings"

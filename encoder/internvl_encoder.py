@@ -9,6 +9,9 @@ import torch
 from .checkpoint import Checkpoint
 from .fp8 import Fp8Plan, pick_plan
 from .grids import PIXEL_DTYPES
+from .image_spec import ImageTowerSpec
+from .image_tower import ImageTower, live_tensors, live_weights
+from .image_weights import ImageTowerWeights
 from .internvl import (
     PREFIXES,
     TOWER_CLASSES,
@@ -18,9 +21,6 @@ from .internvl import (
     tower_key,
     tower_spec,
 )
-from .step_spec import StepSpec
-from .step_tower import StepTower, live_tensors, live_weights
-from .step_weights import StepWeights
 from .vision_encoder import pick_device, pick_dtype
 
 TILES = "tiles"  # name of the one path
@@ -41,21 +41,21 @@ class InternVLOutput:
     pooler_output: torch.Tensor | None
 
 
-class InternVLEncoder(StepTower):
+class InternVLEncoder(ImageTower):
     """The tower and projector of InternVL with fused kernels, eager until `capture` is called.
 
     Tiles of the model's size, 448 x 448 pixels in all released ones, have CUDA graphs; those of
     other sizes are encoded eagerly, with positions resized as transformers resizes them.
 
-    Attributes: those of `StepTower`, whose one path is "tiles", and
+    Attributes: those of `ImageTower`, whose one path is "tiles", and
         source: Name of the checkpoint, None for a live module.
         revision: Commit of the checkpoint on the Hub.
     """
 
     def __init__(
         self,
-        spec: StepSpec,
-        weights: StepWeights,
+        spec: ImageTowerSpec,
+        weights: ImageTowerWeights,
         *,
         attention: str | None = None,
         precision: str | Fp8Plan = "native",
@@ -129,7 +129,7 @@ class InternVLEncoder(StepTower):
         tensors = to_hf_names(checkpoint.named_tensors(tower_key, PREFIXES, place))
         kind = pick_dtype(dtype, place, next(iter(tensors.values())).dtype)
         return cls(
-            shape, StepWeights(shape, tensors, place, kind), attention=attention,
+            shape, ImageTowerWeights(shape, tensors, place, kind), attention=attention,
             precision=precision, source=checkpoint.name, revision=checkpoint.revision,
         )  # fmt: skip
 
@@ -208,7 +208,7 @@ class InternVLEncoder(StepTower):
 
 def find_parts(
     model: torch.nn.Module,
-) -> tuple[torch.nn.Module, torch.nn.Module | None, StepSpec]:
+) -> tuple[torch.nn.Module, torch.nn.Module | None, ImageTowerSpec]:
     """Tower, projector and spec of a live model; no projector for a tower alone.
 
     Raises:

@@ -12,9 +12,9 @@ from .fp8 import Fp8Plan
 from .grids import PIXEL_DTYPES
 from .hf_tower import GraphChoice, check_plain
 from .image_swap import SwappedImageTower
+from .image_tower import live_tensors, live_weights, path_configs
 from .internvl import spec, tower_spec
 from .internvl_encoder import InternVLEncoder
-from .step_tower import live_tensors, live_weights, path_configs
 from .tower_contents import TowerContents
 from .transformers_compat import image_features_select_states, selects_last_state
 

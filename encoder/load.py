@@ -8,11 +8,11 @@ import torch
 from . import internvl, siglip2, step_spec
 from .checkpoint import Checkpoint
 from .fp8 import Fp8Plan
+from .image_spec import ImageTowerSpec
 from .internvl_encoder import InternVLEncoder
 from .siglip2_encoder import Siglip2Encoder
 from .spec import EncoderSpec
 from .step_encoder import StepEncoder
-from .step_spec import StepSpec
 from .vision_encoder import VisionEncoder
 
 AnyEncoder = VisionEncoder | Siglip2Encoder | StepEncoder | InternVLEncoder
@@ -62,7 +62,7 @@ def encoder_of_checkpoint(checkpoint: Checkpoint, **options: Any) -> AnyEncoder:
     return encoder_class(checkpoint.raw_config()).from_checkpoint(checkpoint, **options)
 
 
-def tower_spec(checkpoint: Checkpoint) -> EncoderSpec | StepSpec:
+def tower_spec(checkpoint: Checkpoint) -> EncoderSpec | ImageTowerSpec:
     """What the tower of a checkpoint is, without its weights.
 
     Raises:

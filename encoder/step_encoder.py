@@ -11,11 +11,12 @@ import torch
 from .checkpoint import Checkpoint
 from .fp8 import Fp8Plan, pick_plan
 from .grids import PIXEL_DTYPES
+from .image_spec import ImageTowerSpec, RopeAxes
+from .image_tower import ImageTower, live_tensors, live_weights
+from .image_weights import ImageTowerWeights
 from .step_keys import PREFIXES, to_hf_names, tower_key
 from .step_preprocess import StepPreprocessor
-from .step_spec import TOWER_CLASS, RopeAxes, StepSpec, spec_of_model, step3p7_spec
-from .step_tower import GLOBAL, LOCAL, LOCAL_SIZE, StepTower, live_tensors, live_weights
-from .step_weights import StepWeights
+from .step_spec import GLOBAL, LOCAL, LOCAL_SIZE, TOWER_CLASS, spec_of_model, step3p7_spec
 from .vision_encoder import pick_device, pick_dtype
 
 
@@ -35,18 +36,18 @@ class StepOutput:
     tokens_per_item: tuple[int, ...]
 
 
-class StepEncoder(StepTower):
+class StepEncoder(ImageTower):
     """A Step tower and its projector with fused kernels, eager until `capture` is called.
 
-    Attributes: those of `StepTower`, and
+    Attributes: those of `ImageTower`, and
         source: Name of the checkpoint, None for a live module.
         revision: Commit of the checkpoint on the Hub.
     """
 
     def __init__(
         self,
-        spec: StepSpec,
-        weights: StepWeights,
+        spec: ImageTowerSpec,
+        weights: ImageTowerWeights,
         *,
         local_size: int = LOCAL_SIZE,
         attention: str | None = None,
@@ -142,7 +143,7 @@ class StepEncoder(StepTower):
         stored = checkpoint.named_tensors(tower_key, PREFIXES, place)
         tensors = to_hf_names(stored, spec.family, spec.num_heads)
         kind = pick_dtype(dtype, place, next(iter(tensors.values())).dtype)
-        weights = StepWeights(spec, tensors, place, kind)
+        weights = ImageTowerWeights(spec, tensors, place, kind)
         if local_size is None:
             local_size = StepPreprocessor.from_folder(checkpoint.folder).crop_size
         return cls(

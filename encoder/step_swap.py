@@ -8,17 +8,10 @@ import torch
 from .fp8 import Fp8Plan
 from .grids import PIXEL_DTYPES
 from .hf_tower import GraphChoice
+from .image_spec import ROPE_AXES, RopeAxes
 from .image_swap import SwappedImageTower
-from .step_spec import ROPE_AXES, RopeAxes, step3p7_spec
-from .step_tower import (
-    GLOBAL,
-    LOCAL,
-    LOCAL_SIZE,
-    StepTower,
-    live_tensors,
-    live_weights,
-    path_configs,
-)
+from .image_tower import ImageTower, live_tensors, live_weights, path_configs
+from .step_spec import GLOBAL, LOCAL, LOCAL_SIZE, step3p7_spec
 
 logger = logging.getLogger("vitgraph")
 
@@ -91,11 +84,11 @@ class SwappedStepTower(SwappedImageTower):
         can_cut = all(side > 0 and side % spec.patch_size == 0 for side in images.shape[2:])
         return None if can_cut else "image size"
 
-    def _new_encoder(self) -> StepTower:
+    def _new_encoder(self) -> ImageTower:
         spec = step3p7_spec(self.tower.config, rope_axes=self.rope_axes)
         weights = live_weights(spec, live_tensors(self.tower, None))
         sizes = {GLOBAL: spec.image_size, LOCAL: LOCAL_SIZE}
-        encoder = StepTower(spec, weights, sizes, self._attention, self._precision)
+        encoder = ImageTower(spec, weights, sizes, self._attention, self._precision)
         # here, as the tower is not patched yet and known to be one that can be swapped
         if self._their_axes is None:
             self._their_axes = rope_axes_of(self.tower)

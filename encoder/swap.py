@@ -8,11 +8,12 @@ import torch
 from .families import FAMILIES, WRAPPERS
 from .fp8 import Fp8Plan
 from .hf_tower import GraphChoice, SwappedTower, SwapStats
+from .image_spec import RopeAxes
 from .internvl import TOWER_CLASSES as INTERNVL
 from .internvl_swap import SwappedInternVLTower, parent_of
 from .siglip2 import TOWER_CLASS as SIGLIP2
 from .siglip2_swap import SwappedSiglip2Tower
-from .step_spec import TOWER_CLASS, RopeAxes
+from .step_spec import TOWER_CLASS
 from .step_swap import SwappedStepTower
 from .towers import OWN_ENCODERS, Tier, takes_packed_patches
 

@@ -24,15 +24,15 @@ INTERNVL = {
 EFFORT = QUICK.__class__(warmup_s=0.0, rounds=1, min_rounds=1, limit_s=1.0)
 CPU = torch.device("cpu")
 TOWERS = {
-    "step": images.ImageTower(
+    "step": images.ContestedTower(
         lambda *where: StepContest(step3p7_spec(STEP, out_size=48), *where),
         {"two": (0, 0), "crops": (2, 0, 1)},
     ),
-    "siglip2": images.ImageTower(
+    "siglip2": images.ContestedTower(
         lambda *where: Siglip2Contest(SIGLIP2, *where),
         {"same": 9 * ((8, 8),), "sizes": 3 * ((3, 5), (16, 16), (4, 9))},
     ),
-    "internvl": images.ImageTower(
+    "internvl": images.ContestedTower(
         lambda *where: InternVLContest(INTERNVL, 48, *where), {"2tiles": 2}
     ),
 }

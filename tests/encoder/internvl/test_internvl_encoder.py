@@ -14,8 +14,8 @@ from vitgraph.encoder import (
 )
 from vitgraph.encoder.checkpoint import Checkpoint
 from vitgraph.encoder.cli import app
+from vitgraph.encoder.image_tower import path_configs
 from vitgraph.encoder.load import tower_spec
-from vitgraph.encoder.step_tower import path_configs
 from vitgraph.encoder.towers import tower_report
 from vitgraph.kernels.testing import rel_rms
 

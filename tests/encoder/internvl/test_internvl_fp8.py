@@ -11,8 +11,8 @@ from vitgraph.encoder import (
     InternVLEncoder,
     encoder_for,
     fp8,
+    image_forward,
     load_encoder,
-    step_forward,
     stream,
     swap_vision_tower,
 )
@@ -171,7 +171,7 @@ def test_poisoned_padding_stays_out(kind, build, tiles, monkeypatch, poison_empt
     limits = path.rung_limits(5 * path.size.tokens, 8, 8)
     grid = torch.zeros(5, 3, dtype=torch.int32)
     grid[:2] = torch.tensor(path.fixed_grid)
-    right, product, live = fp8.linear_fp8, step_forward.linear, 2 * path.size.rows
+    right, product, live = fp8.linear_fp8, image_forward.linear, 2 * path.size.rows
 
     def checked(x, x_scale, *arguments, out, **options):
         assert x.float().isfinite().all()
@@ -184,7 +184,7 @@ def test_poisoned_padding_stays_out(kind, build, tiles, monkeypatch, poison_empt
 
     for module in (fp8, stream):
         monkeypatch.setattr(module, "linear_fp8", checked)
-    for module in (step_forward, stream):
+    for module in (image_forward, stream):
         monkeypatch.setattr(module, "linear", finite)
     poison_empty()
     outputs = {

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 import transformers
-from vitgraph.encoder import step_forward
+from vitgraph.encoder import image_forward
+from vitgraph.encoder.image_weights import weight_map
 from vitgraph.encoder.internvl import spec, tower_spec
 from vitgraph.encoder.internvl_encoder import InternVLEncoder
-from vitgraph.encoder.step_weights import weight_map
 from vitgraph.kernels.testing import rel_rms
 
 # the table as it is, resized to less and to more, and the same number of patches in another grid
@@ -130,7 +130,7 @@ def test_padding_does_not_reach_live_tiles(kind, build, tiles, poison_empty, mon
     grid[:2] = torch.tensor(path.fixed_grid)
     specs = path.output_specs(limits)
     outputs = {name: torch.full(s.shape, float("nan")) for name, s in specs.items()}
-    attention, product = step_forward.varlen_attention, step_forward.linear
+    attention, product = image_forward.varlen_attention, image_forward.linear
     seen = []
 
     def finite_attention(q, k, v, cu_seqlens, **options):
@@ -144,8 +144,8 @@ def test_padding_does_not_reach_live_tiles(kind, build, tiles, poison_empty, mon
         assert bool(x.isfinite().all())
         return product(x, *arguments, **options)
 
-    monkeypatch.setattr(step_forward, "varlen_attention", finite_attention)
-    monkeypatch.setattr(step_forward, "linear", finite_linear)
+    monkeypatch.setattr(image_forward, "varlen_attention", finite_attention)
+    monkeypatch.setattr(image_forward, "linear", finite_linear)
     poison_empty()
     path.graph_forward({"pixel_values": path.pixel_rows(images), "grid": grid}, outputs, limits)
     assert seen == [([0, 65, 130, 130, 130, 130], 65)] * 3

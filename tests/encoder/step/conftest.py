@@ -12,8 +12,8 @@ from torch import nn
 from transformers.models.step3p7 import modeling_step3p7
 from transformers.models.step3p7.modeling_step3p7 import Step3p7VisionModel
 from vitgraph.encoder import StepEncoder
+from vitgraph.encoder.image_weights import ImageTowerWeights
 from vitgraph.encoder.step_spec import step3_vl_spec, step3p7_spec
-from vitgraph.encoder.step_weights import StepWeights
 
 IMAGE, CROP = 140, 84  # 10 x 10 and 6 x 6 patches; 9 and 4 tokens
 VISION: dict[str, Any] = {
@@ -150,13 +150,17 @@ def step3(seed: int = 0, out: int = 48, **overrides: Any) -> Step3Tower:
 def build() -> SimpleNamespace:
     """Builders of boosted towers, and of our weights and encoders of them."""
 
-    def weights(tower: Any, dtype: torch.dtype = torch.float32, axes: Any = "hw") -> StepWeights:
+    def weights(
+        tower: Any, dtype: torch.dtype = torch.float32, axes: Any = "hw"
+    ) -> ImageTowerWeights:
         if isinstance(tower, Step3Tower):
             spec = step3_vl_spec(STEP3, tower.vit_large_projector.out_features)
-            return StepWeights(spec, dict(tower.named_parameters()), torch.device("cpu"), dtype)
+            return ImageTowerWeights(
+                spec, dict(tower.named_parameters()), torch.device("cpu"), dtype
+            )
         state = {f"vision_model.{name}": p for name, p in tower.named_parameters()}
         spec = step3p7_spec(tower.config, rope_axes=axes)
-        return StepWeights(spec, state, torch.device("cpu"), dtype)
+        return ImageTowerWeights(spec, state, torch.device("cpu"), dtype)
 
     def encoder(tower: Any, **options: Any) -> StepEncoder:
         if isinstance(tower, Step3Tower):

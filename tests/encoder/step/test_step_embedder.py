@@ -23,8 +23,8 @@ from vitgraph.encoder import (
 from vitgraph.encoder import embedder as embedder_module
 from vitgraph.encoder.cli import app
 from vitgraph.encoder.feed import feed_of, folder_preprocessor
+from vitgraph.encoder.image_tower import path_configs
 from vitgraph.encoder.media import Video
-from vitgraph.encoder.step_tower import path_configs
 from vitgraph.kernels.testing import rel_rms
 
 DATA = Path(__file__).parents[2] / "data"
@@ -268,5 +268,5 @@ def test_info(saved):
 def test_a_tower_of_a_swap_is_no_encoder(build):
     with swap_vision_tower(build.hf_model(), rope_axes="hw") as handle:
         for call in (feed_of, Embedder, lambda tower: folder_preprocessor(tower, "nowhere")):
-            with pytest.raises(ValueError, match=r"a StepTower cannot be fed.*load_encoder"):
+            with pytest.raises(ValueError, match=r"a ImageTower cannot be fed.*load_encoder"):
                 call(handle.encoder)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from vitgraph.encoder import CheckpointError, StepEncoder, VisionEncoder, step_tower
+from vitgraph.encoder import CheckpointError, StepEncoder, VisionEncoder, image_tower
+from vitgraph.encoder.image_tower import path_configs
 from vitgraph.encoder.step_keys import neighbours_to_halves
-from vitgraph.encoder.step_tower import path_configs
 from vitgraph.kernels.testing import rel_rms
 
 FP32 = 5e-6  # see test_step_towers
@@ -185,14 +185,14 @@ def test_a_size_seen_on_another_stream_is_waited_for(build, images, monkeypatch)
         def order_reads(self):
             notes.append(("ordered", self.table.shape[0]))
 
-    own = step_tower.StepPath.eager_forward
+    own = image_tower.TowerPath.eager_forward
 
     def forward(path, *args):
         notes.append(("read", path.size.table.shape[0]))
         return own(path, *args)
 
-    monkeypatch.setattr(step_tower, "Written", Notes)
-    monkeypatch.setattr(step_tower.StepPath, "eager_forward", forward)
+    monkeypatch.setattr(image_tower, "Written", Notes)
+    monkeypatch.setattr(image_tower.TowerPath, "eager_forward", forward)
     encoder.encode(images(1, 112))
     encoder.encode(images(1, 112))
     # counts, positions, cos and sin

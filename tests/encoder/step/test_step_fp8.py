@@ -16,14 +16,14 @@ from vitgraph.encoder import (
     Fp8Plan,
     StepEncoder,
     fp8,
+    image_forward,
     load_encoder,
-    step_forward,
     stream,
     swap_vision_tower,
 )
 from vitgraph.encoder.cli import app
+from vitgraph.encoder.image_tower import live_weights, path_configs
 from vitgraph.encoder.step_spec import step3_vl_spec
-from vitgraph.encoder.step_tower import live_weights, path_configs
 from vitgraph.kernels.quantize import quantize_ref
 
 MEAN, WORST = 0.999, 0.99
@@ -185,7 +185,7 @@ def test_poisoned_padding_stays_out(kind, plan, build, images, monkeypatch, pois
     limits = path.rung_limits(5 * path.size.tokens, 8, 8)
     grid = torch.zeros(5, 3, dtype=torch.int32)
     grid[:2] = torch.tensor(path.fixed_grid)
-    right, product, live = fp8.linear_fp8, step_forward.linear, 2 * path.size.rows
+    right, product, live = fp8.linear_fp8, image_forward.linear, 2 * path.size.rows
 
     def checked(x, x_scale, *arguments, out, **options):
         assert x.float().isfinite().all()
@@ -199,7 +199,7 @@ def test_poisoned_padding_stays_out(kind, plan, build, images, monkeypatch, pois
 
     for module in (fp8, stream):
         monkeypatch.setattr(module, "linear_fp8", checked)
-    for module in (step_forward, stream):
+    for module in (image_forward, stream):
         monkeypatch.setattr(module, "linear", finite)
     poison_empty()
     outputs = {

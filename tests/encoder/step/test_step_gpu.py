@@ -10,8 +10,8 @@ import gc
 import pytest
 import torch
 from vitgraph.encoder import StepEncoder
+from vitgraph.encoder.image_tower import live_tensors, live_weights
 from vitgraph.encoder.step_spec import step3_vl_spec, step3p7_spec
-from vitgraph.encoder.step_tower import live_tensors, live_weights
 from vitgraph.kernels.testing import rel_rms
 
 pytestmark = pytest.mark.gpu

@@ -8,10 +8,10 @@ from transformers.models.step3p7.modeling_step3p7 import Step3p7VisionModel
 from vitgraph.bench.step_config import STEP_TOWERS
 from vitgraph.bench.tune_shapes import layers
 from vitgraph.capture.sample_layouts import equal_images, full_item
-from vitgraph.encoder import step_forward, stream
-from vitgraph.encoder.step_forward import ImageSize
-from vitgraph.encoder.step_path import StepPath
-from vitgraph.encoder.step_weights import weight_map
+from vitgraph.encoder import image_forward, stream
+from vitgraph.encoder.image_forward import ImageSize
+from vitgraph.encoder.image_weights import weight_map
+from vitgraph.encoder.tower_path import TowerPath
 from vitgraph.kernels.testing import rel_rms
 
 SIZES = [(140, 140), (84, 84), (56, 112)]
@@ -22,7 +22,7 @@ FP32 = 5e-6
 
 def run(weights, images, attention=None):
     """Outputs [N, tokens, width] of our forward."""
-    path = StepPath(weights, ImageSize(weights, *images.shape[2:]), attention)
+    path = TowerPath(weights, ImageSize(weights, *images.shape[2:]), attention)
     outputs = path.eager_forward(path.pixel_rows(images), [path.fixed_grid] * len(images))
     return {name: rows.view(len(images), path.size.tokens, -1) for name, rows in outputs.items()}
 
@@ -96,7 +96,7 @@ def test_padding_does_not_reach_live_images(kind, build, poison_empty, monkeypat
     tower = build.hf_tower() if kind == "step3p7" else build.step3()
     weights = build.weights(tower)
     images = random_images(5, (84, 84))
-    path = StepPath(weights, ImageSize(weights, 84, 84), None)
+    path = TowerPath(weights, ImageSize(weights, 84, 84), None)
     clean = path.eager_forward(path.pixel_rows(images[:2]), [path.fixed_grid] * 2)
     limits = path.rung_limits(5 * path.size.tokens, 8, 8)
     images[2:] = float("nan")
@@ -106,22 +106,22 @@ def test_padding_does_not_reach_live_images(kind, build, poison_empty, monkeypat
         name: torch.full(spec.shape, float("nan"))
         for name, spec in path.output_specs(limits).items()
     }
-    attention = step_forward.varlen_attention
+    attention = image_forward.varlen_attention
 
     def finite_attention(q, k, v, *arguments, **options):
         # some backends multiply rows past the last segment by 0
         assert all(bool(x.isfinite().all()) for x in (q, k, v))
         attention(q, k, v, *arguments, **options)
 
-    product = step_forward.linear
+    product = image_forward.linear
 
     def finite_linear(x, *arguments, **options):
         # so that the stream stays finite, whatever computes the rows past the live ones
         assert bool(x.isfinite().all())
         return product(x, *arguments, **options)
 
-    monkeypatch.setattr(step_forward, "varlen_attention", finite_attention)
-    for module in (step_forward, stream):
+    monkeypatch.setattr(image_forward, "varlen_attention", finite_attention)
+    for module in (image_forward, stream):
         monkeypatch.setattr(module, "linear", finite_linear)
     poison_empty()
     path.graph_forward({"pixel_values": path.pixel_rows(images), "grid": grid}, outputs, limits)
@@ -135,7 +135,7 @@ def test_padding_does_not_reach_live_images(kind, build, poison_empty, monkeypat
 def test_padding_is_not_attended(build, monkeypatch):
     """Offsets end at the live images, so that attention does no work for the others."""
     weights = build.weights(build.step3())
-    path = StepPath(weights, ImageSize(weights, 84, 84), None)
+    path = TowerPath(weights, ImageSize(weights, 84, 84), None)
     limits = path.rung_limits(4 * path.size.tokens, 4, 4)
     inputs = {
         name: torch.zeros(spec.shape, dtype=spec.dtype)
@@ -144,13 +144,13 @@ def test_padding_is_not_attended(build, monkeypatch):
     inputs["grid"][:3] = torch.tensor(path.fixed_grid)
     outputs = {name: torch.zeros(spec.shape) for name, spec in path.output_specs(limits).items()}
     seen = []
-    attention = step_forward.varlen_attention
+    attention = image_forward.varlen_attention
 
     def listen(q, k, v, cu_seqlens, **options):
         seen.append((cu_seqlens.tolist(), cu_seqlens.dtype, options["max_seqlen"]))
         attention(q, k, v, cu_seqlens, **options)
 
-    monkeypatch.setattr(step_forward, "varlen_attention", listen)
+    monkeypatch.setattr(image_forward, "varlen_attention", listen)
     path.graph_forward(inputs, outputs, limits)
     assert seen == [([0, 40, 80, 120, 120], torch.int32, 40)] * 3
 
@@ -175,7 +175,7 @@ def test_images_do_not_see_each_other(kind, build):
 @torch.no_grad()
 def test_no_live_image(build):
     weights = build.weights(build.step3())
-    path = StepPath(weights, ImageSize(weights, 84, 84), None)
+    path = TowerPath(weights, ImageSize(weights, 84, 84), None)
     limits = path.rung_limits(path.size.tokens, 1, 1)
     inputs = {
         name: torch.zeros(spec.shape, dtype=spec.dtype)
@@ -209,7 +209,7 @@ def test_new_weights_reach_the_same_memory(kind, build, row_first):
     tower, other = make(0), make(7)
     weights = build.weights(tower)
     size = ImageSize(weights, 84, 84)
-    path = StepPath(weights, size, None)
+    path = TowerPath(weights, size, None)
     images = random_images(2, (84, 84))
     blocks = list(weights.blocks)
     prefix = "vision_model." if kind == "step3p7" else ""
@@ -241,7 +241,7 @@ def test_sizes_that_no_path_can_have(height, width, message, build):
 
 def test_budgets_are_whole_images(build):
     weights = build.weights(build.step3())
-    path = StepPath(weights, ImageSize(weights, 140, 140), None)
+    path = TowerPath(weights, ImageSize(weights, 140, 140), None)
     assert path.rung_limits(27, 8, 8).max_items == 3
     assert path.rung_limits(27, 2, 8).max_items == 2
     assert path.rung_limits(27, 8, 8).max_patches == 300
@@ -255,7 +255,7 @@ def test_budgets_are_whole_images(build):
 
 def test_counts_of_an_automatic_ladder(build):
     weights = build.weights(build.step3())
-    path = StepPath(weights, ImageSize(weights, 140, 140), None)
+    path = TowerPath(weights, ImageSize(weights, 140, 140), None)
     counts = path.image_counts(40)
     assert counts == [*range(1, 17), 18, 20, 22, 24, 26, 28, 30, 32, 36, 40]
     assert path.image_counts()[-1] * 100 <= 65536 < (path.image_counts()[-1] + 1) * 100
@@ -297,7 +297,7 @@ def test_published_towers():
 def test_layouts_made_up_for_a_path(build):
     """What capture and calibration run has the grid that the path takes."""
     weights = build.weights(build.step3())
-    path = StepPath(weights, ImageSize(weights, 140, 140), None)
+    path = TowerPath(weights, ImageSize(weights, 140, 140), None)
     limits = path.rung_limits(36, 8, 8)
     assert full_item(path, limits) == path.fixed_grid == (1, 10, 10)
     assert equal_images(path, limits, 36, 3) == [path.fixed_grid] * 3

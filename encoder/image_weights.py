@@ -15,79 +15,21 @@ from dataclasses import dataclass
 
 import torch
 
-from . import internvl
+from . import internvl, step_rules
 from .fp8 import Fp8Plan, Fp8Weights
-from .step_spec import StepSpec
-from .weight_map import Rule, linear, norm
+from .image_spec import ImageTowerSpec
+from .weight_map import Rule
 
 
-def weight_map(s: StepSpec) -> list[Rule]:
+def weight_map(s: ImageTowerSpec) -> list[Rule]:
     """Rules for every tensor of the tower and its projector."""
     if s.family in internvl.LAYERS:
         return internvl.weight_map(s)
-    return _step3p7_rules(s) if s.family == "step3p7" else _step3_vl_rules(s)
-
-
-def _stem(s: StepSpec, rows: int) -> list[Rule]:
-    theirs, kernel = "vision_model.embeddings", (s.hidden_size, s.in_channels) + 2 * (s.patch_size,)
-    rules = [Rule("patch.weight", (f"{theirs}.patch_embedding.weight",), kernel)]
-    if s.patch_bias:
-        rules.append(Rule("patch.bias", (f"{theirs}.patch_embedding.bias",), (s.hidden_size,)))
-    table = (f"{theirs}.position_embedding.weight",)
-    return [*rules, Rule("position.table", table, (rows, s.hidden_size))]
-
-
-def _tail(s: StepSpec, convolutions: tuple[str, str], projector: str) -> list[Rule]:
-    rules: list[Rule] = []
-    width = s.hidden_size
-    for j, (conv, theirs) in enumerate(zip(s.downsamples, convolutions, strict=True)):
-        shape = (conv.width, width, conv.kernel, conv.kernel)
-        # the column order of `kernels.conv_rows`
-        rules.append(Rule(f"down.{j}.weight", (f"{theirs}.weight",), shape, axes=(0, 2, 3, 1)))
-        rules.append(Rule(f"down.{j}.bias", (f"{theirs}.bias",), (conv.width,)))
-        width = conv.width
-    if s.out_size:
-        rules += linear("projector", projector, s.out_size, width, bias=s.projector_bias)
-    return rules
-
-
-def _step3p7_rules(s: StepSpec) -> list[Rule]:
-    D, F = s.hidden_size, s.mlp_size
-    rules = _stem(s, s.position_grid**2)
-    rules += norm("embed_norm", "vision_model.pre_layernorm", D, "layer")
-    for i in range(s.depth):
-        ours, theirs = f"blocks.{i}", f"vision_model.layers.{i}"
-        rules += norm(f"{ours}.norm1", f"{theirs}.layernorm_before", D, "layer")
-        for part, shape in (("weight", (D, D)), ("bias", (D,))):
-            sources = tuple(f"{theirs}.self_attn.{x}_proj.{part}" for x in "qkv")
-            rules.append(Rule(f"{ours}.qkv.{part}", sources, shape))
-        rules += linear(f"{ours}.proj", f"{theirs}.self_attn.out_proj", D, D)
-        rules.append(Rule(f"{ours}.scale1", (f"{theirs}.lambda_1",), (D,)))
-        rules += norm(f"{ours}.norm2", f"{theirs}.layernorm_after", D, "layer")
-        rules += linear(f"{ours}.up", f"{theirs}.mlp.fc1", F, D)
-        rules += linear(f"{ours}.down", f"{theirs}.mlp.fc2", D, F)
-        rules.append(Rule(f"{ours}.scale2", (f"{theirs}.lambda_2",), (D,)))
-    convolutions = ("vision_model.downsampler1", "vision_model.downsampler2")
-    return rules + _tail(s, convolutions, "multi_modal_projector")
-
-
-def _step3_vl_rules(s: StepSpec) -> list[Rule]:
-    D, F = s.hidden_size, s.mlp_size
-    rules = _stem(s, s.position_grid**2 + 1)
-    rules.append(Rule("class_row", ("vision_model.embeddings.class_embedding",), (1, D)))
-    for i in range(s.depth):
-        ours, theirs = f"blocks.{i}", f"vision_model.transformer.layers.{i}"
-        rules += linear(f"{ours}.qkv", f"{theirs}.self_attn.qkv_proj", 3 * D, D)
-        rules += linear(f"{ours}.proj", f"{theirs}.self_attn.out_proj", D, D)
-        rules += norm(f"{ours}.norm1", f"{theirs}.layer_norm1", D, "layer")
-        rules += linear(f"{ours}.up", f"{theirs}.mlp.fc1", F, D)
-        rules += linear(f"{ours}.down", f"{theirs}.mlp.fc2", D, F)
-        rules += norm(f"{ours}.norm2", f"{theirs}.layer_norm2", D, "layer")
-    return rules + _tail(s, ("vit_downsampler", "vit_downsampler2"), "vit_large_projector")
+    return step_rules.step3p7(s) if s.family == "step3p7" else step_rules.step3_vl(s)
 
 
 @dataclass(frozen=True)
-class StepBlock:
+class ImageBlock:
     """One block as the forward reads it.
 
     `proj_bias` and `down_bias` are None where the stream leaves them out; the offsets are what it
@@ -113,7 +55,7 @@ class StepBlock:
     down_bias: torch.Tensor | None
 
 
-class StepWeights:
+class ImageTowerWeights:
     """Prepared weights of a tower of whole images.
 
     Attributes:
@@ -127,7 +69,7 @@ class StepWeights:
     @torch.no_grad()
     def __init__(
         self,
-        spec: StepSpec,
+        spec: ImageTowerSpec,
         source: Mapping[str, torch.Tensor],
         device: torch.device,
         dtype: torch.dtype,
@@ -206,13 +148,13 @@ class StepWeights:
                     lacking = lacking + bias
                     self._offsets[2 * i + j + 1] = lacking
 
-    def _block(self, i: int) -> StepBlock:
+    def _block(self, i: int) -> ImageBlock:
         def get(name: str) -> torch.Tensor:
             key = f"blocks.{i}.{name}"
             return self._scaled.get(key, self.tensors[key])
 
         is_deferred = self.spec.block == "pre_norm"
-        return StepBlock(
+        return ImageBlock(
             norm1_weight=get("norm1.weight"),
             norm1_bias=self.tensors.get(f"blocks.{i}.norm1.bias"),
             norm1_offset=self._offsets[2 * i] if is_deferred else None,

@@ -12,19 +12,17 @@ from ..capture.multi_path import MultiPathManager
 from .capturable import check_capturable
 from .fp8 import Fp8Plan, pick_plan
 from .grids import PIXEL_DTYPES
-from .step_forward import ImageSize
-from .step_path import StepPath
-from .step_spec import StepSpec
-from .step_weights import StepWeights
+from .image_forward import ImageSize
+from .image_spec import ImageTowerSpec
+from .image_weights import ImageTowerWeights
 from .stream_order import Written
+from .tower_path import TowerPath
 from .vision_encoder import place_of_live
 
-GLOBAL, LOCAL = "global", "local"
-LOCAL_SIZE = 504  # pixels along a side of a crop
 MAX_OTHER_SIZES = 8  # sizes beside those of the paths whose constants are kept
 
 
-class StepTower:
+class ImageTower:
     """A tower of whole images with fused kernels, eager until `capture` is called.
 
     It has a path for each size of images that it expects, with CUDA graphs of its own: a Step tower
@@ -41,8 +39,8 @@ class StepTower:
 
     def __init__(
         self,
-        spec: StepSpec,
-        weights: StepWeights,
+        spec: ImageTowerSpec,
+        weights: ImageTowerWeights,
         sizes: Mapping[str, int],
         attention: str | None = None,
         precision: str | Fp8Plan = "native",
@@ -60,7 +58,7 @@ class StepTower:
         self.weights = weights
         self._attention = attention
         self.paths = {name: self._new_path(side, side) for name, side in sizes.items()}
-        self._others: dict[tuple[int, int], tuple[StepPath, Written]] = {}
+        self._others: dict[tuple[int, int], tuple[TowerPath, Written]] = {}
         self._others_lock = threading.Lock()
         first = next(iter(self.paths.values()))
         self.device, self.dtype = first.device, first.dtype
@@ -192,15 +190,15 @@ class StepTower:
             for path in (*self.paths.values(), *others):
                 path.size.read_positions(self.weights)
 
-    def _eager(self, path: StepPath, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _eager(self, path: TowerPath, images: torch.Tensor) -> dict[str, torch.Tensor]:
         return path.eager_forward(path.pixel_rows(images), [path.fixed_grid] * len(images))
 
-    def _new_path(self, height: int, width: int) -> StepPath:
+    def _new_path(self, height: int, width: int) -> TowerPath:
         # tables born in inference mode could not be written when weights are loaded outside of it
         with torch.inference_mode(False), torch.no_grad():
-            return StepPath(self.weights, ImageSize(self.weights, height, width), self._attention)
+            return TowerPath(self.weights, ImageSize(self.weights, height, width), self._attention)
 
-    def _other_path(self, height: int, width: int) -> StepPath:
+    def _other_path(self, height: int, width: int) -> TowerPath:
         """The path of another size, kept until `MAX_OTHER_SIZES` newer ones have come."""
         with self._others_lock:
             kept = self._others.pop((height, width), None)
@@ -226,16 +224,16 @@ def live_tensors(
     return named
 
 
-def live_weights(spec: StepSpec, tensors: Mapping[str, torch.Tensor]) -> StepWeights:
+def live_weights(spec: ImageTowerSpec, tensors: Mapping[str, torch.Tensor]) -> ImageTowerWeights:
     """Weights of the live parameters `tensors`, where they are.
 
     Raises:
         ValueError: they are on several devices, or hold no data.
     """
-    return StepWeights(spec, tensors, *place_of_live(tensors, "tower and its projector"))
+    return ImageTowerWeights(spec, tensors, *place_of_live(tensors, "tower and its projector"))
 
 
-def path_configs(paths: Mapping[str, StepPath], config: Any) -> dict[str, EncoderCudaGraphConfig]:
+def path_configs(paths: Mapping[str, TowerPath], config: Any) -> dict[str, EncoderCudaGraphConfig]:
     """The configuration of each path, with token budgets of whole images.
 
     Args:

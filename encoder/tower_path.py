@@ -9,13 +9,13 @@ from ..kernels.attention import check_backend, choose_backend
 from ..kernels.tables import tuning
 from .capturable import compile_by_halves
 from .grids import Grid
-from .step_forward import ImageBatch, ImageSize, step_forward
-from .step_weights import StepWeights
+from .image_forward import ImageBatch, ImageSize, image_forward
+from .image_weights import ImageTowerWeights
 
 MAX_PATCHES = 65536  # of the largest rung of an automatic ladder
 
 
-class StepPath:
+class TowerPath:
     """The forward for images of one size: `capture.SupportsEncoderCudaGraph`.
 
     An item is one image. Its grid (`fixed_grid`) is always (1, rows, columns) of its patches, and
@@ -27,7 +27,7 @@ class StepPath:
         attention: Backend of the attention.
     """
 
-    def __init__(self, weights: StepWeights, size: ImageSize, attention: str | None):
+    def __init__(self, weights: ImageTowerWeights, size: ImageSize, attention: str | None):
         parameter = weights.tensors["patch.weight"]
         head_dim = weights.spec.head_dim
         self.size = size
@@ -142,7 +142,7 @@ class StepPath:
             name: outputs[name].view(-1, width)[: items * rows]
             for name, (rows, width) in self.shapes.items()
         }
-        step_forward(self._weights, batch, used, self.attention)
+        image_forward(self._weights, batch, used, self.attention)
 
     def compile_kernels(
         self,
@@ -175,7 +175,7 @@ class StepPath:
         if images:
             table = torch.tensor(grid_thw, dtype=torch.int32).to(self.device, non_blocking=True)
             batch = ImageBatch(pixels, table, self.size)
-            step_forward(self._weights, batch, outputs, self.attention)
+            image_forward(self._weights, batch, outputs, self.attention)
         return {
             name: outputs[name]
             if rows == self.size.tokens

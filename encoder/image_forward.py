@@ -23,8 +23,8 @@ from ..kernels.norm import norm
 from ..kernels.residual import residual
 from ..kernels.rope import rope_
 from .fp8 import Fp8Block, Fp8Layer, linear_of_rows
-from .step_spec import StepSpec
-from .step_weights import StepBlock, StepWeights
+from .image_spec import ImageTowerSpec
+from .image_weights import ImageBlock, ImageTowerWeights
 from .stream import NormWeights, Stream
 
 QK_EPS = 1e-6  # of the norms of q and k
@@ -45,7 +45,7 @@ class ImageSize:
         counts: int32, rows of one image after the embedding and in each later stage.
     """
 
-    def __init__(self, weights: StepWeights, height: int, width: int):
+    def __init__(self, weights: ImageTowerWeights, height: int, width: int):
         """Constants for `weights`, on their device.
 
         Raises:
@@ -69,7 +69,7 @@ class ImageSize:
         tensors = self.counts, self.table, self.cos, self.sin
         return [tensor for tensor in tensors if tensor is not None]
 
-    def read_positions(self, weights: StepWeights) -> None:
+    def read_positions(self, weights: ImageTowerWeights) -> None:
         """Fill `table` from the weights, in place."""
         spec, table = weights.spec, weights.tensors["position.table"].to(weights.wide)
         table = table.view(-1, spec.hidden_size)
@@ -86,7 +86,7 @@ class ImageSize:
 
 
 def _angles(
-    spec: StepSpec, rows: int, columns: int, device: torch.device
+    spec: ImageTowerSpec, rows: int, columns: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
     """cos and sin of every patch, fp32 computed on the CPU, as transformers computes them."""
     if spec.rope_axes is None:
@@ -121,7 +121,7 @@ class _Workspace:
     Padding rows that their writers leave alone start as zeros, since readers multiply them.
     """
 
-    def __init__(self, weights: StepWeights, x: torch.Tensor):
+    def __init__(self, weights: ImageTowerWeights, x: torch.Tensor):
         spec, block, T = weights.spec, weights.blocks[0], x.shape[0]
         self.normed = torch.empty_like(x)  # pre-norm: the norm; post-norm: the branch
         if spec.qk_norm:
@@ -140,8 +140,11 @@ def _output(x: torch.Tensor, weight: torch.Tensor, activation: str | None) -> to
     return x.new_empty(T, N) if backend == "library" else x.new_zeros(T, N)
 
 
-def step_forward(
-    weights: StepWeights, batch: ImageBatch, outputs: Mapping[str, torch.Tensor], attention: str
+def image_forward(
+    weights: ImageTowerWeights,
+    batch: ImageBatch,
+    outputs: Mapping[str, torch.Tensor],
+    attention: str,
 ) -> None:
     """Run the tower on `batch` and write `outputs`.
 
@@ -160,7 +163,10 @@ def step_forward(
 
 
 def _forward(
-    weights: StepWeights, batch: ImageBatch, outputs: Mapping[str, torch.Tensor], attention: str
+    weights: ImageTowerWeights,
+    batch: ImageBatch,
+    outputs: Mapping[str, torch.Tensor],
+    attention: str,
 ) -> None:
     spec, tensors, size = weights.spec, weights.tensors, batch.size
     live_images = (batch.grid[:, 0] > 0).sum(dtype=torch.int32)
@@ -195,7 +201,7 @@ def _forward(
 
 
 def _project(
-    block: StepBlock,
+    block: ImageBlock,
     x: torch.Tensor,
     in_fp8: Fp8Layer | None,
     live: torch.Tensor,
@@ -215,7 +221,7 @@ def _project(
 
 
 def _attention(
-    spec: StepSpec,
+    spec: ImageTowerSpec,
     size: ImageSize,
     cu_seqlens: torch.Tensor,
     live: torch.Tensor,
@@ -234,8 +240,8 @@ def _attention(
 
 
 def _pre_norm_block(
-    spec: StepSpec,
-    block: StepBlock,
+    spec: ImageTowerSpec,
+    block: ImageBlock,
     in_fp8: Fp8Block,
     stream: Stream,
     size: ImageSize,
@@ -276,8 +282,8 @@ def _pre_norm_block(
 
 
 def _post_norm_block(
-    spec: StepSpec,
-    block: StepBlock,
+    spec: ImageTowerSpec,
+    block: ImageBlock,
     in_fp8: Fp8Block,
     x: torch.Tensor,
     size: ImageSize,
@@ -325,7 +331,7 @@ def _product(
 
 
 def _downsample(
-    weights: StepWeights,
+    weights: ImageTowerWeights,
     x: torch.Tensor,
     size: ImageSize,
     live: torch.Tensor,
@@ -354,7 +360,7 @@ def _downsample(
 
 
 def _merge(
-    weights: StepWeights,
+    weights: ImageTowerWeights,
     x: torch.Tensor,
     size: ImageSize,
     live: torch.Tensor,
