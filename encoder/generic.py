@@ -13,10 +13,11 @@ from ..capture.staging import grid_rows
 from .capturable import check_capturable
 from .generic_tower import GenericTower
 from .hf_probe import pack_outputs
+from .holds_graphs import HoldsGraphs
 from .tower_contents import TowerContents
 
 
-class GenericEncoder(GenericTower):
+class GenericEncoder(GenericTower, HoldsGraphs[EncoderCudaGraphManager]):
     """A tower that runs with its own modules, our attention and our graphs.
 
     For towers that have no fused kernels here. `towers.encoder_for` chooses.
@@ -30,7 +31,6 @@ class GenericEncoder(GenericTower):
 
     def __init__(self, tower: torch.nn.Module, *, attention: str | None = None):
         super().__init__(tower, attention)
-        self.graphs: EncoderCudaGraphManager | None = None
         self._captured: TowerContents | None = None
         arguments = list(inspect.signature(type(tower).forward).parameters.values())
         self._other_arguments = tuple(
@@ -115,10 +115,8 @@ class GenericEncoder(GenericTower):
 
         A call of another thread that has begun to use them raises RuntimeError.
         """
-        graphs, self.graphs = self.graphs, None  # first: calls of other threads find none or all
-        if graphs is not None:
-            graphs.clear()
-            self._captured = None
+        super().release_graphs()
+        self._captured = None
 
     def load_weights(self, tower: torch.nn.Module) -> None:
         """Nothing for the own tower, whose weights are used where they are, by graphs too.

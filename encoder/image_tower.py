@@ -12,6 +12,7 @@ from ..capture.multi_path import MultiPathManager
 from .capturable import check_capturable
 from .fp8 import Fp8Plan, pick_plan
 from .grids import PIXEL_DTYPES
+from .holds_graphs import HoldsGraphs
 from .image_forward import ImageSize
 from .image_spec import ImageTowerSpec
 from .image_weights import ImageTowerWeights
@@ -22,7 +23,7 @@ from .vision_encoder import place_of_live
 MAX_OTHER_SIZES = 8  # sizes beside those of the paths whose constants are kept
 
 
-class ImageTower:
+class ImageTower(HoldsGraphs[MultiPathManager]):
     """A tower of whole images with fused kernels, eager until `capture` is called.
 
     It has a path for each size of images that it expects, with CUDA graphs of its own: a Step tower
@@ -62,7 +63,6 @@ class ImageTower:
         self._others_lock = threading.Lock()
         first = next(iter(self.paths.values()))
         self.device, self.dtype = first.device, first.dtype
-        self.graphs: MultiPathManager | None = None
 
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[N, rows, state_size] of images [N, C, H, W] of any size that can be cut into patches.
@@ -151,25 +151,6 @@ class ImageTower:
         """
         check_capturable(self.device, [path.attention for path in self.paths.values()])
         return self._capture_with(None, config, graph_pool, show_progress)
-
-    def release_graphs(self) -> None:
-        """Free the captured graphs and their buffers; calls run eagerly again.
-
-        A call of another thread that has begun to use them raises RuntimeError.
-        """
-        graphs, self.graphs = self.graphs, None  # first: calls of other threads find none or all
-        if graphs is not None:
-            graphs.clear()
-
-    def stats(self) -> dict[str, Any]:
-        """Counters of each path and their sums; see `MultiPathManager.stats`.
-
-        Raises:
-            RuntimeError: nothing is captured.
-        """
-        if self.graphs is None:
-            raise RuntimeError("stats: nothing is captured; call capture() first")
-        return self.graphs.stats()
 
     def _capture_with(
         self, recorder: Any, config: Any, graph_pool: Any = None, show_progress: bool = False

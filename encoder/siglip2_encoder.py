@@ -14,6 +14,7 @@ from .checkpoint import Checkpoint
 from .forward import check_layers
 from .fp8 import Fp8Plan, pick_plan
 from .grids import PIXEL_DTYPES, Grid
+from .holds_graphs import HoldsGraphs
 from .siglip2 import (
     PLACES,
     PREFIXES,
@@ -48,7 +49,7 @@ class Siglip2Output:
     hidden_states: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
-class Siglip2Encoder(Siglip2Tower):
+class Siglip2Encoder(Siglip2Tower, HoldsGraphs[EncoderCudaGraphManager]):
     """The vision tower of SigLIP 2 (NaFlex) with fused kernels, eager until `capture` is called.
 
     Attributes: those of `Siglip2Tower`, and
@@ -74,7 +75,6 @@ class Siglip2Encoder(Siglip2Tower):
         self.precision = "native" if plan is None else "fp8"
         self.source = source
         self.revision = revision
-        self.graphs: EncoderCudaGraphManager | None = None
 
     @classmethod
     def from_pretrained(
@@ -255,25 +255,6 @@ class Siglip2Encoder(Siglip2Tower):
         manager.capture(graph_pool=graph_pool, show_progress=show_progress)
         self.graphs = manager
         return manager
-
-    def release_graphs(self) -> None:
-        """Free the captured graphs and their buffers; calls run eagerly again.
-
-        A call of another thread that has begun to use them raises RuntimeError.
-        """
-        graphs, self.graphs = self.graphs, None  # first: calls of other threads find none or all
-        if graphs is not None:
-            graphs.clear()
-
-    def stats(self) -> dict[str, Any]:
-        """Counters of the graphs; see `EncoderCudaGraphManager.stats`.
-
-        Raises:
-            RuntimeError: nothing is captured.
-        """
-        if self.graphs is None:
-            raise RuntimeError("stats: nothing is captured; call capture() first")
-        return self.graphs.stats()
 
     def _pixel_rows(
         self,

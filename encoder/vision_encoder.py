@@ -15,6 +15,7 @@ from .families import family_of_tower
 from .forward import check_layers
 from .fp8 import Fp8Plan, pick_plan
 from .grids import check_pixels, parse_grids, pixel_rows
+from .holds_graphs import HoldsGraphs
 from .pruning import KEPT_INDEX, check_prunable, plan_pruning
 from .recordable import RecordableTower
 from .spec import EncoderSpec
@@ -49,7 +50,7 @@ class VisionOutput:
     tokens_per_item: tuple[int, ...] = ()
 
 
-class VisionEncoder(RecordableTower):
+class VisionEncoder(RecordableTower, HoldsGraphs[EncoderCudaGraphManager]):
     """A tower with fused kernels, eager until `capture` is called.
 
     Attributes:
@@ -80,7 +81,6 @@ class VisionEncoder(RecordableTower):
         self.precision = "native" if plan is None else "fp8"
         self.source = source
         self.revision = revision
-        self.graphs: EncoderCudaGraphManager | None = None
 
     @classmethod
     def from_pretrained(
@@ -270,15 +270,6 @@ class VisionEncoder(RecordableTower):
         manager.capture(graph_pool=graph_pool, show_progress=show_progress)
         self.graphs = manager
         return manager
-
-    def release_graphs(self) -> None:
-        """Free the captured graphs and their buffers; calls run eagerly again.
-
-        A call of another thread that has begun to use them raises RuntimeError.
-        """
-        graphs, self.graphs = self.graphs, None  # first: calls of other threads find none or all
-        if graphs is not None:
-            graphs.clear()
 
     def row_order(self, grid_thw: torch.Tensor | Sequence[Sequence[int]]) -> torch.Tensor | None:
         """Index [T] (CPU) that brings patch rows of an output to the order of the pixel rows.

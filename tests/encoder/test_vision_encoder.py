@@ -145,6 +145,16 @@ def test_results_are_the_callers(encoder, pixels):
     assert not first.is_inference()
 
 
+def test_stats_are_of_graphs(encoder, pixels, rerun_recorder, monkeypatch):
+    with pytest.raises(RuntimeError, match=r"stats: nothing is captured; call capture\(\) first"):
+        encoder.stats()
+    manager = EncoderCudaGraphManager(encoder, {"token_budgets": [64]}, recorder=rerun_recorder)
+    manager.capture()
+    monkeypatch.setattr(encoder, "graphs", manager)
+    encoder(pixels, GRIDS)
+    assert encoder.stats()["items"] == len(GRIDS)
+
+
 def test_kernels_are_compiled_for_rungs_by_halves(encoder, monkeypatch):
     rungs = EncoderCudaGraphConfig(token_budgets=(8, 9, 15, 16, 31, 32, 40)).resolve(encoder)
     inputs = allocate(encoder.input_specs(rungs[-1]), encoder.device)
