@@ -8,8 +8,9 @@ PyTorch get one. The result is the table
 of kernels/gemm_tuning.py, as its literal or as the file in the user's cache that stands before it
 and before the tiles of few rows (kernels/tables.py).
 
-Attention: our Triton kernel against each usable tile of FlashAttention-4, for classes of lengths,
-beside the tile that `choose_tile` of attention_fa4.py takes. That rule is code; nothing is stored.
+Attention: our kernels against each usable tile of FlashAttention-4, for classes of lengths, beside
+what the rules take (`choose_backend` of attention.py, `choose_tile` of attention_fa4.py). They are
+code; nothing is stored.
 """
 
 import sys
@@ -23,6 +24,7 @@ import torch
 from triton import __version__ as triton_version
 
 from ..kernels import few_rows_tuning
+from ..kernels.attention import choose_backend
 from ..kernels.attention_fa4 import choose_tile, usable_tiles
 from ..kernels.gemm import hopper_reason
 from ..kernels.gemm_tuning import Table, table_to_json
@@ -30,7 +32,7 @@ from ..kernels.tuning_cache import write_tuning
 from .provenance import Sources, sources
 from .report import conditions, number, table
 from .timing import TimeBudget
-from .tune_contest import TRITON, Outcome, contest_attention, contest_linear
+from .tune_contest import Outcome, contest_attention, contest_linear
 from .tune_shapes import (
     PATCHES,
     AttentionShape,
@@ -271,10 +273,13 @@ def _figures(outcome: Outcome) -> Row:
 
 
 def _by_rule(shape: AttentionShape, device: torch.device) -> str | None:
+    rows = sum(shape.lengths)
+    mean = sum(n * n for n in shape.lengths) / rows
+    backend = choose_backend(device, torch.bfloat16, shape.head_dim, mean, rows)
+    if backend != "fa4":
+        return backend
     available = frozenset(usable_tiles(device, shape.head_dim))
-    if not available:
-        return TRITON
-    return f"fa4 {choose_tile(max(shape.lengths), sum(shape.lengths), available)}"
+    return f"fa4 {choose_tile(max(shape.lengths), rows, available)}" if available else None
 
 
 def _short(row: Row) -> str:

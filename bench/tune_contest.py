@@ -13,6 +13,8 @@ import torch
 
 from ..kernels.attention import attention_ref
 from ..kernels.attention_fa4 import usable_tiles, varlen_attention_fa4
+from ..kernels.attention_hopper import unusable_reason as hopper_attention_reason
+from ..kernels.attention_hopper import varlen_attention_hopper
 from ..kernels.attention_triton import varlen_attention_triton
 from ..kernels.few_rows_tuning import FewRowsConfig, shipped_few_rows
 from ..kernels.gated_linear import gated_linear, gated_linear_ref
@@ -27,7 +29,7 @@ from .timing import Effort, record_each, time_graphs
 from .tune_shapes import AttentionShape, LinearShape
 
 LIBRARY = "library"
-TRITON = "triton"
+TRITON, HOPPER = "triton", "hopper"
 MAX_ERR_RATIO = 2.0
 MOST_FEW_ROWS = 512  # up to which tiles of few rows are tried
 
@@ -261,7 +263,7 @@ def contest_attention(
     time: Timer = time_graphs_us,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Outcome:
-    """Our Triton kernel against each tile of FlashAttention-4 that is usable here."""
+    """Our kernels against each tile of FlashAttention-4, where they are usable."""
     T, H, D = sum(shape.lengths), shape.heads, shape.head_dim
     generator = torch.Generator(device).manual_seed(0)
     # one buffer for all calls: in a tower too the product before has just written it
@@ -287,6 +289,8 @@ def contest_attention(
 
     given: dict[str, Any] = {"scale": D**-0.5, "out": out}
     calls: dict[str, Work] = {TRITON: partial(varlen_attention_triton, q, k, v, ends, **given)}
+    if hopper_attention_reason(device, D, dtype) is None:
+        calls[HOPPER] = partial(varlen_attention_hopper, q, k, v, ends, **given)
     for tile in usable_tiles(device, D, dtype):
         calls[f"fa4 {tile}"] = partial(
             varlen_attention_fa4, q, k, v, ends, max_seqlen=max(shape.lengths), tile=tile, **given

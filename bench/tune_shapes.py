@@ -17,8 +17,11 @@ from .towers_config import TOWERS
 
 PATCHES = (128, 256, 512, 784, 1568, 3136, 6272, 8192, 16384, 32768, 65536)
 # frames and rows of each: one small image, one and eight of 448 x 448, 1024 x 1024, 2048 x 2048,
-# a long video
-_SEGMENTS = ((1, 196), (1, 784), (8, 784), (1, 4096), (1, 16384), (64, 256))
+# a long video; and those between which the rule changes from one kernel to another
+_SEGMENTS = (
+    *((1, 196), (1, 784), (8, 784), (1, 4096), (1, 16384), (64, 256)),
+    *((1, 2304), (1, 3136), (1, 6144), (8, 2048), (8, 3072), (64, 1024)),
+)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from vitgraph.bench.tune_shapes import PATCHES, AttentionShape, LinearShape, lin
 from vitgraph.bench.tune_table import few_rows_classes, literal, measured_table, row_classes
 from vitgraph.encoder.cli import app
 from vitgraph.kernels import gemm_tuning, tables
+from vitgraph.kernels.attention_fa4 import Tile
 from vitgraph.kernels.few_rows_tuning import FewRowsConfig, few_rows_from_json
 from vitgraph.kernels.gemm import hopper_reason
 from vitgraph.kernels.gemm_tuning import (
@@ -252,8 +253,25 @@ def imaginary_gpu(monkeypatch, user_cache):
     monkeypatch.setattr(
         tune, "contest_attention", lambda shape, *, device: outcome_of({"triton": 1.0})
     )
-    monkeypatch.setattr(tune, "usable_tiles", lambda device, head_dim: ())
+    monkeypatch.setattr(tune, "choose_backend", lambda *args: "triton")
     return measured
+
+
+@pytest.mark.parametrize(
+    ("backend", "tiles", "taken"),
+    [
+        ("hopper", (Tile(192, 144, False),), "hopper"),
+        ("fa4", (Tile(192, 144, False),), "fa4 192x144"),
+        ("fa4", (), None),  # no tile can be asked for
+    ],
+)
+def test_what_the_rules_take(monkeypatch, backend, tiles, taken):
+    asked = []
+    monkeypatch.setattr(tune, "choose_backend", lambda *args: asked.append(args) or backend)
+    monkeypatch.setattr(tune, "usable_tiles", lambda device, head_dim: tiles)
+    shape = AttentionShape("a", (3000, 1000), 16, 72)
+    assert tune._by_rule(shape, torch.device("cpu")) == taken
+    assert asked == [(torch.device("cpu"), torch.bfloat16, 72, 2500, 4000)]
 
 
 def test_bench_tune(imaginary_gpu, tmp_path, capsys, monkeypatch):
@@ -268,7 +286,7 @@ def test_bench_tune(imaginary_gpu, tmp_path, capsys, monkeypatch):
     assert content["meta"]["patches"] == [3136, 784]
     assert content["meta"]["gpu"] == GPU
     assert table_from_json(content["meta"]["table"]) == {(3072, 1024, ""): ((784, WIDE),)}
-    assert [r["kind"] for r in content["rows"]] == ["linear"] * 2 + ["attention"] * 6
+    assert [r["kind"] for r in content["rows"]] == ["linear"] * 2 + ["attention"] * 12
     assert "3072x1024 bias" in capsys.readouterr().out
     assert main([*command, "qkv qwen3-vl-2b", "--print"]) == 0
     assert evaluated(capsys.readouterr().out) == {(3072, 1024, ""): ((784, WIDE),)}

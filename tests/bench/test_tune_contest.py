@@ -102,7 +102,7 @@ def test_attention_has_every_head_dim_once():
     shapes = attention_shapes()
     assert {shape.head_dim for shape in shapes} == {64, 72, 80, 96, 112, 128}
     kinds = {(shape.heads, shape.head_dim) for shape in shapes}
-    assert len({shape.label for shape in shapes}) == len(shapes) == 6 * len(kinds)
+    assert len({shape.label for shape in shapes}) == len(shapes) == 12 * len(kinds)
     assert [s.lengths for s in select(shapes, ["72 8x784"])] == [(784,) * 8]
     assert select(shapes, []) == shapes
     assert select(shapes, ["nothing"]) == []
@@ -302,6 +302,9 @@ def test_attention_against_its_definition(monkeypatch):
     outcome = contest_attention(shape, device=CPU, time=time, dtype=torch.float32)
     assert asked == [["triton"]]
     assert outcome.err_ratio["triton"] <= 2
+    ours = tune_contest.varlen_attention_triton
+    monkeypatch.setattr(tune_contest, "hopper_attention_reason", lambda *args: None)
+    monkeypatch.setattr(tune_contest, "varlen_attention_hopper", ours)
     good, bad = Tile(64, 112, True), Tile(128, 128, True)
     monkeypatch.setattr(tune_contest, "usable_tiles", lambda *args: (good, bad))
 
@@ -313,7 +316,7 @@ def test_attention_against_its_definition(monkeypatch):
 
     monkeypatch.setattr(tune_contest, "varlen_attention_fa4", fa4)
     outcome = contest_attention(shape, device=CPU, time=time, dtype=torch.float32)
-    assert asked[1] == ["triton", "fa4 64x112_rs"]
+    assert asked[1] == ["triton", "hopper", "fa4 64x112_rs"]
     assert list(outcome.reasons) == ["fa4 128x128_rs"]
 
 
@@ -348,4 +351,6 @@ def test_attention_on_a_gpu():
     device = torch.device("cuda", torch.cuda.current_device())
     outcome = contest_attention(AttentionShape("attention", (784,) * 2, 16, 72), device=device)
     assert outcome.us["triton"] > 0
+    has_hopper = tune_contest.hopper_attention_reason(device, 72, torch.bfloat16) is None
+    assert ("hopper" in outcome.us) == has_hopper
     assert all(us > 0 for us in outcome.us.values())
