@@ -110,14 +110,6 @@ class GenericEncoder(GenericTower, HoldsGraphs[EncoderCudaGraphManager]):
                 "an encoder made anew"
             )
 
-    def release_graphs(self) -> None:
-        """Free the captured graphs and their buffers; calls run eagerly again.
-
-        A call of another thread that has begun to use them raises RuntimeError.
-        """
-        super().release_graphs()
-        self._captured = None
-
     def load_weights(self, tower: torch.nn.Module) -> None:
         """Nothing for the own tower, whose weights are used where they are, by graphs too.
 
