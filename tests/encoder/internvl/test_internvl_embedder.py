@@ -223,6 +223,13 @@ def test_the_encoder_of_a_swap(build, saved):
         check(embedder.encode(images(), pool="tokens"), tokens)
 
 
+def test_a_folder_without_a_processor_is_cut_into_tiles_of_the_tower(build, saved):
+    folder, _ = saved()
+    (folder / "preprocessor_config.json").unlink()
+    embedder = Embedder.from_pretrained(folder, device="cpu")
+    assert embedder.preprocessor == InternVLPreprocessor(build.side)
+
+
 def test_folders_that_are_refused(saved, tmp_path):
     folder, _ = saved()
     for settings, message in (
