@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from ..encoder import internvl
+from ..encoder.image_spec import ImageTowerSpec
 from ..encoder.internvl_encoder import InternVLEncoder, InternVLOutput
 from .image_contest import Parts
 from .towers_config import boost_
@@ -86,21 +88,32 @@ class InternVLContest:
         return [output.last_hidden_state, output.pooler_output]
 
 
-def _hf_model(
-    vision: dict[str, Any], out_size: int, device: torch.device, dtype: torch.dtype
-) -> Any:
-    """The model with a language model of one small layer, which is not used."""
-    import transformers
-    from transformers.initialization import no_init_weights
+def internvl_spec(name: str) -> ImageTowerSpec:
+    """A tower of `INTERNVL_TOWERS`, with its projector, as its encoder has it."""
+    return internvl.spec(_hf_config(*INTERNVL_TOWERS[name]))
+
+
+def _hf_config(vision: dict[str, Any], out_size: int) -> Any:
+    """Of a model with a language model of one small layer, which is not used."""
+    from transformers import AutoConfig
 
     text = {
         "model_type": "qwen2", "hidden_size": out_size, "num_hidden_layers": 1,
         "intermediate_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1,
         "vocab_size": 512,
     }  # fmt: skip
-    config = transformers.AutoConfig.for_model(
+    return AutoConfig.for_model(
         "internvl", vision_config=vision, text_config=text, image_token_id=500
     )
+
+
+def _hf_model(
+    vision: dict[str, Any], out_size: int, device: torch.device, dtype: torch.dtype
+) -> Any:
+    import transformers
+    from transformers.initialization import no_init_weights
+
+    config = _hf_config(vision, out_size)
     with torch.device(device), no_init_weights():
         model = transformers.AutoModel.from_config(config, dtype=dtype, attn_implementation="sdpa")
     return model.eval().requires_grad_(False)

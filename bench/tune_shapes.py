@@ -12,6 +12,7 @@ from ..encoder.families import FAMILIES
 from ..encoder.image_spec import ImageTowerSpec
 from ..encoder.spec import EncoderSpec
 from ..kernels.gemm_tuning import GATED, RESIDUAL
+from .internvl_contest import INTERNVL_TOWERS, internvl_spec
 from .step_config import STEP_TOWERS
 from .towers_config import TOWERS
 
@@ -57,7 +58,7 @@ class AttentionShape:
 def layers(spec: EncoderSpec | ImageTowerSpec) -> dict[str, LinearShape]:
     """Linear layers of a tower by name, as its prepared weights have them."""
     if isinstance(spec, ImageTowerSpec):
-        return _step_layers(spec)
+        return _image_layers(spec)
     D, F, group = spec.hidden_size, spec.padded_mlp_size, spec.patches_per_token
     is_gated = spec.mlp == "gated"
     # bounded gates are a kernel of their own
@@ -84,14 +85,14 @@ def layers(spec: EncoderSpec | ImageTowerSpec) -> dict[str, LinearShape]:
     return {name: LinearShape(name, *shape) for name, shape in found.items()}
 
 
-def _step_layers(spec: ImageTowerSpec) -> dict[str, LinearShape]:
+def _image_layers(spec: ImageTowerSpec) -> dict[str, LinearShape]:
     """Of a tower of whole images: each convolution leaves a quarter of the rows before it."""
     D, F = spec.hidden_size, spec.mlp_size
     into = RESIDUAL if spec.block == "pre_norm" else ""
     found = {
         "qkv": (3 * D, D, "", 1),
         "proj": (D, D, into, 1),
-        "up": (F, D, "quick_gelu", 1),
+        "up": (F, D, spec.activation, 1),
         "down": (D, F, into, 1),
     }
     width, group = D, 1
@@ -99,18 +100,26 @@ def _step_layers(spec: ImageTowerSpec) -> dict[str, LinearShape]:
         group *= conv.stride**2
         found[f"convolution {j + 1}"] = (conv.width, conv.kernel**2 * width, "", group)
         width = conv.width
-    found["projector"] = (spec.out_size, width, "", group)
+    if spec.merge_size:
+        group, out = spec.merge_size**2, spec.out_size
+        found["projector fc1"] = (out, group * width, spec.projector_activation, group)
+        found["projector fc2"] = (out, out, "", group)
+    else:
+        found["projector"] = (spec.out_size, width, "", group)
     return {name: LinearShape(name, *shape) for name, shape in found.items()}
 
 
 def tower_specs() -> dict[str, EncoderSpec | ImageTowerSpec]:
-    """Specs of the published towers; without those that are made for trying out."""
+    """Specs of the published towers; without those that are made for trying out.
+
+    The layers of SigLIP 2 are those of Qwen3.5-0.8B and Qwen3-VL-8B.
+    """
     packed = {
         name: FAMILIES[config.family].spec(config.vision_config())
         for name, config in TOWERS.items()
         if not name.startswith("tiny-")
     }
-    return {**packed, **STEP_TOWERS}
+    return {**packed, **STEP_TOWERS, **{name: internvl_spec(name) for name in INTERNVL_TOWERS}}
 
 
 def linear_shapes(

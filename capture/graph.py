@@ -75,15 +75,27 @@ class CudaGraphRecorder:
             graph.capture_begin(pool, capture_error_mode="thread_local")
             try:
                 work()
-            except BaseException:
-                _abandon(graph)
-                raise
-            else:
                 graph.capture_end()
+            except BaseException:
+                self._abandon(graph, pool)
+                raise
             finally:
                 # the one in the pool is for this graph alone
                 torch._C._cuda_clearCublasWorkspaces()
         return graph
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph, pool: GraphPool) -> None:
+        """Take the stream and the allocator out of a capture that failed.
+
+        If ending it raises, PyTorch up to 2.11 leaves its allocator recording to the pool, and
+        then it never again gives freed memory back to the device, whoever freed it. Later ones
+        have ended that, and refuse to do so twice. What the failed capture took of the pool is not
+        given back either way (https://github.com/pytorch/pytorch/pull/190348).
+        """
+        with suppress(RuntimeError):  # the work's own error says what went wrong
+            graph.capture_end()
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self._stream.device_index, pool)
 
     @contextmanager
     def _side_stream(self) -> Iterator[None]:
@@ -93,12 +105,6 @@ class CudaGraphRecorder:
                 yield
         finally:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
-
-
-def _abandon(graph: torch.cuda.CUDAGraph) -> None:
-    """End a capture whose work failed; the stream leaves capture mode even if ending it raises."""
-    with suppress(RuntimeError):  # the work's own error says what went wrong
-        graph.capture_end()
 
 
 @dataclass(frozen=True)

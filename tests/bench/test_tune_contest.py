@@ -77,11 +77,16 @@ def test_every_layer_of_every_tower_is_measured_once():
             assert name in shape.label
             assert tower in shape.label
             of_images = {"convolution 1": 4, "convolution 2": 16, "projector": 16}
+            of_images |= {"projector fc1": 4, "projector fc2": 4}
             group = of_images.get(name, 4 if name.startswith("merger") else 1)
             assert layer.patches_per_row == group
             # two layers of one shape: rows of the one that sees more
             assert shape.patches_per_row == group or ";" in shape.label
             assert shape.patches_per_row <= group
+    assert layers(tower_specs()["internvl3-8b"]).keys() == {
+        "qkv", "proj", "up", "down", "projector fc1", "projector fc2"
+    }  # fmt: skip
+    assert layers(tower_specs()["internvl3-8b"])["up"].key == (4096, 1024, "gelu_erf")
     # an MLP of 3,420 is padded
     assert layers(tower_specs()["qwen2.5-vl-7b"])["down"].key == (1280, 3456, RESIDUAL)
     (fc1,) = (s for s in shapes if s.key == (4608, 4608, "gelu_erf"))

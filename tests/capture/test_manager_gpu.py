@@ -146,6 +146,12 @@ def test_failed_capture_leaves_the_stream_and_the_device_usable(fake_encoder, pi
         manager.capture()
     assert "while capturing the rung of 1024 tokens" in caught.value.__notes__
     assert torch.cuda.current_stream() == stream
+    # the allocator is out of the capture as well: it gives memory back to the device
+    rows = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+    held = torch.cuda.mem_get_info()[0]
+    del rows
+    torch.cuda.empty_cache()
+    assert torch.cuda.mem_get_info()[0] - held >= 1 << 28
     encoder.syncs = False
     manager.capture()
     pixels = pixels_for(MIXED)

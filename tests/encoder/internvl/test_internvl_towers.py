@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import transformers
+from vitgraph.bench.tune_shapes import layers
 from vitgraph.encoder import image_forward
 from vitgraph.encoder.image_weights import weight_map
 from vitgraph.encoder.internvl import spec, tower_spec
@@ -255,3 +256,18 @@ def test_published_towers(vision, head_dim, joined):
         tower = transformers.AutoModel.from_config(config.vision_config)
     projector = 2 * joined + 896 * joined + 896 + 896**2 + 896
     assert size == sum(p.numel() for p in tower.parameters()) + projector
+
+
+def test_tuned_shapes_are_those_of_the_prepared_weights(build):
+    encoder = InternVLEncoder.from_hf(build.model("300m"))
+    block, tensors = encoder.weights.blocks[0], encoder.weights.tensors
+    matrices = {
+        "qkv": block.qkv_weight, "proj": block.proj_weight, "up": block.up_weight,
+        "down": block.down_weight, "projector fc1": tensors["projector.fc1.weight"],
+        "projector fc2": tensors["projector.fc2.weight"],
+    }  # fmt: skip
+    found = layers(encoder.spec)
+    assert {n: (s.N, s.K) for n, s in found.items()} == {
+        n: tuple(w.shape) for n, w in matrices.items()
+    }
+    assert found["up"].epilogue == found["projector fc1"].epilogue == "gelu_erf"
