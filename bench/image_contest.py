@@ -1,20 +1,24 @@
 """What a contest on towers of images (not of packed patches) has to provide."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
 Parts = list[torch.Tensor]  # results that are compared one by one
+Peer = Literal["hf", "plain"]
 
 
 class ImageContest(Protocol):
-    """One tower: Hugging Face's in a dtype and in fp32, and ours with the same weights.
+    """One tower: the peer's in a dtype and in fp32, and ours with the same weights.
 
     Attributes:
+        peer: Whose it is beside ours: "hf" for Hugging Face's, "plain" for one of plain PyTorch
+            modules where Hugging Face has none.
         encoder: Ours; has `capture`, `release_graphs` and `graphs`.
     """
 
+    peer: Peer
     encoder: Any
 
     def inputs(self, workload: Any) -> Any:
@@ -25,16 +29,16 @@ class ImageContest(Protocol):
         """Patches that are not padding."""
         ...
 
-    def hf(self, inputs: Any, *, exact: bool = False) -> Parts:
-        """What Hugging Face computes as its users call it; `exact` in fp32."""
+    def theirs(self, inputs: Any, *, exact: bool = False) -> Parts:
+        """What the peer computes as its users call it; `exact` in fp32."""
         ...
 
-    def hf_without_host(self, inputs: Any) -> Callable[[], Parts]:
+    def theirs_without_host(self, inputs: Any) -> Callable[[], Parts]:
         """The same by its modules, whatever it reads on the host computed beforehand."""
         ...
 
     def recorded_parts(self, output: Parts, inputs: Any) -> Parts:
-        """What `hf_without_host` computed, in the form of `hf`."""
+        """What `theirs_without_host` computed, in the form of `theirs`."""
         ...
 
     def ours(self, inputs: Any) -> Any:
@@ -42,5 +46,5 @@ class ImageContest(Protocol):
         ...
 
     def parts(self, output: Any, inputs: Any) -> Parts:
-        """What `ours` returned, in the form of `hf`."""
+        """What `ours` returned, in the form of `theirs`."""
         ...

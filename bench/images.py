@@ -1,13 +1,17 @@
-"""Towers of images (whole ones and crops, tiles, padded batches) against Hugging Face's.
+"""Towers of images (whole ones and crops, tiles, padded batches) beside a peer's.
+
+The peer is Hugging Face's tower, or, for Step3, which transformers does not have, one of plain
+PyTorch modules:
 
 - `hf-eager-sdpa`: the model's own forward, on SDPA, as its users call it.
 - `hf-exact-graph`: its modules, whatever they read on the host computed beforehand, as one CUDA
   graph of exactly this batch, replayed; no server could keep one for each.
+- `plain-eager-sdpa`, `plain-exact-graph`: the same two of the plain tower.
 - `ours-eager`: our encoder launch by launch.
 - `ours`: the whole call of our captured encoder: staging, replays, joining.
 
-A contender whose error against fp32 exceeds 1.3 times that of `hf-eager-sdpa`, whose result is not
-finite, or that fails, gets no time.
+A contender whose error against the peer in fp32 exceeds 1.3 times that of its forward in the dtype,
+whose result is not finite, or that fails, gets no time.
 """
 
 import math
@@ -22,12 +26,15 @@ from ..kernels.testing import error_ratio
 from . import internvl_contest, siglip2_contest, step_contest
 from .image_contest import ImageContest, Parts
 from .internvl_contest import INTERNVL_TOWERS, InternVLContest
+from .oracle import without_tf32
 from .siglip2_contest import SIGLIP2_TOWERS, Siglip2Contest
 from .step_config import STEP_TOWERS
-from .step_contest import StepContest
+from .step_contest import Step3Contest, StepContest
 from .timing import Effort, TimeBudget, Timing, record, time_calls
 
-PROVIDERS = ("hf-eager-sdpa", "hf-exact-graph", "ours-eager", "ours")
+PROVIDERS = (
+    "hf-eager-sdpa", "hf-exact-graph", "plain-eager-sdpa", "plain-exact-graph", "ours-eager", "ours"
+)  # fmt: skip
 MAX_ERROR = 1.3  # times that of the baseline
 
 
@@ -42,6 +49,10 @@ class ContestedTower:
 def step_tower(name: str) -> ContestedTower:
     """A Step tower of `STEP_TOWERS`."""
     spec = STEP_TOWERS[name]
+    if spec.family == "step3_vl":
+        return ContestedTower(
+            lambda *where: Step3Contest(spec, *where), step_contest.STEP3_WORKLOADS
+        )
     return ContestedTower(lambda *where: StepContest(spec, *where), step_contest.WORKLOADS)
 
 
@@ -55,12 +66,12 @@ def internvl_tower(name: str) -> ContestedTower:
     """A tower of `INTERNVL_TOWERS`."""
     sizes = INTERNVL_TOWERS[name]
     return ContestedTower(
-        lambda *where: InternVLContest(*sizes, *where), internvl_contest.WORKLOADS
+        lambda *where: InternVLContest(*sizes, *where), internvl_contest.workloads(name)
     )
 
 
 TOWERS: dict[str, ContestedTower] = {
-    "step-3.7": step_tower("step-3.7"),
+    **{name: step_tower(name) for name in STEP_TOWERS},
     **{name: siglip2_tower(name) for name in SIGLIP2_TOWERS},
     **{name: internvl_tower(name) for name in INTERNVL_TOWERS},
 }
@@ -78,11 +89,11 @@ def run(
     seed: int = 0,
     time_budget: TimeBudget,
 ) -> list[dict[str, Any]]:
-    """A row for each tower, workload (None: all of its own) and provider.
+    """A row for each tower, workload (None: all of its own) and provider, ours or its peer's.
 
     A row has `ms` (median), `p20`, `p80`, `patches`, and `max_err_ratio`, the worst part's error
-    over that of `hf-eager-sdpa`. A provider that is too inexact or cannot run has `ms` None and a
-    `reason`. Without a GPU, `hf-exact-graph` is left out and `ours` is not captured.
+    over that of the peer's forward in the dtype. A provider that is too inexact or cannot run has
+    `ms` None and a `reason`. Without a GPU, a peer's graph is left out and `ours` is not captured.
 
     Raises:
         ValueError: an unknown provider, a workload that none of the towers has, or fp32, against
@@ -124,18 +135,20 @@ def _workload(
     inputs = contest.inputs(workload)
     is_cuda = contest.encoder.device.type == "cuda"
     synchronize = torch.cuda.synchronize if is_cuda else _nothing
-    exact, eager = contest.hf(inputs, exact=True), contest.hf(inputs)
+    with without_tf32():
+        exact = contest.theirs(inputs, exact=True)
+    eager = contest.theirs(inputs)
     timings: dict[str, Timing] = {}
     kept: list[Any] = []  # what recorded graphs read
 
     def ours() -> Any:
         return contest.ours(inputs)
 
-    def hf_eager() -> tuple[Parts, Callable[[], Any]]:
-        return eager, lambda: contest.hf(inputs)
+    def peer_eager() -> tuple[Parts, Callable[[], Any]]:
+        return eager, lambda: contest.theirs(inputs)
 
-    def hf_graph() -> tuple[Parts, Callable[[], Any]]:
-        kept.append(contest.hf_without_host(inputs))
+    def peer_graph() -> tuple[Parts, Callable[[], Any]]:
+        kept.append(contest.theirs_without_host(inputs))
         graph, output = record(kept[-1])
         graph.replay()
         return contest.recorded_parts(output, inputs), graph.replay
@@ -151,9 +164,11 @@ def _workload(
             contest.encoder.capture()
         return contest.parts(ours(), inputs), ours
 
-    ways = dict(zip(PROVIDERS, (hf_eager, hf_graph, ours_eager, ours_captured), strict=True))
+    baseline = f"{contest.peer}-eager-sdpa"
+    ways = {baseline: peer_eager, f"{contest.peer}-exact-graph": peer_graph}
+    ways |= {"ours-eager": ours_eager, "ours": ours_captured}
     if not is_cuda:
-        del ways["hf-exact-graph"]
+        del ways[f"{contest.peer}-exact-graph"]
     rows: dict[str, dict[str, Any]] = {}
     calls: dict[str, Callable[[], Any]] = {}
     for name, way in ways.items():
@@ -168,7 +183,7 @@ def _workload(
             row["reason"] = f"{type(error).__name__}: {error}"
             continue
         if not ratio <= MAX_ERROR:
-            row["reason"] = f"error {ratio:.2f} times that of hf-eager-sdpa"
+            row["reason"] = f"error {ratio:.2f} times that of {baseline}"
         elif call is not None:
             calls[name] = call
     timings |= time_calls(calls, synchronize, effort)
@@ -190,7 +205,7 @@ def _without_graphs(encoder: Any) -> Iterator[None]:
 
 
 def _error(parts: Parts, eager: Parts, exact: Parts) -> float:
-    """The worst part's error over that of Hugging Face's own forward in the dtype."""
+    """The worst part's error over that of the peer's own forward in the dtype."""
     ratios = [error_ratio(*three) for three in zip(parts, eager, exact, strict=True)]
     return math.nan if any(map(math.isnan, ratios)) else max(ratios)
 
@@ -201,12 +216,12 @@ def _nothing() -> None:
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows for the eye."""
-    lines = [f"{'tower':16} {'workload':12} {'provider':16} {'ms':>9} {'error':>6}"]
+    lines = [f"{'tower':16} {'workload':12} {'provider':17} {'ms':>9} {'error':>6}"]
     for row in rows:
         ms = f"{'-':>9}" if row["ms"] is None else f"{row['ms']:9.3f}"
         ratio = row["max_err_ratio"]
         lines.append(
-            f"{row['tower']:16} {row['workload']:12} {row['provider']:16} {ms} "
+            f"{row['tower']:16} {row['workload']:12} {row['provider']:17} {ms} "
             f"{'-' if ratio is None else format(ratio, '.2f'):>6} {row.get('reason', '')}".rstrip()
         )
     return "\n".join(lines)

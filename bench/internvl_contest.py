@@ -8,7 +8,7 @@ import torch
 from ..encoder import internvl
 from ..encoder.image_spec import ImageTowerSpec
 from ..encoder.internvl_encoder import InternVLEncoder, InternVLOutput
-from .image_contest import Parts
+from .image_contest import Parts, Peer
 from .towers_config import boost_
 
 # vision config, and the width of the language model that the projector ends in
@@ -31,10 +31,18 @@ INTERNVL_TOWERS: dict[str, tuple[dict[str, Any], int]] = {
     ),
 }  # fmt: skip
 WORKLOADS: dict[str, int] = {"1tile": 1, "7tiles": 7, "13tiles": 13, "52tiles": 52}
+_SLOW = {"internvl3-38b": ("52tiles",)}  # the fp32 oracle most of all
+
+
+def workloads(tower: str) -> dict[str, int]:
+    """Those of `WORKLOADS` that a tower is measured at."""
+    return {name: n for name, n in WORKLOADS.items() if name not in _SLOW.get(tower, ())}
 
 
 class InternVLContest:
     """Hugging Face's model in the dtype and in fp32, and ours, on one device."""
+
+    peer: Peer = "hf"
 
     def __init__(
         self,
@@ -64,18 +72,18 @@ class InternVLContest:
         """Patches of all tiles."""
         return len(inputs) * (self.encoder.spec.image_size // self.encoder.spec.patch_size) ** 2
 
-    def hf(self, inputs: torch.Tensor, *, exact: bool = False) -> Parts:
+    def theirs(self, inputs: torch.Tensor, *, exact: bool = False) -> Parts:
         """States of the tower, class row included, and projected tokens."""
         model = self.exact if exact else self.model
         output = model.get_image_features(inputs.to(torch.float32 if exact else self.dtype))
         return [output["last_hidden_state"], output["pooler_output"]]
 
-    def hf_without_host(self, inputs: torch.Tensor) -> Callable[[], Parts]:
+    def theirs_without_host(self, inputs: torch.Tensor) -> Callable[[], Parts]:
         """The same: it reads nothing on the host."""
-        return lambda: self.hf(inputs)
+        return lambda: self.theirs(inputs)
 
     def recorded_parts(self, output: Parts, inputs: torch.Tensor) -> Parts:
-        """They are those of `hf` already."""
+        """They are those of `theirs` already."""
         return output
 
     def ours(self, inputs: torch.Tensor) -> InternVLOutput:

@@ -5,7 +5,8 @@ small image of a batch must not drown in the others.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,14 +55,20 @@ def reference_of(oracle: Any, eager: Builder, job: Job, merge: int) -> Reference
         job: What they encode.
         merge: Patches in a token.
     """
+    with without_tf32(), torch.inference_mode():
+        grid_thw = hf_grid(oracle, job.grid_thw)
+        pixels = hf_pixels(oracle, job.pixel_values.float())
+        exact = features_of(oracle(pixels, grid_thw=grid_thw))
+    tokens = [t * h * w // merge for t, h, w in job.grids]
+    return Reference(exact, eager(job).features(), tokens)
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """fp32 products and convolutions meanwhile are whole ones (of convolutions torch's are not)."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
-        with torch.inference_mode():
-            grid_thw = hf_grid(oracle, job.grid_thw)
-            pixels = hf_pixels(oracle, job.pixel_values.float())
-            exact = features_of(oracle(pixels, grid_thw=grid_thw))
+        yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-    tokens = [t * h * w // merge for t, h, w in job.grids]
-    return Reference(exact, eager(job).features(), tokens)

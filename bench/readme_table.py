@@ -6,8 +6,14 @@ from pathlib import Path
 from typing import Any
 
 # what a caller of a peer can run on any layout, and the best that a graph per layout reaches
-_EAGER = ("hf-eager-sdpa", "hf-eager-fa2")
-_EXACT = ("hf-exact-graph", "hf-compile-graph")
+# of a tower that transformers does not have: those of one of plain PyTorch modules
+_PLAIN = ("plain-eager-sdpa", "plain-exact-graph")
+_PLAIN_NOTE = (
+    "(plain): transformers does not have this tower. The columns of HF hold the times of one of "
+    "plain PyTorch modules with the same weights, which speed-up and error are against too."
+)
+_EAGER = ("hf-eager-sdpa", "hf-eager-fa2", _PLAIN[0])
+_EXACT = ("hf-exact-graph", "hf-compile-graph", _PLAIN[1])
 _VLLM = ("vllm-eager", "vllm-graph")
 _BACKENDS = {"fa4": "FlashAttention-4", "fa3": "FlashAttention-3", "fa2": "FlashAttention-2"}
 
@@ -16,7 +22,8 @@ def readme_table(path: str | Path) -> str:
     """Markdown of the results in `path`: times in ms, and ours against the fastest correct peer.
 
     A row where ours is not ahead names the peer that is faster; a contender without a time (it
-    failed, or was wrong) has a dash.
+    failed, or was wrong) has a dash. A tower whose peer is not Hugging Face's is marked, with a
+    note below the table.
 
     Raises:
         ValueError: the file is no result of `bench towers`.
@@ -86,14 +93,17 @@ def _table(meta: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
         ours = by_name["ours"]
         groups = (_EAGER, _EXACT, _VLLM) if has_vllm else (_EAGER, _EXACT)
         ratio = ours["max_err_ratio"]
+        mark = " (plain)" if _is_plain(by_name) else ""
         lines.append(
             _line([
-                tower, workload, f"{ours['patches']:,}",
+                tower + mark, workload, f"{ours['patches']:,}",
                 *(_ms(_fastest(by_name, group)) for group in groups), _ms(ours["ms"]),
                 _speed_up(by_name), *([_ms(ours["floor_ms"])] if has_floor else []),
                 "-" if ratio is None else f"{ratio:.2f}",
             ])
         )  # fmt: skip
+    if any(map(_is_plain, cells.values())):
+        lines += ["", _PLAIN_NOTE]
     changes = " with changes" if meta["dirty"] else ""
     lines += [
         "",
@@ -104,6 +114,11 @@ def _table(meta: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     if meta.get("not_run"):
         lines += ["", f"Not run, time was over: {', '.join(meta['not_run'])}."]
     return "\n".join(lines)
+
+
+def _is_plain(by_name: Mapping[str, Any]) -> bool:
+    """Whether what ran beside ours is not Hugging Face's."""
+    return any(name in by_name for name in _PLAIN)
 
 
 def _speed_up(by_name: Mapping[str, Any]) -> str:

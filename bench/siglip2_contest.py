@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..encoder.siglip2_encoder import Siglip2Encoder, Siglip2Output
-from .image_contest import Parts
+from .image_contest import Parts, Peer
 from .towers_config import boost_
 
 SIGLIP2_TOWERS: dict[str, dict[str, int]] = {
@@ -49,6 +49,8 @@ class Siglip2Inputs(NamedTuple):
 class Siglip2Contest:
     """Hugging Face's tower in the dtype and in fp32, and ours, on one device."""
 
+    peer: Peer = "hf"
+
     def __init__(self, sizes: dict[str, int], device: torch.device, dtype: torch.dtype, seed: int):
         self.tower = boost_(_hf_tower(sizes, device, dtype), seed)
         self.exact = _hf_tower(sizes, device, torch.float32)
@@ -74,12 +76,12 @@ class Siglip2Contest:
         """Patches of all images, without padding."""
         return int(inputs.spatial_shapes.prod(1).sum())
 
-    def hf(self, inputs: Siglip2Inputs, *, exact: bool = False) -> Parts:
+    def theirs(self, inputs: Siglip2Inputs, *, exact: bool = False) -> Parts:
         """Patches without padding, and one pooled row an image."""
         output = (self.exact if exact else self.tower)(**inputs._asdict())
         return self.recorded_parts([output.last_hidden_state, output.pooler_output], inputs)
 
-    def hf_without_host(self, inputs: Siglip2Inputs) -> Callable[[], Parts]:
+    def theirs_without_host(self, inputs: Siglip2Inputs) -> Callable[[], Parts]:
         """With positions and masks computed beforehand."""
         tower: Any = self.tower
         embed, head = tower.embeddings, tower.head

@@ -97,6 +97,21 @@ def test_ours_is_held_against_the_fastest_correct_peer(tmp_path):
     assert cells(text, "alone")[5] == "-"
 
 
+def test_a_peer_that_is_not_hugging_faces_is_marked(tmp_path):
+    eager, exact = "plain-eager-sdpa", "plain-exact-graph"
+    both = {"hf-eager-sdpa": 6.0, "hf-exact-graph": 5.0, "ours": 4.0}
+    path = result(tmp_path, "r.json", {"w": both, "x": {eager: 3.0, exact: 1.0, "ours": 2.0}})
+    text = readme_table(path)
+    assert cells(text, "w") == ["1,234", "6", "5", "4", "1.25", "0.5", "0.90"]
+    line = "| t (plain) | x | 1,234 | 3 | 1 | 2 | 0.50, behind plain-exact-graph | 0.5 | 0.90 |"
+    lines = text.splitlines()
+    assert line in lines
+    note = lines[lines.index(line) + 2]
+    assert note.startswith("(plain): transformers does not have this tower. The columns of HF hold")
+    without = readme_table(result(tmp_path, "s.json", {"w": both}))
+    assert "plain" not in without
+
+
 def test_what_was_not_run_and_changes_are_named(tmp_path):
     times = {"w": {"hf-eager-sdpa": 3.0, "ours": 2.0}}
     text = readme_table(result(tmp_path, "r.json", times, dirty=True, not_run=["t a", "t b"]))
