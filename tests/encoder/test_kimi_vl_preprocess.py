@@ -68,7 +68,9 @@ def test_settings(tmp_path):
     assert released.image_mean == released.image_std == (0.5,) * 3
     assert MoonViTPreprocessor.from_folder(tmp_path, SPEC) == released
     with_merge = RELEASED | {"merge_kernel_size": [2, 2]}
-    for settings in (RELEASED, with_merge, RELEASED | {"size": {"longest_edge": 9}}):
+    # settings that its class does not look at
+    with_others = RELEASED | {"resample": 0, "do_resize": False, "size": {"longest_edge": 9}}
+    for settings in (RELEASED, with_merge, with_others):
         assert MoonViTPreprocessor.from_configs(SPEC, settings, settings) == released
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(RELEASED | {"in_token_limit": 9}))
     assert MoonViTPreprocessor.from_folder(tmp_path, SPEC).max_pixels == 9 * 196
