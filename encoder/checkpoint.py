@@ -133,7 +133,10 @@ class Checkpoint:
         """
         from transformers import AutoConfig
 
-        family, inner = family_of_model(self.raw_config())
+        raw = self.raw_config()
+        family, inner = family_of_model(raw)
+        if family.read_config is not None:
+            return family, family.read_config(raw)
         config = AutoConfig.from_pretrained(self.folder)
         for name in inner:
             config = getattr(config, name)

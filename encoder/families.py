@@ -12,6 +12,7 @@ from . import (
     glm4v,
     internvl,
     kimi_k25,
+    kimi_vl,
     paddleocr_vl,
     qwen2_5_omni,
     qwen2_5_vl,
@@ -27,6 +28,7 @@ from .presets import (
     GLM5,
     GLM46V,
     KIMI,
+    KIMI_VL,
     PADDLEOCR,
     QWEN2,
     QWEN3,
@@ -47,7 +49,8 @@ class Family:
         name: As `EncoderSpec.family` holds it.
         models: What people call the models, for messages and lists.
         model_types: `model_type` of the configs of full models, as in config.json.
-        tower_classes: Names of the tower's classes in transformers.
+        tower_classes: Names of the tower's classes in transformers; none where it has no such
+            class, and checkpoints are all there is.
         read_spec: Vision config to spec; `spec` calls it.
         weight_map: Spec to the rules of its weights.
         preset: Settings of the preprocessing without files of a model folder.
@@ -59,6 +62,8 @@ class Family:
             `preprocess.Preprocessor`.
         published: Tensors of a checkpoint, without the prefix, to those of the live tower; None
             where checkpoints have Hugging Face's names and layout.
+        read_config: config.json of a full model to its vision config; None where transformers has
+            classes for both.
     """
 
     name: str
@@ -73,6 +78,7 @@ class Family:
     bare_names: tuple[str, ...] = ()
     preprocessor: str = "preprocess:ImagePreprocessor"
     published: Callable[[Tensors, EncoderSpec], Tensors] | None = None
+    read_config: Callable[[Mapping[str, Any]], Any] | None = None
 
     def spec(self, config: Any) -> EncoderSpec:
         """The tower that a vision config describes.
@@ -266,6 +272,19 @@ FAMILIES = {
             preprocessor="kimi_preprocess:NavitPreprocessor",
             published=kimi_k25.to_hf_names,
         ),
+        Family(
+            "kimi_vl",
+            "Kimi-VL",
+            ("kimi_vl",),
+            (),
+            kimi_vl.spec,
+            kimi_k25.weight_map,
+            KIMI_VL,
+            prefixes=("model.vision_tower.", "vision_tower."),
+            preprocessor="kimi_vl_preprocess:MoonViTPreprocessor",
+            published=kimi_k25.to_hf_names,
+            read_config=kimi_vl.vision_config,
+        ),
     )
 }
 
@@ -335,6 +354,11 @@ def family_of_tower(tower: object) -> Family:
         raise ValueError(
             f"vision tower {name!r} takes tiles of one size, not packed patches; use "
             "vitgraph.encoder.InternVLEncoder, or swap_vision_tower for its model"
+        )
+    if name == kimi_vl.REMOTE_TOWER:
+        raise ValueError(
+            f"vision tower {name!r} runs by code that came with its checkpoint; load the tower "
+            "without it: vitgraph.encoder.VisionEncoder.from_pretrained(folder or Hub id)"
         )
     supported = ", ".join(name for f in FAMILIES.values() for name in f.tower_classes)
     raise ValueError(f"vision tower {name!r} is not supported; supported: {supported}")

@@ -23,7 +23,7 @@ def parse_grids(grid_thw: torch.Tensor | Sequence[Any], spec: EncoderSpec) -> li
     Raises:
         TypeError: the grids are not integers.
         ValueError: not [N, 3], a side that is not positive, or not a multiple of the merge size, or
-            more frames than the tower has positions for.
+            more frames than the tower has positions for, or than an image has.
     """
     if isinstance(grid_thw, torch.Tensor):
         if grid_thw.is_floating_point() or grid_thw.dtype == torch.bool:
@@ -37,7 +37,7 @@ def parse_grids(grid_thw: torch.Tensor | Sequence[Any], spec: EncoderSpec) -> li
         rows = list(grid_thw)
     grids = []
     merge = spec.merge_size
-    most = spec.frame_positions or sys.maxsize
+    most = 1 if spec.images_only else spec.frame_positions or sys.maxsize
     for i, row in enumerate(rows):
         if isinstance(row, list | tuple) and len(row) == 3:
             t, h, w = row
@@ -59,6 +59,11 @@ def parse_grids(grid_thw: torch.Tensor | Sequence[Any], spec: EncoderSpec) -> li
                 f"grid_thw[{i}] = ({t}, {h}, {w}): height and width must be multiples of the merge "
                 f"size {spec.merge_size}; resize the image to multiples of "
                 f"{spec.patch_size * spec.merge_size} pixels"
+            )
+        if t > most and spec.images_only:
+            raise ValueError(
+                f"grid_thw[{i}] = ({t}, {h}, {w}): {t} frames, but a tower of {spec.family} reads "
+                "images, which have t = 1; hand in every frame as an image"
             )
         if t > most:
             raise ValueError(

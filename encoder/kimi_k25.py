@@ -38,22 +38,39 @@ def spec(config: Any) -> EncoderSpec:
     """The tower that a `Kimi_K25VisionConfig` describes.
 
     Raises:
-        ValueError: the config asks for another activation, or a table of positions or blocks of
-            patches that are not square.
+        ValueError: the config asks for another activation, or for what `tower_spec` refuses.
     """
     if config.hidden_act != "gelu_pytorch_tanh":
         raise ValueError(
             f"{config.model_type}: hidden_act = {config.hidden_act!r} is not supported; only "
             "'gelu_pytorch_tanh' is"
         )
+    return tower_spec(
+        config, "pos_emb", rope_theta=rope_theta(config), segments="clips",
+        frame_positions=config.pos_emb_time,
+    )  # fmt: skip
+
+
+def tower_spec(config: Any, table: str, **own: Any) -> EncoderSpec:
+    """What the configs of MoonViT have in common.
+
+    Args:
+        config: Of the tower.
+        table: How the names of the sides of its table of positions begin.
+        own: Fields of the spec that other configs do not have.
+
+    Raises:
+        ValueError: a table of positions or blocks of patches that are not square.
+    """
+    height, width = f"{table}_height", f"{table}_width"
     sides = {
-        "pos_emb_height, pos_emb_width": (config.pos_emb_height, config.pos_emb_width),
+        f"{height}, {width}": (getattr(config, height), getattr(config, width)),
         "merge_kernel_size": tuple(config.merge_kernel_size),
     }
-    for name, (height, width) in sides.items():
-        if height != width:
+    for name, (rows, columns) in sides.items():
+        if rows != columns:
             raise ValueError(
-                f"{config.model_type}: {name} = {height}, {width} is not supported; only equal "
+                f"{config.model_type}: {name} = {rows}, {columns} is not supported; only equal "
                 "sides are"
             )
     merge_size = config.merge_kernel_size[0]
@@ -72,12 +89,10 @@ def spec(config: Any) -> EncoderSpec:
         mlp="plain",
         activation="gelu_tanh",
         patch_bias=True,
-        position_grid=config.pos_emb_height,
+        position_grid=getattr(config, height),
         position_sampling="bicubic",
-        rope_theta=rope_theta(config),
-        segments="clips",
-        frame_positions=config.pos_emb_time,
         merger="mean",
+        **own,
     )
 
 

@@ -87,6 +87,8 @@ KIMI = PixelPreset(
     video_max_pixels=4096 * 14 * 14,
     video_rule="kimi",
 )
+# of the first releases; that of June 2025 reads four times as many patches, as its files say
+KIMI_VL = replace(KIMI, max_pixels=4096 * 14 * 14)
 # the defaults of its class in transformers, which has none for videos
 PADDLEOCR = PixelPreset(
     image_mean=CLIP_MEAN,

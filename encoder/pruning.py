@@ -36,11 +36,16 @@ def check_rate(name: str, rate: float | None) -> None:
 
 
 def check_prunable(spec: EncoderSpec) -> None:
-    """Refuse towers whose tokens are read in whole blocks behind them.
+    """Refuse towers without videos, and those whose tokens are read in whole blocks behind them.
 
     Raises:
-        ValueError: the tower has no merger of its own.
+        ValueError: the tower reads images alone, or has no merger of its own.
     """
+    if spec.images_only:
+        raise ValueError(
+            f"pruning: drops tokens of videos, and a tower of {spec.family} reads images; leave "
+            "pruning_rate, keep_mask and pruning out"
+        )
     if spec.merger == "mean":
         raise ValueError(
             f"pruning: a tower of {spec.family} averages the frames of a clip, so no token repeats "

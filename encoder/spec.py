@@ -43,6 +43,7 @@ class EncoderSpec:
         segments: What attends to itself: a frame, or all frames of an item ("clips").
         frame_positions: Frames that have fixed sinusoidal positions, which patches of items of
             several frames get; no item may have more. 0 for none.
+        images_only: Whether every item has one frame.
         merger: "mlp" is norm, joining, fc2(gelu(fc1(x))); "glm" is norm, a convolution that joins
             (whose output is the tower's last hidden state), a projection, LayerNorm, GELU and a
             gated MLP of width `merger_size`; "none" is a norm of the stream, whose output is the
@@ -80,6 +81,7 @@ class EncoderSpec:
     rope_theta: float = 10000.0
     segments: Literal["frames", "clips"] = "frames"
     frame_positions: int = 0
+    images_only: bool = False
     merger: Literal["mlp", "glm", "none", "mean"] = "mlp"
     merger_size: int = 0
 

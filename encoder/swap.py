@@ -11,6 +11,7 @@ from .hf_tower import GraphChoice, SwappedTower, SwapStats
 from .image_spec import RopeAxes
 from .internvl import TOWER_CLASSES as INTERNVL
 from .internvl_swap import SwappedInternVLTower, parent_of
+from .kimi_vl import REMOTE_TOWER
 from .siglip2 import TOWER_CLASS as SIGLIP2
 from .siglip2_swap import SwappedSiglip2Tower
 from .step_spec import TOWER_CLASS
@@ -113,12 +114,20 @@ def _find_tower(model: torch.nn.Module, tier: Tier) -> torch.nn.Module:
         if tier != "fused" and takes_packed_patches(tower):
             return tower
         found = found or tower
+    if type(found).__name__ == REMOTE_TOWER:
+        raise ValueError(
+            f"swap_vision_tower: model is a {type(model).__name__}, its vision tower a "
+            f"{REMOTE_TOWER}, which transformers has no class for: it runs by code that came with "
+            "its checkpoint. Load the tower with vitgraph.encoder.VisionEncoder.from_pretrained("
+            "folder or Hub id), and hand its pooler_output to the projector of the model"
+        )
     what = f"its vision tower is a {type(found).__name__}" if found else "no vision tower"
+    live = [family for family in FAMILIES.values() if family.tower_classes]
     paths = dict.fromkeys(p for family in FAMILIES.values() for p in family.tower_paths)
     classes = sorted(name for family in FAMILIES.values() for name in family.tower_classes)
     raise ValueError(
         f"swap_vision_tower: model is a {type(model).__name__}, {what}; supported: models of "
-        f"{', '.join(family.models for family in FAMILIES.values())}, their inner models, and "
+        f"{', '.join(family.models for family in live)}, their inner models, and "
         f"others with a tower of these classes at {' or '.join(map(repr, paths))}: "
         f"{', '.join(classes)}; and any tower that takes packed patches and their grid_thw"
     )

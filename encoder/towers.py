@@ -15,6 +15,7 @@ from .fp8 import Fp8Plan, pick_plan
 from .hf_metadata import TowerRefusedError
 from .internvl import MODEL_TYPES as INTERNVL_TYPES
 from .internvl import TOWER_CLASSES as INTERNVL
+from .kimi_vl import REMOTE_TOWER
 from .siglip2 import MODEL_TYPES as SIGLIP2_TYPES
 from .siglip2 import TOWER_CLASS as SIGLIP2
 from .step_spec import MODEL_TYPES as STEP_TYPES
@@ -182,7 +183,8 @@ def encoder_for(
         from .internvl_encoder import InternVLEncoder
 
         return InternVLEncoder.from_hf(tower, attention=attention, precision=precision)
-    if tier == "fused" or (tier == "auto" and is_fused(tower)):
+    # of the one by code of its own, `from_hf` says what to do
+    if tier == "fused" or (tier == "auto" and (is_fused(tower) or name == REMOTE_TOWER)):
         return VisionEncoder.from_hf(tower, attention=attention, precision=precision)
     if pick_plan(precision) is not None:
         raise ValueError(
