@@ -78,11 +78,8 @@ def epilogue_name(activation: str | None, has_residual: bool) -> str:
 
 
 def shipped_tiles(activation: str | None) -> tuple[HopperConfig, ...]:
-    """Tiles that this epilogue runs with.
-
-    That of the erf form spills from wide ones, and gated ones must have two equal halves.
-    """
-    return tuple(t for t in SHIPPED if activation not in ("gelu_erf", GATED) or t.block_n <= 128)
+    """Tiles that this epilogue runs with: gated ones must have two equal halves."""
+    return tuple(t for t in SHIPPED if activation != GATED or t.block_n <= 128)
 
 
 def tile_by_waves(M: int, N: int, K: int, activation: str | None, num_sms: int) -> HopperConfig:

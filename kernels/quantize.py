@@ -100,7 +100,7 @@ def _transformed(x_ptr, f, F, in_tile, TRANSFORM: tl.constexpr):
     x = tl.load(x_ptr + f[None, :], mask=in_tile, other=0.0).to(tl.float32)
     if TRANSFORM == "swiglu":
         up = tl.load(x_ptr + F + f[None, :], mask=in_tile, other=0.0).to(tl.float32)
-        x = x * tl.sigmoid(x) * up
+        x = apply_activation(x, "silu") * up
     else:
         x = apply_activation(x, TRANSFORM)
     return x

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from .activation import apply_activation
 from .dispatch import use_reference
 from .launch import launch_kernel
 from .roofline import Cost
@@ -64,7 +65,7 @@ def _swiglu_kernel(
             # what is NaN stays so
             gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
             up = tl.clamp(up, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-        y = gate * tl.sigmoid(gate) * up
+        y = apply_activation(gate, "silu") * up
         out = out_ptr + t * stride_ot + f[None, :]
         tl.store(out, y.to(out_ptr.dtype.element_ty), mask=mask)
 

@@ -19,6 +19,7 @@ from vitgraph.kernels.attention_fa4 import Tile
 from vitgraph.kernels.few_rows_tuning import FewRowsConfig, few_rows_from_json
 from vitgraph.kernels.gemm import hopper_reason
 from vitgraph.kernels.gemm_tuning import (
+    GATED,
     RESIDUAL,
     SQUARE,
     TABLE,
@@ -101,10 +102,10 @@ def test_only_shapes_measured_in_full_get_an_entry():
     assert table == {(8, 8, ""): ((10, SQUARE), (20, None))}
 
 
-def test_a_tile_that_spills_with_the_epilogue_is_never_named():
-    shape = LinearShape("merger", 8, 8, "gelu_erf")
+def test_a_tile_that_the_epilogue_cannot_have_is_never_named():
+    shape = LinearShape("gate", 8, 8, GATED)
     table = measured_table([row(shape, 10, us(9, 2, 1))], [shape], [10])
-    assert table == {(8, 8, "gelu_erf"): ((10, SQUARE),)}
+    assert table == {(8, 8, GATED): ((10, SQUARE),)}
 
 
 def evaluated(text):
@@ -319,7 +320,7 @@ def test_vitgraph_tune_stores_what_the_kernels_read(imaginary_gpu, monkeypatch):
         active = tables.tuning(torch.device("cuda"))
         assert str(active.path) in result.stdout
         assert active.table[3456, 1152, ""] == ((128, WIDE),)
-        assert active.table[4608, 4608, "gelu_erf"] == ((32, SQUARE),)
+        assert active.table[4608, 4608, "gelu_erf"] == ((32, WIDE),)
         assert active.table[3840, 1280, ""] == TABLE[3840, 1280, ""]
     finally:
         tables._tuning_of_device.cache_clear()

@@ -45,6 +45,12 @@ def test_large_inputs_saturate(device):
         assert torch.equal(y, x.clamp_min(0)), activation
 
 
+def test_the_erf_form_is_close_everywhere(device):
+    x = torch.linspace(-12, 12, 24001, device=device)[None]
+    oracle = activation_ref(x.double(), "gelu_erf")
+    assert (activation_(x.clone(), "gelu_erf") - oracle).abs().max() < 4e-7
+
+
 def test_strided_rows(device):
     wide = make(device, 6, 64, torch.float32)
     y = wide.clone()

@@ -74,8 +74,8 @@ def test_rule_of_waves():
     assert tile_by_waves(128 * 132, 192, 1152, None, num_sms=132) == WIDE
     # one wave of either, but wide tiles stick out by half
     assert tile_by_waves(128 * 66, 256, 1152, None, num_sms=132) == SQUARE
-    # which would spill
-    assert tile_by_waves(128 * 132, 192, 1152, "gelu_erf", num_sms=132) == SQUARE
+    # the columns of gate and up must be equal halves
+    assert tile_by_waves(128 * 132, 192, 1152, GATED, num_sms=132) == SQUARE
 
 
 @pytest.fixture

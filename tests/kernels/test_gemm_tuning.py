@@ -382,8 +382,8 @@ def entry(**changes):
         ([entry(tiles=[[1, {**asdict(SQUARE), "num_stages": 50}]])], "none that 'bias' runs"),
         ([entry(tiles=[[1, {**asdict(SQUARE), "block_m": 128.0}]])], "none that 'bias' runs"),
         ([entry(tiles=[[1, False]])], "tile false is none"),
-        # its registers do not hold this epilogue
-        ([entry(epilogue="gelu_erf", tiles=[[1, asdict(WIDE)]])], "none that 'gelu_erf' runs with"),
+        # it has no two equal halves
+        ([entry(epilogue=GATED, tiles=[[1, asdict(WIDE)]])], "none that 'swiglu' runs with"),
     ],
 )
 def test_a_damaged_entry_is_refused_with_the_file_and_the_way_out(entries, message):
