@@ -2,9 +2,10 @@
 
 One NVIDIA H200, Triton 3.6.0, PyTorch 2.11.0 with CUDA 13.0, 2026-11-21: bf16, calls in CUDA
 graphs, median of interleaved rounds, the kernel of gemm_hopper.py against cuBLAS and the passes
-that cuBLAS needs after it, at 256, 784, 1568, 3136, 6272, 8192, 16384, 32768 and 65536 rows. The
-table names the faster tile from the first of these on at which it is no slower than cuBLAS with all
-rows live; with fewer live rows it gains, as cuBLAS computes them all.
+that cuBLAS needs after it, at 784, 1568, 3136, 6272, 8192, 16384, 32768 and 65536 rows (a quarter
+of these in layers on merged patches). The table names the faster tile from the first of these on at
+which it is no slower than cuBLAS with all rows live; with fewer live rows it gains, as cuBLAS
+computes them all.
 
 To extend it: add (first M, tile) to the entries of a shape, in ascending order of M; None as the
 tile names the library. A new tile goes into `SHIPPED` as well, which is what the tests go through.
@@ -49,11 +50,14 @@ EPILOGUES = ("", RESIDUAL, GATED, *get_args(Activation))
 Table = Mapping[tuple[int, int, str], tuple[tuple[int, HopperConfig | None], ...]]
 
 TABLE: dict[tuple[int, int, str], tuple[tuple[int, HopperConfig | None], ...]] = {
-    # Qwen3-VL: qkv, proj, up, down
+    # Qwen3-VL 8B and 32B, Qwen3.5, SigLIP 2 so400m, ...: qkv, proj, up, down
     (3456, 1152, ""): ((3136, SQUARE), (6272, WIDE), (16384, SQUARE)),
     (1152, 1152, RESIDUAL): ((8192, WIDE), (65536, SQUARE)),
-    (4304, 1152, "gelu_tanh"): ((3136, SQUARE), (32768, WIDE)),
+    (4304, 1152, "gelu_tanh"): ((3136, SQUARE),),
     (1152, 4304, RESIDUAL): ((16384, WIDE),),
+    # mergers of Qwen3-VL 8B
+    (4608, 4608, "gelu_erf"): ((2048, WIDE), (4096, SQUARE)),
+    (4096, 4608, ""): ((4096, SQUARE),),
     # Qwen2.5-VL and Qwen2-VL: qkv, proj
     (3840, 1280, ""): ((1568, SQUARE), (65536, WIDE)),
     (1280, 1280, RESIDUAL): ((8192, SQUARE),),
@@ -63,13 +67,60 @@ TABLE: dict[tuple[int, int, str], tuple[tuple[int, HopperConfig | None], ...]] =
     # Qwen2-VL: up, down
     (5120, 1280, "quick_gelu"): ((1568, SQUARE), (65536, WIDE)),
     (1280, 5120, RESIDUAL): ((8192, SQUARE),),
+    # mergers of Qwen2.5-VL and Qwen2-VL
+    (5120, 5120, "gelu_erf"): ((1568, SQUARE),),
+    (3584, 5120, ""): ((1568, SQUARE), (2048, None), (4096, SQUARE)),
+    (5120, 5120, ""): ((2048, SQUARE),),
+    # Qwen3-VL 2B and 4B, GLM-OCR, InternViT-300M: qkv, proj, up by its activation, down
+    (3072, 1024, ""): ((3136, SQUARE),),
+    (1024, 1024, RESIDUAL): ((16384, SQUARE),),
+    (4096, 1024, "gelu_tanh"): ((3136, SQUARE),),
+    (4096, 1024, "gelu_erf"): ((3136, SQUARE),),
+    (8192, 1024, GATED): ((1568, SQUARE),),
+    (1024, 4096, RESIDUAL): ((1568, SQUARE), (3136, None), (16384, SQUARE)),
+    # mergers of Qwen3-VL 2B and 4B, of GLM-OCR, projector of InternVL3-8B
+    (4096, 4096, "gelu_erf"): ((2048, SQUARE),),
+    (9216, 1536, GATED): ((1568, SQUARE),),
+    (3584, 4096, "gelu_erf"): ((1568, SQUARE),),
+    # Qwen3.5-0.8B, SigLIP 2 base: qkv, proj, up, down
+    (2304, 768, ""): ((6272, SQUARE),),
+    (768, 768, RESIDUAL): ((16384, WIDE), (32768, SQUARE)),
+    (3072, 768, "gelu_tanh"): ((3136, SQUARE),),
+    (768, 3072, RESIDUAL): ((32768, WIDE),),
+    # GLM-4.1V and 4.5V, Step-3.7: qkv, proj
+    (4608, 1536, ""): ((3136, SQUARE), (6272, WIDE), (8192, SQUARE)),
+    (1536, 1536, RESIDUAL): ((8192, WIDE),),
+    # GLM-4.1V and 4.5V: gate and up, down
+    (8192, 1536, GATED): ((1568, SQUARE),),
+    (1536, 4096, RESIDUAL): ((8192, SQUARE), (32768, None), (65536, SQUARE)),
+    # Step-3.7: up, down, a convolution
+    (8960, 1536, "quick_gelu"): ((784, SQUARE), (3136, WIDE), (6272, SQUARE)),
+    (1536, 8960, RESIDUAL): ((16384, SQUARE),),
+    (3072, 13824, ""): ((2048, SQUARE), (8192, WIDE)),
+    # Step3: qkv, proj, up, down
+    (5376, 1792, ""): ((3136, SQUARE), (65536, WIDE)),
+    (1792, 1792, ""): ((3136, WIDE), (8192, None), (16384, SQUARE)),
+    (15360, 1792, "quick_gelu"): ((784, WIDE), (3136, SQUARE), (8192, WIDE), (16384, SQUARE)),
+    (1792, 15360, ""): (
+        (784, SQUARE), (1568, WIDE), (3136, SQUARE), (6272, WIDE),
+        (8192, SQUARE), (32768, None), (65536, SQUARE),
+    ),
+    # InternViT-6B: qkv, proj, up, down, projector of InternVL3-38B
+    (9600, 3200, ""): ((3136, WIDE), (6272, SQUARE)),
+    (3200, 3200, RESIDUAL): ((6272, SQUARE), (8192, None), (16384, SQUARE)),
+    (12800, 3200, "gelu_erf"): ((3136, SQUARE), (6272, WIDE), (16384, SQUARE)),
+    (3200, 12800, RESIDUAL): (
+        (6272, SQUARE), (8192, None), (16384, SQUARE),
+        (32768, WIDE), (65536, None),
+    ),
+    (5120, 12800, "gelu_erf"): ((1568, SQUARE),),
 }  # fmt: skip
 
-# Every measured shape gains from here on, and those between them are taken to. Past them nothing is
-# known, and the library is used.
+# Measured shapes within these sides gain from here on, but for 2 per cent at single M, and others
+# between them are taken to. Past them the library is used.
 MIN_M = 16384
-MEASURED_N = (1152, 6912)
-MEASURED_K = (1152, 5120)
+MEASURED_N = (1024, 15360)
+MEASURED_K = (1024, 15360)
 
 
 def epilogue_name(activation: str | None, has_residual: bool) -> str:

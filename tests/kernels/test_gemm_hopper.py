@@ -49,12 +49,12 @@ def test_table_is_well_formed():
         (16384, 1152, 1152, None, True, WIDE),
         (65535, 1152, 1152, None, True, WIDE),
         (65536, 1152, 1152, None, True, SQUARE),
-        (500_000, 4304, 1152, "gelu_tanh", False, WIDE),
+        (500_000, 4304, 1152, "gelu_tanh", False, SQUARE),
         # no entry, but between those that have one
-        (16384, 4608, 4608, "gelu_erf", False, SQUARE),
-        (MIN_M - 1, 4608, 4608, "gelu_erf", False, None),
+        (16384, 6144, 1152, "gelu_erf", False, SQUARE),
+        (MIN_M - 1, 6144, 1152, "gelu_erf", False, None),
         # past what was measured
-        (65536, 8192, 1152, None, False, None),
+        (65536, 16384, 1152, None, False, None),
         (65536, 1152, 512, None, False, None),
     ],
 )
@@ -141,9 +141,19 @@ def test_auto_takes_the_epilogues_of_the_library(activation, h200):
 
 # the rest runs on the GPU alone: Gluon has no interpreter
 
-# gated ones are two products of another function (test_gated_linear.py)
-PLAIN = sorted(shape for shape in TABLE if shape[2] != GATED)
-SHAPES = [*PLAIN, (4608, 4608, "gelu_erf"), (1152, 1152, "silu")]
+# every epilogue, N with and without a part of a tile, short and long K; gated ones are two products
+# of another function (test_gated_linear.py)
+SHAPES = [
+    (3456, 1152, ""),
+    (1152, 1152, RESIDUAL),
+    (4304, 1152, "gelu_tanh"),
+    (1152, 4304, RESIDUAL),
+    (5120, 1280, "quick_gelu"),
+    (768, 768, RESIDUAL),
+    (4608, 4608, "gelu_erf"),
+    (1792, 15360, ""),
+    (1152, 1152, "silu"),
+]
 IDS = [f"{N}x{K}-{epilogue or 'bias'}" for N, K, epilogue in SHAPES]
 
 
@@ -295,7 +305,7 @@ def test_a_row_does_not_depend_on_the_others(config, needs_hopper):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("N", "K", "epilogue"), PLAIN, ids=str)
+@pytest.mark.parametrize(("N", "K", "epilogue"), SHAPES, ids=str)
 def test_linear_takes_it_from_the_table(N, K, epilogue, needs_hopper):
     M = 16400
     call = Call(M, N, K, epilogue)
