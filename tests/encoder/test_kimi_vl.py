@@ -390,3 +390,26 @@ def test_command_line(folder, tmp_path):
     assert report["families"]["kimi_vl"] == "Kimi-VL"
     assert report["spec"]["family"] == "kimi_vl"
     assert report["spec"]["images_only"] is True
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_on_a_gpu(tmp_path):
+    """In bf16 as accurate as transformers' tower, and replays give the bits of eager calls."""
+    sizes = FULL_WIDTH | {"num_hidden_layers": 3}
+    tower = build_tower(64, **sizes)
+    for p in tower.parameters():  # not the frequencies of the rope
+        p.data = p.data.bfloat16()
+    config = {"vision_config": {"model_type": "moonvit", **sizes}}
+    folder = write_folder(tmp_path, published(tower), config)
+    encoder = VisionEncoder.from_pretrained(folder, dtype="bfloat16", device="cuda")
+    pixels = patches(GRIDS).cuda().bfloat16()
+    oracle = plain_moonvit(published(tower), pixels.double(), GRIDS, 16)
+    theirs = both(tower.cuda()(pixels, torch.tensor(GRIDS, device="cuda")))
+    eager = both(encoder(pixels, GRIDS))
+    for name, *values in zip(("last", "pooled"), eager, theirs, oracle, strict=True):
+        assert_as_accurate(*values, factor=1.3, name=name)
+    encoder.capture({"token_budgets": [len(pixels) // 4]})
+    for ours, wanted in zip(both(encoder(pixels, GRIDS)), eager, strict=True):
+        assert torch.equal(ours, wanted)
+    assert encoder.graphs.stats()["misses"] == 0
