@@ -1,24 +1,20 @@
 """What a contest on towers of images (not of packed patches) has to provide."""
 
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
 Parts = list[torch.Tensor]  # results that are compared one by one
-Peer = Literal["hf", "plain"]
 
 
 class ImageContest(Protocol):
     """One tower: the peer's in a dtype and in fp32, and ours with the same weights.
 
     Attributes:
-        peer: Whose it is beside ours: "hf" for Hugging Face's, "plain" for one of plain PyTorch
-            modules where Hugging Face has none.
         encoder: Ours; has `capture`, `release_graphs` and `graphs`.
     """
 
-    peer: Peer
     encoder: Any
 
     def inputs(self, workload: Any) -> Any:

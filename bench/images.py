@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -40,10 +40,22 @@ MAX_ERROR = 1.3  # times that of the baseline
 
 @dataclass(frozen=True)
 class ContestedTower:
-    """How to build a contest (from device, dtype and seed), and its workloads by name."""
+    """What is contested.
+
+    Attributes:
+        build: The contest from device, dtype and seed.
+        workloads: By name.
+        peer: Whose tower is beside ours: "hf" for Hugging Face's, "plain" for one of plain PyTorch
+            modules where Hugging Face has none.
+    """
 
     build: Callable[[torch.device, torch.dtype, int], ImageContest]
     workloads: Mapping[str, Any]
+    peer: Literal["hf", "plain"] = "hf"
+
+    def providers(self) -> tuple[str, ...]:
+        """Those of `PROVIDERS` that it has: its peer's and ours."""
+        return tuple(p for p in PROVIDERS if p.startswith((f"{self.peer}-", "ours")))
 
 
 def step_tower(name: str) -> ContestedTower:
@@ -51,7 +63,7 @@ def step_tower(name: str) -> ContestedTower:
     spec = STEP_TOWERS[name]
     if spec.family == "step3_vl":
         return ContestedTower(
-            lambda *where: Step3Contest(spec, *where), step_contest.STEP3_WORKLOADS
+            lambda *where: Step3Contest(spec, *where), step_contest.STEP3_WORKLOADS, "plain"
         )
     return ContestedTower(lambda *where: StepContest(spec, *where), step_contest.WORKLOADS)
 
@@ -96,8 +108,8 @@ def run(
     `ms` None and a `reason`. Without a GPU, a peer's graph is left out and `ours` is not captured.
 
     Raises:
-        ValueError: an unknown provider, a workload that none of the towers has, or fp32, against
-            which errors are measured.
+        ValueError: an unknown provider, or none that a tower has; a workload that none of the
+            towers has; or fp32, against which errors are measured.
     """
     if dtype == torch.float32:
         raise ValueError(
@@ -107,6 +119,12 @@ def run(
         raise ValueError(
             f"bench: provider {', '.join(unknown)} is not known; use {', '.join(PROVIDERS)}"
         )
+    for name, entry in towers.items():
+        if not set(providers) & set(entry.providers()):
+            raise ValueError(
+                f"bench: {name} has no {', '.join(providers)}; leave it out, or add one of "
+                f"{', '.join(entry.providers())}"
+            )
     known = dict.fromkeys(name for tower in towers.values() for name in tower.workloads)
     if unknown := sorted(set(workloads or ()) - set(known)):
         raise ValueError(
@@ -121,7 +139,7 @@ def run(
         contest = entry.build(device, dtype, seed)
         try:
             for name in names:
-                found = _workload(contest, entry.workloads[name], providers, effort)
+                found = _workload(contest, entry.workloads[name], entry.peer, providers, effort)
                 rows += [{"tower": tower, "workload": name} | row for row in found]
         finally:
             contest.encoder.release_graphs()
@@ -129,7 +147,7 @@ def run(
 
 
 def _workload(
-    contest: ImageContest, workload: Any, providers: Sequence[str], effort: Effort
+    contest: ImageContest, workload: Any, peer: str, providers: Sequence[str], effort: Effort
 ) -> list[dict[str, Any]]:
     """A row for each provider."""
     inputs = contest.inputs(workload)
@@ -164,11 +182,11 @@ def _workload(
             contest.encoder.capture()
         return contest.parts(ours(), inputs), ours
 
-    baseline = f"{contest.peer}-eager-sdpa"
-    ways = {baseline: peer_eager, f"{contest.peer}-exact-graph": peer_graph}
+    baseline = f"{peer}-eager-sdpa"
+    ways = {baseline: peer_eager, f"{peer}-exact-graph": peer_graph}
     ways |= {"ours-eager": ours_eager, "ours": ours_captured}
     if not is_cuda:
-        del ways[f"{contest.peer}-exact-graph"]
+        del ways[f"{peer}-exact-graph"]
     rows: dict[str, dict[str, Any]] = {}
     calls: dict[str, Callable[[], Any]] = {}
     for name, way in ways.items():

@@ -8,7 +8,7 @@ import torch
 from ..encoder import internvl
 from ..encoder.image_spec import ImageTowerSpec
 from ..encoder.internvl_encoder import InternVLEncoder, InternVLOutput
-from .image_contest import Parts, Peer
+from .image_contest import Parts
 from .towers_config import boost_
 
 # vision config, and the width of the language model that the projector ends in
@@ -41,8 +41,6 @@ def workloads(tower: str) -> dict[str, int]:
 
 class InternVLContest:
     """Hugging Face's model in the dtype and in fp32, and ours, on one device."""
-
-    peer: Peer = "hf"
 
     def __init__(
         self,

@@ -65,7 +65,7 @@ def reference_of(oracle: Any, eager: Builder, job: Job, merge: int) -> Reference
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """fp32 products and convolutions meanwhile are whole ones (of convolutions torch's are not)."""
+    """fp32 stays fp32 meanwhile; by default torch rounds the operands of convolutions to TF32."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:

@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# what a caller of a peer can run on any layout, and the best that a graph per layout reaches
 # of a tower that transformers does not have: those of one of plain PyTorch modules
 _PLAIN = ("plain-eager-sdpa", "plain-exact-graph")
 _PLAIN_NOTE = (
     "(plain): transformers does not have this tower. The columns of HF hold the times of one of "
     "plain PyTorch modules with the same weights, which speed-up and error are against too."
 )
+# what a caller of a peer can run on any layout, and the best that a graph per layout reaches
 _EAGER = ("hf-eager-sdpa", "hf-eager-fa2", _PLAIN[0])
 _EXACT = ("hf-exact-graph", "hf-compile-graph", _PLAIN[1])
 _VLLM = ("vllm-eager", "vllm-graph")

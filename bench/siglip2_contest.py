@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..encoder.siglip2_encoder import Siglip2Encoder, Siglip2Output
-from .image_contest import Parts, Peer
+from .image_contest import Parts
 from .towers_config import boost_
 
 SIGLIP2_TOWERS: dict[str, dict[str, int]] = {
@@ -48,8 +48,6 @@ class Siglip2Inputs(NamedTuple):
 
 class Siglip2Contest:
     """Hugging Face's tower in the dtype and in fp32, and ours, on one device."""
-
-    peer: Peer = "hf"
 
     def __init__(self, sizes: dict[str, int], device: torch.device, dtype: torch.dtype, seed: int):
         self.tower = boost_(_hf_tower(sizes, device, dtype), seed)

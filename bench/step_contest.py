@@ -14,7 +14,7 @@ from ..encoder.image_tower import live_tensors, live_weights
 from ..encoder.step_encoder import StepEncoder
 from ..encoder.step_spec import LOCAL_SIZE
 from ..encoder.step_swap import rope_axes_of
-from .image_contest import Parts, Peer
+from .image_contest import Parts
 from .step3_plain import boost_step3_, plain_tower
 from .towers_config import boost_
 
@@ -93,8 +93,6 @@ class _OursOnStep:
 class StepContest(_OursOnStep):
     """Hugging Face's tower in the dtype and in fp32, and ours, on one device."""
 
-    peer: Peer = "hf"
-
     def __init__(self, spec: ImageTowerSpec, device: torch.device, dtype: torch.dtype, seed: int):
         self.tower, self.projector = _hf_modules(spec, device, dtype)
         # compared with what transformers computes, so its order of axes counts
@@ -136,8 +134,6 @@ class StepContest(_OursOnStep):
 
 class Step3Contest(_OursOnStep):
     """The tower of plain modules in the dtype and in fp32, and ours, on one device."""
-
-    peer: Peer = "plain"
 
     def __init__(self, spec: ImageTowerSpec, device: torch.device, dtype: torch.dtype, seed: int):
         self.tower = boost_step3_(plain_tower(spec, device, dtype), seed)

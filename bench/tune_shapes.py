@@ -90,7 +90,8 @@ def _image_layers(spec: ImageTowerSpec) -> dict[str, LinearShape]:
     D, F = spec.hidden_size, spec.mlp_size
     into = RESIDUAL if spec.block == "pre_norm" else ""
     found = {
-        "qkv": (3 * D, D, "", 1),
+        # norms of q and k stand behind products of their own
+        "qkv": (D if spec.qk_norm else 3 * D, D, "", 1),
         "proj": (D, D, into, 1),
         "up": (F, D, spec.activation, 1),
         "down": (D, F, into, 1),

@@ -85,17 +85,23 @@ class CudaGraphRecorder:
         return graph
 
     def _abandon(self, graph: torch.cuda.CUDAGraph, pool: GraphPool) -> None:
-        """Take the stream and the allocator out of a capture that failed.
+        """Take the stream, the allocator and the generator out of a capture that failed.
 
-        If ending it raises, PyTorch up to 2.11 leaves its allocator recording to the pool, and
-        then it never again gives freed memory back to the device, whoever freed it. Later ones
-        have ended that, and refuse to do so twice. What the failed capture took of the pool is not
-        given back either way (https://github.com/pytorch/pytorch/pull/190348).
+        Where ending it raises, some releases of PyTorch (2.11 among them) leave the rest undone:
+        the allocator, still recording to the pool, never again gives freed memory back to the
+        device, and the generator refuses to draw numbers. Others have ended the recording, and
+        refuse to do so twice. What the failed capture took of the pool stays there until
+        https://github.com/pytorch/pytorch/pull/190348.
         """
-        with suppress(RuntimeError):  # the work's own error says what went wrong
+        # nothing here may hide the work's own error, which says what went wrong
+        with suppress(RuntimeError):
             graph.capture_end()
         with suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(self._stream.device_index, pool)
+        with suppress(RuntimeError):
+            # the same numbers follow, from a state that is in no capture
+            generator = torch.cuda.default_generators[self._stream.device_index]
+            generator.graphsafe_set_state(generator.clone_state())
 
     @contextmanager
     def _side_stream(self) -> Iterator[None]:

@@ -55,9 +55,14 @@ def vision_config(raw: Mapping[str, Any]) -> MoonViTConfig:
     """The tower's config in the config.json of a Kimi-VL.
 
     Raises:
-        ValueError: it is that of another tower, or a size that is no positive integer.
+        ValueError: it is no object, that of another tower, or a size is no positive integer.
     """
-    given = raw.get("vision_config") or {}
+    given = raw.get("vision_config", {})
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            f"model type {raw.get('model_type')!r}: vision_config = {given!r} must be an object; "
+            "correct config.json, or leave it out for the sizes of the released towers"
+        )
     kind = given.get("model_type", MoonViTConfig.model_type)
     if kind != MoonViTConfig.model_type:
         raise ValueError(

@@ -119,7 +119,8 @@ def _find_tower(model: torch.nn.Module, tier: Tier) -> torch.nn.Module:
             f"swap_vision_tower: model is a {type(model).__name__}, its vision tower a "
             f"{REMOTE_TOWER}, which transformers has no class for: it runs by code that came with "
             "its checkpoint. Load the tower with vitgraph.encoder.VisionEncoder.from_pretrained("
-            "folder or Hub id), and hand its pooler_output to the projector of the model"
+            "folder or Hub id), and hand [pooler_output.unflatten(1, (-1, hidden_size))], with the "
+            "tower's hidden_size, to the projector of the model"
         )
     what = f"its vision tower is a {type(found).__name__}" if found else "no vision tower"
     live = [family for family in FAMILIES.values() if family.tower_classes]

@@ -150,7 +150,8 @@ def _gemm_kernel(
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
             acc += bias.to(tl.float32)[None, :]
-        acc = apply_activation(acc, ACTIVATION)
+        element: tl.constexpr = out.dtype if USE_TMA else out.dtype.element_ty
+        acc = apply_activation(acc, ACTIVATION, element == tl.float32)
         if USE_TMA:
             if HAS_RESIDUAL:
                 acc += out.load([start_m, start_n]).to(tl.float32)

@@ -12,8 +12,8 @@ leave the bias out and add the sum of the biases left out to what reads the resi
 backend.
 `backend="triton"` is `gemm.gemm`: every epilogue, and only live rows are computed.
 `backend="hopper"` is the kernel of gemm_hopper.py, for fp16 and bf16 on compute capability 9.0:
-every epilogue, only live rows, and faster than the others from some 1,600 to 16,000 rows on, by
-layer (gemm_tuning.py).
+every epilogue, only live rows, and faster than the others from some 800 to 33,000 rows on, by layer
+(gemm_tuning.py).
 `backend="few_rows"` is the kernel of gemm_few_rows.py, for the same types and GPUs: all but the
 residual (see `linear_partials` there), live rows only, and faster than the library up to some 256
 rows.

@@ -65,7 +65,7 @@ def _swiglu_kernel(
             # what is NaN stays so
             gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
             up = tl.clamp(up, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-        y = apply_activation(gate, "silu") * up
+        y = apply_activation(gate, "silu", out_ptr.dtype.element_ty == tl.float32) * up
         out = out_ptr + t * stride_ot + f[None, :]
         tl.store(out, y.to(out_ptr.dtype.element_ty), mask=mask)
 

@@ -42,6 +42,7 @@ TOWERS = {
     "step3": images.ContestedTower(
         lambda *where: Step3Contest(step3_vl_spec(STEP3, out_size=48), *where),
         {"two": (0, 0), "crops": (2, 0, 1)},
+        "plain",
     ),
     "siglip2": images.ContestedTower(
         lambda *where: Siglip2Contest(SIGLIP2, *where),
@@ -145,11 +146,13 @@ def test_who_fails_gets_no_time_and_spares_the_others(rows, monkeypatch, bad):
 
 def test_a_plain_tower_is_never_called_hugging_faces(rows):
     step3 = {"step3": TOWERS["step3"]}
-    assert rows(step3, ["two"], providers=["hf-eager-sdpa", "hf-exact-graph"]) == []
+    with pytest.raises(ValueError, match="step3 has no hf-eager-sdpa, hf-exact-graph; leave"):
+        rows(step3, ["two"], providers=["hf-eager-sdpa", "hf-exact-graph"])
     plain, ours = rows(step3, ["two"], providers=["plain-eager-sdpa", "ours"])
     assert (plain["provider"], ours["provider"]) == ("plain-eager-sdpa", "ours")
     other = {"siglip2": TOWERS["siglip2"]}
-    assert rows(other, ["same"], providers=["plain-eager-sdpa", "plain-exact-graph"]) == []
+    with pytest.raises(ValueError, match=r"siglip2 has no plain-.* one of hf-eager-sdpa, hf-exact"):
+        rows(other, ["same"], providers=["plain-eager-sdpa", "plain-exact-graph"])
 
 
 @pytest.fixture

@@ -142,11 +142,16 @@ def test_failed_capture_leaves_the_stream_and_the_device_usable(fake_encoder, pi
     encoder = Syncing("cuda")
     manager = EncoderCudaGraphManager(encoder, CONFIG)
     stream = torch.cuda.current_stream()
+    torch.manual_seed(5)
+    numbers = torch.randn(3, device="cuda")
+    torch.manual_seed(5)
     with pytest.raises(RuntimeError) as caught:
         manager.capture()
     assert "while capturing the rung of 1024 tokens" in caught.value.__notes__
     assert torch.cuda.current_stream() == stream
-    # the allocator is out of the capture as well: it gives memory back to the device
+    # the generator and the allocators are out of the capture as well
+    assert torch.equal(torch.randn(3, device="cuda"), numbers)
+    assert torch.empty(1 << 20).pin_memory().is_pinned()
     rows = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
     held = torch.cuda.mem_get_info()[0]
     del rows

@@ -283,6 +283,9 @@ def test_defaults_are_those_of_the_released_towers():
     assert spec.images_only
     for missing in ({}, {"vision_config": {}}):
         assert FAMILIES["kimi_vl"].spec(vision_config(missing)) == spec
+    for bad in (None, [], "moonvit"):
+        with pytest.raises(ValueError, match="vision_config = .* must be an object; correct"):
+            vision_config({"model_type": "kimi_vl", "vision_config": bad})
 
 
 @pytest.mark.parametrize(
@@ -344,7 +347,9 @@ def test_a_live_model_is_told_what_to_do():
     model = torch.nn.Module()
     model.vision_tower = MoonVitPretrainedModel()
     for tier in ("auto", "fused", "generic"):
-        with pytest.raises(ValueError, match=r"no class for: it .*from_pretrained\(folder or Hub"):
+        with pytest.raises(
+            ValueError, match=r"no class for: it .*pretrained\(folder or .*unflatten"
+        ):
             swap_vision_tower(model, tier=tier)
     for make in (encoder_for, VisionEncoder.from_hf):
         with pytest.raises(ValueError, match=r"came with its .*from_pretrained\(folder or Hub id"):
@@ -353,6 +358,18 @@ def test_a_live_model_is_told_what_to_do():
     with pytest.raises(ValueError, match="its vision tower is a Linear; supported") as error:
         swap_vision_tower(model)
     assert "Kimi-VL" not in str(error.value)
+
+
+def test_the_projector_of_a_live_model_takes_what_the_error_names(folder):
+    """It joins a list of [tokens, patches, hidden_size], and normalises each patch."""
+    encoder = VisionEncoder.from_pretrained(folder, device="cpu")
+    tokens = encoder(patches(GRIDS), GRIDS).pooler_output
+    hidden_size = encoder.spec.hidden_size
+    joined = torch.cat([tokens.unflatten(1, (-1, hidden_size))])
+    normed = F.layer_norm(joined, (hidden_size,)).view(-1, 4 * hidden_size)
+    oracle = plain_moonvit(published(build_tower()), patches(GRIDS), GRIDS, 2)[1]
+    wanted = F.layer_norm(oracle.unflatten(1, (4, hidden_size)), (hidden_size,)).flatten(1)
+    assert rel_rms(normed, wanted) < 3e-5
 
 
 def test_embedder(folder):

@@ -10,6 +10,8 @@ from vitgraph.encoder import image_forward
 from vitgraph.encoder.image_weights import weight_map
 from vitgraph.encoder.internvl import spec, tower_spec
 from vitgraph.encoder.internvl_encoder import InternVLEncoder
+from vitgraph.kernels.gemm_tuning import RESIDUAL
+from vitgraph.kernels.linear import linear
 from vitgraph.kernels.testing import rel_rms
 
 # the table as it is, resized to less and to more, and the same number of patches in another grid
@@ -258,16 +260,22 @@ def test_published_towers(vision, head_dim, joined):
     assert size == sum(p.numel() for p in tower.parameters()) + projector
 
 
-def test_tuned_shapes_are_those_of_the_prepared_weights(build):
-    encoder = InternVLEncoder.from_hf(build.model("300m"))
-    block, tensors = encoder.weights.blocks[0], encoder.weights.tensors
-    matrices = {
-        "qkv": block.qkv_weight, "proj": block.proj_weight, "up": block.up_weight,
-        "down": block.down_weight, "projector fc1": tensors["projector.fc1.weight"],
-        "projector fc2": tensors["projector.fc2.weight"],
-    }  # fmt: skip
-    found = layers(encoder.spec)
-    assert {n: (s.N, s.K) for n, s in found.items()} == {
-        n: tuple(w.shape) for n, w in matrices.items()
-    }
-    assert found["up"].epilogue == found["projector fc1"].epilogue == "gelu_erf"
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["300m", "6b"])
+def test_tuned_shapes_are_those_that_a_call_takes(kind, build, tiles, monkeypatch):
+    encoder = InternVLEncoder.from_hf(build.model(kind))
+    taken = set()
+
+    def spy(x, weight, bias=None, *, activation=None, **options):
+        taken.add((*weight.shape, activation or ""))
+        return linear(x, weight, bias, activation=activation, **options)
+
+    monkeypatch.setattr(image_forward, "linear", spy)
+    encoder(tiles(2, build.side))
+    shapes = layers(encoder.spec)
+    assert shapes.keys() == {"qkv", "proj", "up", "down", "projector fc1", "projector fc2"}
+    # the sums into the stream are another class's
+    assert {s.key for s in shapes.values() if s.epilogue != RESIDUAL} == taken
+    block = encoder.weights.blocks[0]
+    for name, weight in (("proj", block.proj_weight), ("down", block.down_weight)):
+        assert tuple(weight.shape) == (shapes[name].N, shapes[name].K)
