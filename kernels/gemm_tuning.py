@@ -105,7 +105,8 @@ TABLE: dict[tuple[int, int, str], tuple[tuple[int, HopperConfig | None], ...]] =
         (784, SQUARE), (1568, WIDE), (3136, SQUARE), (6272, WIDE),
         (8192, SQUARE), (32768, None), (65536, SQUARE),
     ),
-    # InternViT-6B: qkv, proj, up, down, projector of InternVL3-38B
+    # InternViT-6B: q, k and v by themselves, proj, up, down, projector of InternVL3-38B
+    (3200, 3200, ""): ((3136, SQUARE), (65536, WIDE)),
     (3200, 3200, RESIDUAL): ((6272, SQUARE), (8192, None), (16384, SQUARE)),
     (12800, 3200, "gelu_erf"): ((3136, SQUARE), (6272, WIDE), (16384, SQUARE)),
     (3200, 12800, RESIDUAL): (
