@@ -66,6 +66,12 @@ def parser() -> argparse.ArgumentParser:
         "--rows", nargs="+", type=int, metavar="N", help="patches of an image; default: 128 256"
     )
     few_rows.add_argument(
+        "--layers",
+        nargs="+",
+        metavar="NAME",
+        help="of qkv, proj, up and down those to exchange; the others keep their tiles",
+    )
+    few_rows.add_argument(
         "--turns", type=int, default=2, metavar="N", help="of each layer; default: 2"
     )
 

@@ -181,6 +181,7 @@ def run_few_rows(arguments: argparse.Namespace) -> Outcome:
     rows = few_rows.run(
         arguments.towers or DEFAULT_TOWERS,
         arguments.rows or few_rows.DEFAULT_ROWS,
+        only=arguments.layers or few_rows.LAYERS,
         turns=arguments.turns,
         seed=arguments.seed,
         time_budget=time_budget,

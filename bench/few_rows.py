@@ -44,6 +44,7 @@ def run(
     towers: Sequence[str],
     rows: Sequence[int] = DEFAULT_ROWS,
     *,
+    only: Sequence[str] = LAYERS,
     turns: int = TURNS,
     seed: int = 0,
     time_budget: TimeBudget | None = None,
@@ -53,13 +54,14 @@ def run(
     Args:
         towers: Names of towers.
         rows: Patches in the image, all of them live.
+        only: Layers of `LAYERS` that are exchanged; the others keep what the tables name.
         turns: Of each layer.
         seed: Of weights and pixels.
         time_budget: Asked before each turn of a layer; None for no limit.
 
     Raises:
-        ValueError: there is no GPU that the kernel runs on, an unknown tower, no turn, or a number
-            of rows that no image has or for which no kernel starts early.
+        ValueError: there is no GPU that the kernel runs on, an unknown tower or layer, no turn, or
+            a number of rows that no image has or for which no kernel starts early.
     """
     for name in towers:
         tower_config(name)
@@ -67,6 +69,10 @@ def run(
     if bad or not rows:
         raise ValueError(
             f"few-rows: rows {bad or list(rows)} must be multiples of 4, from 4 to {FEW_ROWS}"
+        )
+    if unknown := [name for name in only if name not in LAYERS]:
+        raise ValueError(
+            f"few-rows: layer {', '.join(unknown)} is not known; use {', '.join(LAYERS)}"
         )
     if turns < 1:
         raise ValueError(f"few-rows: turns = {turns} must be at least 1")
@@ -85,6 +91,7 @@ def run(
             tried = {
                 layer: candidates(shape, count, num_sms(device))
                 for layer, shape in tower.shapes.items()
+                if layer in only
             }
             tower.compile(tried)
             sweeps = descend(
@@ -200,14 +207,14 @@ class CapturedTower:
 
     @contextmanager
     def _table(self, choice: Choice) -> Iterator[None]:
-        """The table in force replaced by one that names `choice` for every number of rows."""
+        """The table in force, but what `choice` names instead, for every number of rows."""
         tables = tuning(self._encoder.device)
         in_force = tables.few_rows
-        tables.few_rows = {
-            self.shapes[layer].key: ((FEW_ROWS, tile),)
+        chosen = {
+            self.shapes[layer].key: () if tile is None else ((FEW_ROWS, tile),)
             for layer, tile in choice.items()
-            if tile is not None
         }
+        tables.few_rows = {**in_force, **chosen}
         try:
             yield
         finally:

@@ -209,13 +209,21 @@ def test_a_choice_stands_in_for_the_shipped_table(tower, stand_ins):
     choice = {"qkv": WIDE, "proj": PARTS, "up": None, "down": None}
     assert tower.us(choice) == 250.0
     (table,) = stand_ins
-    assert {key: [tile for _, tile in entry] for key, entry in table.items()} == {
-        keys["qkv"]: [WIDE],
-        keys["proj"]: [PARTS],
-    }
+    assert {layer: [tile for _, tile in table[key]] for layer, key in keys.items()} == {
+        "qkv": [WIDE], "proj": [PARTS], "up": [], "down": [],
+    }  # fmt: skip
     assert tuning(torch.device("cpu")).few_rows is TABLE
     tower.compile({"qkv": [None, WIDE]})
     assert tuning(torch.device("cpu")).few_rows is TABLE
+
+
+def test_layers_that_are_not_exchanged_keep_their_tiles(tower, stand_ins, monkeypatch):
+    key = tower.shapes["down"].key
+    monkeypatch.setattr(tuning(torch.device("cpu")), "few_rows", {key: ((512, PARTS),)})
+    tower.us({"qkv": WIDE})
+    (table,) = stand_ins
+    assert table[key] == ((512, PARTS),)
+    assert [tile for _, tile in table[tower.shapes["qkv"].key]] == [WIDE]
 
 
 def test_the_shipped_table_is_back_after_an_error(tower, stand_ins, monkeypatch):
@@ -265,8 +273,8 @@ def test_rows_are_plain_data():
 def test_bench_few_rows(monkeypatch, tmp_path, capsys):
     asked = []
 
-    def run(towers, rows, *, turns, seed, time_budget):
-        asked.append((towers, rows, turns, seed))
+    def run(towers, rows, *, only, turns, seed, time_budget):
+        asked.append((towers, rows, only, turns, seed))
         assert not Hurried(0).allows("x")
         time_budget.skipped.append("qwen2-vl-7b 128 rows qkv turn 1")
         return measured_rows()
@@ -276,8 +284,9 @@ def test_bench_few_rows(monkeypatch, tmp_path, capsys):
     monkeypatch.delenv("VITGRAPH_COMMIT", raising=False)
     path = tmp_path / "few.json"
     command = ["few-rows", "--towers", "qwen3-vl-8b", "--rows", "128", "--budget-s", "60"]
-    assert main([*command, "--turns", "3", "--json", str(path)]) == 0
-    assert asked == [(["qwen3-vl-8b"], [128], 3, 0)]
+    command += ["--turns", "3", "--layers", "up", "qkv"]
+    assert main([*command, "--json", str(path)]) == 0
+    assert asked == [(["qwen3-vl-8b"], [128], ["up", "qkv"], 3, 0)]
     content = json.loads(path.read_text())
     assert content["rows"] == measured_rows()
     assert content["meta"]["budget_s"] == 60
@@ -294,6 +303,7 @@ def test_bench_few_rows(monkeypatch, tmp_path, capsys):
         (["--rows", "130"], "rows [130] must be multiples of 4, from 4 to 2047"),
         (["--rows", "128", "4096"], "rows [4096] must be multiples of 4"),
         (["--turns", "0"], "turns = 0 must be at least 1"),
+        (["--layers", "qkv", "fc1"], "layer fc1 is not known; use qkv, proj, up, down"),
         (["--towers", "gpt"], "tower 'gpt' is not known"),
         (["--budget-s", "0"], "must be more than 0"),
         ([], "few-rows: measuring needs a CUDA device, and there is none"),
@@ -320,7 +330,7 @@ def test_one_tower_on_a_gpu(monkeypatch):
     if reason := few_rows.hopper_reason(device, torch.bfloat16):
         pytest.skip(reason)
     monkeypatch.setattr(few_rows, "candidates", lambda *_: [None, WIDE])
-    rows = few_rows.run(["qwen3-vl-2b"], [128], turns=1)
-    assert [row["layer"] for row in rows] == list(few_rows.LAYERS)
+    rows = few_rows.run(["qwen3-vl-2b"], [128], only=["proj", "up"], turns=1)
+    assert [row["layer"] for row in rows] == ["proj", "up"]
     assert all(set(row["us"]) == {"-", tile_name(WIDE)} for row in rows), summary(rows)
     assert tuning(device).few_rows is not TABLE or tuning(device).path is None
