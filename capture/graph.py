@@ -93,15 +93,15 @@ class CudaGraphRecorder:
         refuse to do so twice. What the failed capture took of the pool stays there until
         https://github.com/pytorch/pytorch/pull/190348.
         """
-        # nothing here may hide the work's own error, which says what went wrong
-        with suppress(RuntimeError):
+        try:
             graph.capture_end()
-        with suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(self._stream.device_index, pool)
-        with suppress(RuntimeError):
-            # the same numbers follow, from a state that is in no capture
-            generator = torch.cuda.default_generators[self._stream.device_index]
-            generator.graphsafe_set_state(generator.clone_state())
+        except RuntimeError:  # the work's own error says what went wrong; nothing here may hide it
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self._stream.device_index, pool)
+            with suppress(RuntimeError):
+                # the same numbers follow, from a state that is in no capture
+                generator = torch.cuda.default_generators[self._stream.device_index]
+                generator.graphsafe_set_state(generator.clone_state())
 
     @contextmanager
     def _side_stream(self) -> Iterator[None]:
