@@ -89,7 +89,7 @@ class CudaGraphRecorder:
 
         Where ending it raises, some releases of PyTorch (2.11 among them) leave the rest undone:
         the allocator, still recording to the pool, never again gives freed memory back to the
-        device, and the generator refuses to draw numbers. Others have ended the recording, and
+        device, and the generator may refuse to draw numbers. Others have ended the recording, and
         refuse to do so twice. What the failed capture took of the pool stays there until
         https://github.com/pytorch/pytorch/pull/190348.
         """

@@ -63,7 +63,7 @@ def _inverse(y):
 
 @triton.jit
 def _gelu_erf(x):
-    """x/2 (1 + erf(x / sqrt(2))), within 4e-7 of it.
+    """x/2 (1 + erf(x / sqrt(2))), within 1e-6 of it.
 
     For z >= 0, erfc(z) is exp(-z^2) times a polynomial in t = 1 / (1 + 0.3275911 z), within 1.5e-7
     (Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26); |x| = z sqrt(2).
