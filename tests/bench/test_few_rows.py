@@ -224,6 +224,9 @@ def test_layers_that_are_not_exchanged_keep_their_tiles(tower, stand_ins, monkey
     (table,) = stand_ins
     assert table[key] == ((512, PARTS),)
     assert [tile for _, tile in table[tower.shapes["qkv"].key]] == [WIDE]
+    # "no tile" is a choice as well
+    tower.us({"down": None})
+    assert stand_ins[1][key] == ()
 
 
 def test_the_shipped_table_is_back_after_an_error(tower, stand_ins, monkeypatch):

@@ -72,6 +72,14 @@ def test_activations(activation, has_residual, dtype, device):
     check(actual, x, weight, bias, activation=activation, residual=residual)
 
 
+def test_activations_of_fp32_are_exact_to_the_last_place(device):
+    """Of small values, and without sums, whose own error would hide theirs."""
+    x = operands(device, 64, 64, 64, torch.float32)[0] * 0.1
+    y = gemm(x, torch.eye(64, device=device), activation="gelu_erf", config=SMALL)
+    gelu = torch.nn.functional.gelu
+    assert_as_accurate(y, gelu(x), gelu(x.double()))
+
+
 @pytest.mark.parametrize("live", [0, 1, 31, 32, 45, 96, 1000])
 @pytest.mark.parametrize("aligned", [True, False], ids=["descriptors", "pointers"])
 def test_live_rows(live, aligned, device):
