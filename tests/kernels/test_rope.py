@@ -67,9 +67,12 @@ def test_norm_of_the_reference_is_in_fp64_for_fp64():
         torch.testing.assert_close(got[:, i], want, rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize("live", [None, 7])
-def test_angles_repeat(live, device):
-    qkv, cos, sin = arguments(12, 2, 16, torch.float32, device)
+# of either kernel: halves of 8 elements are loaded by 16 bytes, those of 10 by 8; 40 rows of 40
+# units are several programs
+@pytest.mark.parametrize("D", [16, 20])
+@pytest.mark.parametrize("live", [None, 7, 11])
+def test_angles_repeat(live, D, device):
+    qkv, cos, sin = arguments(12, 4, D, torch.float32, device)
     cos, sin = cos[:4].contiguous(), sin[:4].contiguous()
     live_rows = None if live is None else torch.tensor([live], dtype=torch.int32, device=device)
     whole = rope_(qkv.clone(), cos.repeat(3, 1), sin.repeat(3, 1), live_rows)
@@ -77,10 +80,11 @@ def test_angles_repeat(live, device):
 
 
 @pytest.mark.parametrize("has_norm", [False, True])
-@pytest.mark.parametrize("live", [0, 2, 5])
-def test_padding_is_left_alone(live, has_norm, device):
-    qkv, cos, sin = arguments(5, 2, 16, torch.float32, device)
-    weight = torch.full((32,), 1.5, device=device) if has_norm else None
+@pytest.mark.parametrize("D", [16, 20])
+@pytest.mark.parametrize("live", [0, 2, 25, 40, 90])
+def test_padding_is_left_alone(live, D, has_norm, device):
+    qkv, cos, sin = arguments(40, 4, D, torch.float32, device)
+    weight = torch.full((2 * D,), 1.5, device=device) if has_norm else None
     before = qkv.clone()
     whole = rope_(qkv.clone(), cos, sin, None, weight)
     rope_(qkv, cos, sin, torch.tensor([live], dtype=torch.int32, device=device), weight)
@@ -88,9 +92,10 @@ def test_padding_is_left_alone(live, has_norm, device):
     assert torch.equal(qkv[live:], before[live:])
 
 
-def test_empty(device):
-    qkv, cos, sin = arguments(1, 2, 16, torch.float32, device)
-    assert rope_(qkv[:0], cos[:0], sin[:0]).shape == (0, 3, 2, 16)
+@pytest.mark.parametrize("D", [16, 20])
+def test_empty(D, device):
+    qkv, cos, sin = arguments(1, 2, D, torch.float32, device)
+    assert rope_(qkv[:0], cos[:0], sin[:0]).shape == (0, 3, 2, D)
 
 
 @pytest.mark.parametrize(
