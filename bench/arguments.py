@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     breakdown.add_argument("--towers", nargs="+", metavar="NAME")
     breakdown.add_argument("--workloads", nargs="+", metavar="NAME", help="default: img224")
     breakdown.add_argument("--attention", metavar="BACKEND", help="default: the tower's own choice")
+    breakdown.add_argument("--precision", choices=("native", "fp8"), default="native")
     images = add("images", "towers of images (Step, SigLIP 2, InternVL) against Hugging Face's")
     images.add_argument("--towers", nargs="+", metavar="NAME", help="default: all of them")
     images.add_argument("--workloads", nargs="+", metavar="NAME", help="default: all of each tower")

@@ -88,9 +88,12 @@ def run(
     *,
     rounds: int = 40,
     attention: str | None = None,
+    precision: str = "native",
     seed: int = 0,
 ) -> list[Row]:
     """A row for each tower and workload; see the module docstring.
+
+    `attention` and `precision` are those of the encoder.
 
     Raises:
         ValueError: no CUDA device, or an unknown tower.
@@ -101,7 +104,7 @@ def run(
     rows = []
     for name in towers:
         tower = build_tower(name, device=device, dtype=dtype, seed=seed)
-        ours = OursTower(tower, list(workloads.values()), "auto", attention)
+        ours = OursTower(tower, list(workloads.values()), "auto", attention, precision)
         builders = ours.builders()
         for workload, grids in workloads.items():
             spec = ours.encoder().spec

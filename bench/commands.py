@@ -148,9 +148,11 @@ def run_breakdown(arguments: argparse.Namespace) -> Outcome:
         resolve(arguments.workloads or ["img224"], arguments.seed),
         rounds=10 if arguments.quick else 40,
         attention=arguments.attention,
+        precision=arguments.precision,
         seed=arguments.seed,
     )
-    return rows, {"seed": arguments.seed, "dtype": "bfloat16"}, breakdown.summary(rows)
+    settings = {"seed": arguments.seed, "dtype": "bfloat16", "precision": arguments.precision}
+    return rows, settings, breakdown.summary(rows)
 
 
 def run_packing(_: argparse.Namespace) -> Outcome:

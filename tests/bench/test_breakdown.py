@@ -89,8 +89,12 @@ def test_the_profiler_is_asked_to_keep_its_events_where_it_can(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_parts_add_up_on_a_gpu():
-    (row,) = run(["tiny-qwen3-vl"], {"img224": WORKLOADS["img224"]}, rounds=5)
+@pytest.mark.parametrize("precision", ["native", "fp8"])
+def test_parts_add_up_on_a_gpu(precision):
+    workloads = {"img224": WORKLOADS["img224"]}
+    (row,) = run(["tiny-qwen3-vl"], workloads, rounds=5, precision=precision)
+    in_fp8 = any("norm_fp8" in kernel["name"] for kernel in row["by_kernel"])
+    assert in_fp8 == (precision == "fp8")
     assert row["kernels"] > 20
     assert 0 < row["busy_us"] <= row["kernel_us"] + 1e-6
     assert row["busy_us"] + row["gap_us"] < row["replay_ms"] * 1e3
