@@ -14,12 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from ..capture import RungLimits
-from ..kernels.activation import activation_
 from ..kernels.attention import varlen_attention
 from ..kernels.frame_positions import add_frame_positions_
 from ..kernels.gated_linear import choose_gated_backend, gated_linear
 from ..kernels.layout import Layout, layout
-from ..kernels.linear import choose_backend, linear
+from ..kernels.linear import empty_output, linear
 from ..kernels.norm import norm
 from ..kernels.patch_embed import patch_embed
 from ..kernels.pdl import kernel_chain
@@ -29,7 +28,7 @@ from ..kernels.swiglu import swiglu
 from ..kernels.temporal_mean import temporal_mean
 from ..kernels.window_attention import window_attention
 from .branch import Branch
-from .fp8 import Fp8Block, linear_of_rows
+from .fp8 import Fp8Block, mlp_of_rows
 from .glm_merger import glm_merge
 from .spec import EncoderSpec
 from .stream import Stream
@@ -66,25 +65,19 @@ class _Workspace:
         block = weights.blocks[0]
         is_gated = spec.mlp == "gated"
         self.normed = torch.empty_like(x)
-        self.qkv = _output(x, block.qkv_weight, None).view(T, 3, spec.num_heads, spec.head_dim)
+        in_fp8 = weights.fp8.plan is not None
+        qkv = empty_output(x, block.qkv_weight, in_fp8=in_fp8)
+        self.qkv = qkv.view(T, 3, spec.num_heads, spec.head_dim)
         self.attended = x.new_zeros(T, spec.num_heads, spec.head_dim)
         if is_gated:
             N, K = block.up_weight.shape
             backend, _ = choose_gated_backend(T, N, K, x.dtype, x.device)
             # not needed by one kernel; two of them read and write live rows only
-            is_needed = backend == "library" or weights.fp8.plan is not None
-            is_needed = is_needed or spec.gate_limit is not None
+            is_needed = backend == "library" or spec.gate_limit is not None
             self.up = x.new_empty(T if is_needed else 0, N)
             self.gated = x.new_zeros(T, block.down_weight.shape[1])
         else:
-            self.up = self.gated = _output(x, block.up_weight, spec.activation)
-
-
-def _output(x: torch.Tensor, weight: torch.Tensor, activation: str | None) -> torch.Tensor:
-    """Buffer for `linear(x, weight)`, zero if that leaves padding rows alone."""
-    (T, K), N = x.shape, weight.shape[0]
-    backend, _ = choose_backend(T, N, K, x.dtype, x.device, activation, has_residual=False)
-    return x.new_empty(T, N) if backend == "library" else x.new_zeros(T, N)
+            self.up = self.gated = empty_output(x, block.up_weight, spec.activation, in_fp8=in_fp8)
 
 
 def tower_forward(
@@ -247,17 +240,23 @@ def _mlp(
     plan: Layout,
     work: _Workspace,
 ) -> None:
-    live = plan.live_rows
-    is_gated = spec.mlp == "gated"
-    # the kernel that quantises rows for `down` also activates or gates them
-    activation = None if is_gated or in_fp8.down is not None else spec.activation
+    live, is_gated = plan.live_rows, spec.mlp == "gated"
+    if in_fp8.up is not None and in_fp8.down is not None and not is_gated:
+        stream.norm_mlp_fp8(
+            block.norm2, in_fp8.up, block.up_bias, in_fp8.down, spec, spec.activation
+        )
+        return
+    # a bounded gate is a pass of its own
+    is_fused = not is_gated or spec.gate_limit is None
+    transform = "swiglu" if is_gated else spec.activation
     if in_fp8.up is not None:
-        stream.norm_linear_fp8(block.norm2, in_fp8.up, block.up_bias, spec, work.up)
-        if activation is not None:
-            activation_(work.up, activation, live)
+        stream.norm_linear_fp8(
+            block.norm2, in_fp8.up, block.up_bias, spec,
+            work.gated if is_fused else work.up, transform if is_fused else None,
+        )  # fmt: skip
     else:
         stream.norm(block.norm2, spec, out=work.normed)
-        if is_gated and in_fp8.down is None and spec.gate_limit is None:
+        if is_gated and is_fused:
             gated_linear(
                 work.normed, block.up_weight, block.up_bias,
                 out=work.gated, scratch=work.up if len(work.up) else None, live_rows=live,
@@ -265,14 +264,14 @@ def _mlp(
         else:
             linear(
                 work.normed, block.up_weight, block.up_bias,
-                activation=activation, out=work.up, live_rows=live,
+                activation=None if is_gated else spec.activation, out=work.up, live_rows=live,
             )  # fmt: skip
-    if in_fp8.down is not None:
-        stream.add_linear_fp8(work.up, in_fp8.down, "swiglu" if is_gated else spec.activation)
-        return
-    if is_gated and (in_fp8.up is not None or spec.gate_limit is not None):
+    if not is_fused:
         swiglu(work.up, out=work.gated, live_rows=live, limit=spec.gate_limit)
-    stream.add_linear(work.gated, block.down_weight)
+    if in_fp8.down is not None:
+        stream.add_linear_fp8(work.gated, in_fp8.down)
+    else:
+        stream.add_linear(work.gated, block.down_weight)
 
 
 def _merge(
@@ -284,13 +283,14 @@ def _merge(
 ) -> None:
     """The two layers of a merger, on normalised rows of 2 x 2 patches side by side."""
     if in_fp8.fc1 is not None and in_fp8.fc2 is not None:
-        hidden = torch.empty_like(joined)
-        linear_of_rows(joined, in_fp8.fc1, merger.fc1_bias, live, hidden)
-        linear_of_rows(hidden, in_fp8.fc2, merger.fc2_bias, live, out, "gelu_erf")
+        mlp_of_rows(
+            joined, in_fp8.fc1, merger.fc1_bias, in_fp8.fc2, merger.fc2_bias, "gelu_erf", live, out
+        )
         return
     hidden = linear(
         joined, merger.fc1_weight, merger.fc1_bias,
-        activation="gelu_erf", out=_output(joined, merger.fc1_weight, "gelu_erf"), live_rows=live,
+        activation="gelu_erf", live_rows=live,
+        out=empty_output(joined, merger.fc1_weight, "gelu_erf"),
     )  # fmt: skip
     linear(hidden, merger.fc2_weight, merger.fc2_bias, out=out, live_rows=live)
 

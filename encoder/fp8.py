@@ -1,10 +1,10 @@
 """Linear layers in fp8: which of a tower's, and their quantised weights.
 
 Weights are quantised once, each output channel with a scale; activations in every forward, each row
-with a scale, by the kernels that compute them anyway (norm, activation), on the device, so that a
-captured graph scales each batch anew. An fp8 product cannot add to the stream. So its result waits
-in a buffer, and the kernel of the next norm adds it on the way: a block has ten kernels instead of
-eight, the two more being the quantisation of attention's output and that of the MLP's activation.
+with a scale, on the device, so that a captured graph scales each batch anew: by the kernel of the
+norm; between `up` and `down`, where no gate is, by the product that writes it, within bounds that
+the kernel of the norm has left (bounded_fp8.py); else by a pass of its own, for what attention or a
+gate has written.
 """
 
 from collections.abc import Mapping
@@ -12,8 +12,9 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from ..kernels.bounded_fp8 import bound_norms
 from ..kernels.linear_fp8 import MULTIPLE, fp8_reason, linear_fp8
-from ..kernels.quantize import FP8, quantize_rows
+from ..kernels.quantize import Bounds, aligned_rows, quantize_rows
 from .image_spec import ImageTowerSpec
 from .spec import EncoderSpec
 
@@ -112,10 +113,17 @@ def check_place(device: torch.device, dtype: torch.dtype) -> None:
 
 @dataclass(frozen=True)
 class Fp8Layer:
-    """One quantised weight: [N, K] float8_e4m3fn, and [N] fp32."""
+    """One quantised weight.
+
+    Attributes:
+        weight, scale: [N, K] float8_e4m3fn and [N] fp32.
+        norms: [2] fp32, of the bounds (`bound_norms`) of what an `up` without a gate or an `fc1`
+            writes for a `down` or `fc2` in fp8; None for others.
+    """
 
     weight: torch.Tensor
     scale: torch.Tensor
+    norms: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -149,7 +157,8 @@ class Fp8Weights:
         """
         self.plan = plan
         self._layers: dict[str, Fp8Layer] = {}
-        for name in [] if plan is None else _names(plan, spec, tensors["patch.weight"]):
+        names = [] if plan is None else _names(plan, spec, tensors["patch.weight"])
+        for name in names:
             weight = tensors[f"{name}.weight"]
             if any(size % MULTIPLE for size in weight.shape):
                 raise ValueError(
@@ -157,9 +166,12 @@ class Fp8Weights:
                     f"multiples of {MULTIPLE}; leave {name.rpartition('.')[2]!r} out of "
                     "Fp8Plan(layers=...), or use precision='native'"
                 )
+            is_gate = name.endswith(".up") and isinstance(spec, EncoderSpec) and spec.mlp == "gated"
+            is_bounded = _reader(name) in names and not is_gate
             self._layers[name] = Fp8Layer(
-                torch.empty(weight.shape, dtype=FP8, device=weight.device),
-                torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device),
+                aligned_rows(weight, *weight.shape),
+                weight.new_empty(weight.shape[0], dtype=torch.float32),
+                weight.new_empty(2, dtype=torch.float32) if is_bounded else None,
             )
         self.refresh(tensors)
         self.blocks = [self._block(f"blocks.{i}") for i in range(spec.depth)]
@@ -172,11 +184,24 @@ class Fp8Weights:
         with torch.cuda.device_of(tensors["patch.weight"]):
             for name, layer in self._layers.items():
                 quantize_rows(tensors[f"{name}.weight"], out=(layer.weight, layer.scale))
+                if layer.norms is not None:
+                    bias = tensors.get(f"{name}.bias")
+                    layer.norms.copy_(bound_norms(layer.weight, layer.scale, bias))
 
     def _block(self, name: str) -> Fp8Block:
         return Fp8Block(**{
             field.name: self._layers.get(f"{name}.{field.name}") for field in fields(Fp8Block)
         })  # fmt: skip
+
+
+# of what a layer writes for another one, without a norm or attention between them
+_READERS = {"up": "down", "fc1": "fc2"}
+
+
+def _reader(name: str) -> str:
+    """The layer that reads what layer `name` writes; "" where there is none."""
+    owner, _, layer = name.rpartition(".")
+    return f"{owner}.{_READERS[layer]}" if layer in _READERS else ""
 
 
 def _names(plan: Fp8Plan, spec: TowerSpec, parameter: torch.Tensor) -> list[str]:
@@ -186,12 +211,6 @@ def _names(plan: Fp8Plan, spec: TowerSpec, parameter: torch.Tensor) -> list[str]
         glm = f"the merger of {spec.family} has no fp8 layers"
         what = glm if spec.merger == "glm" else f"{spec.family} has no merger"
         raise ValueError(f"precision = {plan}: {what}; use Fp8Plan(mergers=False)")
-    if spec.gate_limit is not None and "down" in plan.layers:
-        rest = tuple(layer for layer in plan.layers if layer != "down")
-        raise ValueError(
-            f"precision = {plan}: the gate of {spec.family} is bounded by {spec.gate_limit}, which "
-            f"the kernel that quantises for 'down' does not do; use Fp8Plan(layers={rest})"
-        )
     if isinstance(spec, ImageTowerSpec) and spec.qk_norm and "qkv" in plan.layers:
         rest = tuple(layer for layer in plan.layers if layer != "qkv")
         way_out = f"Fp8Plan(layers={rest})" if rest else "precision='native'"
@@ -216,6 +235,66 @@ def linear_of_rows(
     out: torch.Tensor,
     transform: str | None = None,
 ) -> None:
-    """`out` = layer(f(rows)) + bias, for rows in the tower's dtype."""
-    q, scale = quantize_rows(rows, transform, live_rows)
-    linear_fp8(q, scale, layer.weight, layer.scale, bias, out=out)
+    """`out` = f(layer(rows) + bias), for rows in the tower's dtype; see linear_fp8.py for f."""
+    q, scale = quantize_rows(rows, live_rows)
+    linear_fp8(
+        q, scale, layer.weight, layer.scale, bias,
+        transform=transform, out=out, live_rows=live_rows,
+    )  # fmt: skip
+
+
+def mlp_of_rows(
+    rows: torch.Tensor,
+    up: Fp8Layer,
+    up_bias: torch.Tensor | None,
+    down: Fp8Layer,
+    down_bias: torch.Tensor | None,
+    activation: str,
+    live_rows: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """`out` = down(f(up(rows))), for rows in the tower's dtype."""
+    T = len(rows)
+    # products leave rows alone past the tiles of live ones
+    between = aligned_rows(rows, T, down.weight.shape[1], zero=True)
+    hidden = between, rows.new_empty(T, dtype=torch.float32)
+    quantized = quantize_rows(rows, live_rows, bounds=bounds_of(up, hidden[1]))
+    bounded_mlp(
+        quantized, up, up_bias, down, activation, live_rows, hidden, down_bias=down_bias, out=out
+    )
+
+
+def bounds_of(up: Fp8Layer, out: torch.Tensor) -> Bounds:
+    """Those of what `up` makes of rows, to be written to `out`."""
+    assert up.norms is not None  # since its reader is in fp8
+    return Bounds(out, up.norms)
+
+
+def bounded_mlp(
+    rows: tuple[torch.Tensor, torch.Tensor],
+    up: Fp8Layer,
+    up_bias: torch.Tensor | None,
+    down: Fp8Layer,
+    activation: str,
+    live_rows: torch.Tensor,
+    hidden: tuple[torch.Tensor, torch.Tensor],
+    *,
+    residual: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> None:
+    """`residual` += down(f(up(rows))), or `out` = that + `down_bias`.
+
+    Args:
+        rows: Quantised rows and their scales.
+        hidden: What `down` reads: [T, K] fp8, written, and the bounds that came with the rows.
+    """
+    between, bound = hidden
+    linear_fp8(
+        *rows, up.weight, up.scale, up_bias,
+        transform=activation, bound=bound, out=between, live_rows=live_rows,
+    )  # fmt: skip
+    linear_fp8(
+        between, bound, down.weight, down.scale, down_bias,
+        residual=residual, out=out, live_rows=live_rows,
+    )  # fmt: skip

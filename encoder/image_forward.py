@@ -13,16 +13,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..kernels.activation import activation_
 from ..kernels.add_norm import add_norm_
 from ..kernels.attention import varlen_attention
 from ..kernels.conv_rows import conv_rows
 from ..kernels.image_embed import image_embed
-from ..kernels.linear import choose_backend, linear
+from ..kernels.linear import empty_output, linear
 from ..kernels.norm import norm
 from ..kernels.residual import residual
 from ..kernels.rope import rope_
-from .fp8 import Fp8Block, Fp8Layer, linear_of_rows
+from .fp8 import Fp8Block, Fp8Layer, linear_of_rows, mlp_of_rows
 from .image_spec import ImageTowerSpec
 from .image_weights import ImageBlock, ImageTowerWeights
 from .stream import NormWeights, Stream
@@ -123,21 +122,16 @@ class _Workspace:
 
     def __init__(self, weights: ImageTowerWeights, x: torch.Tensor):
         spec, block, T = weights.spec, weights.blocks[0], x.shape[0]
+        in_fp8 = weights.fp8.plan is not None
         self.normed = torch.empty_like(x)  # pre-norm: the norm; post-norm: the branch
         if spec.qk_norm:
             # apart, since a norm takes contiguous rows
             self.qkv = x.new_zeros(3, T, spec.num_heads, spec.head_dim)
         else:
-            self.qkv = _output(x, block.qkv_weight, None).view(T, 3, spec.num_heads, spec.head_dim)
+            qkv = empty_output(x, block.qkv_weight, in_fp8=in_fp8)
+            self.qkv = qkv.view(T, 3, spec.num_heads, spec.head_dim)
         self.attended = x.new_zeros(T, spec.num_heads, spec.head_dim)
-        self.up = _output(x, block.up_weight, spec.activation)
-
-
-def _output(x: torch.Tensor, weight: torch.Tensor, activation: str | None) -> torch.Tensor:
-    """Buffer for `linear(x, weight)`, zero if that leaves padding rows alone."""
-    (T, K), N = x.shape, weight.shape[0]
-    backend, _ = choose_backend(T, N, K, x.dtype, x.device, activation, has_residual=False)
-    return x.new_empty(T, N) if backend == "library" else x.new_zeros(T, N)
+        self.up = empty_output(x, block.up_weight, spec.activation, in_fp8=in_fp8)
 
 
 def image_forward(
@@ -263,20 +257,19 @@ def _pre_norm_block(
     else:
         stream.add_linear(attended, block.proj_weight)
     norm2: NormWeights = block.norm2_weight, block.norm2_bias, block.norm2_offset
-    # the kernel that quantises rows for `down` also activates them
-    activation = spec.activation if in_fp8.down is None else None
+    if in_fp8.up is not None and in_fp8.down is not None:
+        stream.norm_mlp_fp8(norm2, in_fp8.up, block.up_bias, in_fp8.down, spec, spec.activation)
+        return
     if in_fp8.up is not None:
-        stream.norm_linear_fp8(norm2, in_fp8.up, block.up_bias, spec, work.up)
-        if activation is not None:
-            activation_(work.up, activation, live)
+        stream.norm_linear_fp8(norm2, in_fp8.up, block.up_bias, spec, work.up, spec.activation)
     else:
         stream.norm(norm2, spec, out=work.normed)
         linear(
             work.normed, block.up_weight, block.up_bias,
-            activation=activation, out=work.up, live_rows=live,
+            activation=spec.activation, out=work.up, live_rows=live,
         )  # fmt: skip
     if in_fp8.down is not None:
-        stream.add_linear_fp8(work.up, in_fp8.down, spec.activation)
+        stream.add_linear_fp8(work.up, in_fp8.down)
     else:
         stream.add_linear(work.up, block.down_weight)
 
@@ -299,20 +292,33 @@ def _post_norm_block(
     attended = _attention(spec, size, cu_seqlens, live, work, attention)
     _product(attended, block.proj_weight, block.proj_bias, in_fp8.proj, live, work.normed)
     add_norm_(x, work.normed, block.norm1_weight, block.norm1_bias, spec.eps, live)
-    activation = spec.activation if in_fp8.down is None else None
+    _post_norm_mlp(spec, block, in_fp8, x, live, work)
+    add_norm_(x, work.normed, block.norm2_weight, block.norm2_bias, spec.eps, live)
+
+
+def _post_norm_mlp(
+    spec: ImageTowerSpec,
+    block: ImageBlock,
+    in_fp8: Fp8Block,
+    x: torch.Tensor,
+    live: torch.Tensor,
+    work: _Workspace,
+) -> None:
+    """`work.normed` = down(f(up(x)))."""
+    if in_fp8.up is not None and in_fp8.down is not None:
+        mlp_of_rows(
+            x, in_fp8.up, block.up_bias, in_fp8.down, block.down_bias, spec.activation, live,
+            work.normed,
+        )  # fmt: skip
+        return
     if in_fp8.up is not None:
-        linear_of_rows(x, in_fp8.up, block.up_bias, live, work.up)
-        if activation is not None:
-            activation_(work.up, activation, live)
+        linear_of_rows(x, in_fp8.up, block.up_bias, live, work.up, spec.activation)
     else:
         linear(
-            x, block.up_weight, block.up_bias, activation=activation, out=work.up, live_rows=live
+            x, block.up_weight, block.up_bias,
+            activation=spec.activation, out=work.up, live_rows=live,
         )  # fmt: skip
-    if in_fp8.down is not None:
-        linear_of_rows(work.up, in_fp8.down, block.down_bias, live, work.normed, spec.activation)
-    else:
-        linear(work.up, block.down_weight, block.down_bias, out=work.normed, live_rows=live)
-    add_norm_(x, work.normed, block.norm2_weight, block.norm2_bias, spec.eps, live)
+    _product(work.up, block.down_weight, block.down_bias, in_fp8.down, live, work.normed)
 
 
 def _product(
@@ -390,7 +396,7 @@ def _merge(
     weight, activation = tensors["projector.fc1.weight"], spec.projector_activation
     hidden = linear(
         joined, weight, tensors["projector.fc1.bias"],
-        activation=activation, out=_output(joined, weight, activation), live_rows=live_rows,
+        activation=activation, out=empty_output(joined, weight, activation), live_rows=live_rows,
     )  # fmt: skip
     linear(
         hidden, tensors["projector.fc2.weight"], tensors["projector.fc2.bias"],

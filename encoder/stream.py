@@ -1,8 +1,8 @@
 """The residual stream of one forward, and what it may still lack.
 
-Some products do not add to the stream: those in fp8 cannot, and those of few rows are cut along K
-into parts (gemm_few_rows.py). Their results wait in buffers until the stream is read next, by the
-kernel of a norm as a rule, which adds them on the way.
+Some products do not add to the stream: those of few rows are cut along K into parts
+(gemm_few_rows.py), whose sums wait in a buffer until the stream is read next, by the kernel of a
+norm as a rule, which adds them on the way.
 """
 
 import torch
@@ -12,9 +12,9 @@ from ..kernels.linear import linear
 from ..kernels.linear_fp8 import linear_fp8
 from ..kernels.norm import norm
 from ..kernels.norm_fp8 import norm_fp8
-from ..kernels.quantize import FP8, quantize_rows
+from ..kernels.quantize import Bounds, aligned_rows, quantize_rows
 from ..kernels.residual import residual
-from .fp8 import Fp8Layer, TowerSpec
+from .fp8 import Fp8Layer, TowerSpec, bounded_mlp, bounds_of
 
 # weight, bias, and the offset that the stream lacks there
 NormWeights = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
@@ -23,27 +23,23 @@ NormWeights = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 class Stream:
     """The stream [T, D] and its readers and writers, in the order of the forward.
 
-    Products run over all rows; those past the live ones are zero before each, or finite, so that
-    they are finite after it.
+    Products may run over all rows; those past the live ones are zero before each, or finite, so
+    that they are finite after it.
     """
 
     def __init__(self, x: torch.Tensor, live_rows: torch.Tensor, *, in_fp8: bool):
-        """`x` is updated in place; with `in_fp8`, some products and norms are those in fp8."""
+        """`x` is updated in place; with `in_fp8`, products are not cut into parts."""
         self._x = x
         self._live = live_rows
         self._in_fp8 = in_fp8
-        # what is lacking: the product in fp8, or the sums of parts; never both
-        self._product: torch.Tensor | None = None
-        self._is_pending = False
-        self._partials: torch.Tensor | None = None
+        self._partials: torch.Tensor | None = None  # what is lacking
         self._buffers: dict[int, torch.Tensor] = {}  # of partial sums, by number of parts
-        self._quantized: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        # of quantised rows, by width and whether a product writes them: those are apart, since it
+        # reads others meanwhile. Each is read by the product that follows, then free.
+        self._quantized: dict[tuple[int, bool], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def settled(self) -> torch.Tensor:
         """The stream, with nothing lacking."""
-        if self._is_pending and self._product is not None:
-            self._x.add_(self._product)
-            self._is_pending = False
         if self._partials is not None:
             partials = self._take_partials()
             residual(self._x, None, live_rows=self._live, partials=partials, out=self._x)
@@ -59,8 +55,6 @@ class Stream:
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Norm of the stream, read as [T / joined, joined * D]; `destination` as in the kernel."""
-        if self._is_pending:
-            self.settled()
         partials = self._take_partials()
         x = self._x.view(len(self._x) // joined, -1)
         if partials is not None:
@@ -73,8 +67,6 @@ class Stream:
 
     def state(self, offset: torch.Tensor | None, out: torch.Tensor) -> None:
         """`out` = stream + offset, with zeros in the padding rows."""
-        if self._is_pending:
-            self.settled()
         partials = self._take_partials()
         residual(self._x, offset, live_rows=self._live, partials=partials, out=out)
 
@@ -101,38 +93,59 @@ class Stream:
         bias: torch.Tensor | None,
         spec: TowerSpec,
         out: torch.Tensor,
+        transform: str | None = None,
     ) -> None:
-        """`out` = layer(norm(stream))."""
-        weight, norm_bias, offset = weights
-        q, scale = norm_fp8(
-            self._x, self._product if self._is_pending else None, weight, norm_bias, spec.eps,
-            kind=spec.norm, offset=offset, live_rows=self._live, out=self._rows(self._x.shape[1]),
+        """`out` = f(layer(norm(stream))); see linear_fp8.py for f."""
+        q, scale = self._norm_fp8(weights, spec)
+        linear_fp8(
+            q, scale, layer.weight, layer.scale, bias,
+            transform=transform, out=out, live_rows=self._live,
         )  # fmt: skip
-        self._is_pending = False
-        linear_fp8(q, scale, layer.weight, layer.scale, bias, out=out)
 
-    def add_linear_fp8(
-        self, rows: torch.Tensor, layer: Fp8Layer, transform: str | None = None
+    def norm_mlp_fp8(
+        self,
+        weights: NormWeights,
+        up: Fp8Layer,
+        bias: torch.Tensor | None,
+        down: Fp8Layer,
+        spec: TowerSpec,
+        activation: str,
     ) -> None:
-        """Stream += layer(f(rows)), without a bias; see `quantize_rows` for f."""
+        """Stream += down(f(up(norm(stream)))), without the bias of `down`."""
+        hidden, bound = self._rows(down.weight.shape[1], hidden=True)
+        q, scale = self._norm_fp8(weights, spec, bounds_of(up, bound))
+        bounded_mlp(
+            (q, scale), up, bias, down, activation, self._live, (hidden, bound), residual=self._x
+        )
+
+    def add_linear_fp8(self, rows: torch.Tensor, layer: Fp8Layer) -> None:
+        """Stream += layer(rows), without a bias."""
         x = self.settled()
-        if self._product is None:
-            self._product = torch.empty_like(x)
-        buffer = self._rows(layer.weight.shape[1])
-        q, scale = quantize_rows(rows, transform, self._live, out=buffer)
-        linear_fp8(q, scale, layer.weight, layer.scale, out=self._product)
-        self._is_pending = True
+        q, scale = quantize_rows(rows, self._live, out=self._rows(layer.weight.shape[1]))
+        linear_fp8(q, scale, layer.weight, layer.scale, residual=x, live_rows=self._live)
+
+    def _norm_fp8(
+        self,
+        weights: NormWeights,
+        spec: TowerSpec,
+        bounds: Bounds | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x, (weight, bias, offset) = self.settled(), weights
+        return norm_fp8(
+            x, weight, bias, spec.eps, kind=spec.norm, offset=offset, live_rows=self._live,
+            bounds=bounds, out=self._rows(x.shape[1]),
+        )  # fmt: skip
 
     def _take_partials(self) -> torch.Tensor | None:
         partials, self._partials = self._partials, None
         return partials
 
-    def _rows(self, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Quantised rows of one width; each is read by the product that follows, then free."""
-        if width not in self._quantized:
-            rows = self._x.shape[0]
-            self._quantized[width] = (
-                self._x.new_empty((rows, width), dtype=FP8),
-                self._x.new_empty(rows, dtype=torch.float32),
-            )
-        return self._quantized[width]
+    def _rows(self, width: int, *, hidden: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Buffers of quantised rows and their scales."""
+        key = width, hidden
+        if key not in self._quantized:
+            T = len(self._x)
+            scale = self._x.new_empty(T, dtype=torch.float32)
+            # products leave rows alone past the tiles of live ones
+            self._quantized[key] = aligned_rows(self._x, T, width, zero=hidden), scale
+        return self._quantized[key]

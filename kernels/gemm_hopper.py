@@ -9,6 +9,10 @@ widths such as 1152 that no power of two above 128 does. A gated tile (see gated
 as wide in the output: its left half are products with rows of the gate, the right half with the
 same rows of the up projection.
 
+In fp8 (linear_fp8.py) both operands are float8_e4m3fn with a scale for each row of x and each row
+of weight, which the epilogue multiplies by; sums are those of the tensor cores, with fewer bits
+kept between their steps than fp32 has. The output may be fp8 as well, its scales known before.
+
 Written in Gluon (`triton.experimental.gluon`), which has no interpreter: it runs on the GPU or not
 at all. What it computes, and which rows it writes, is said in gemm.py.
 """
@@ -28,13 +32,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .activation import apply_activation
 from .gemm_tuning import HopperConfig
 from .gluon_pdl import wait_for_previous
-from .gluon_tiles import add_bias, columns, load_async, store_async
+from .gluon_tiles import activate_for_fp8, add_bias, columns, load_async, store_async
 from .launch import launch_kernel
 from .pdl import starts_early
 
-# columns of the output that are stored at a time: 128 bytes, the widest swizzle
-STORE_N = 64
-BLOCK_K = 64
+STORE_N = 64  # columns of the output that are stored at a time, of 16 or 8 bits
+BLOCK_K_BYTES = 128  # of a row that a step takes
 BUFFERS = 2  # parts of the output that are staged for every group
 GROUP_M = 8  # tiles of rows that share a column of weight tiles before the next is started
 # with the warp of the loads, three times four warps share 65536 of them
@@ -68,9 +71,9 @@ def _produce(
     M,
     N,
     K,
-    x_ring,  # [STAGES, BLOCK_M, BLOCK_K]
-    weight_ring,  # [STAGES, HEAD, BLOCK_K]
-    tail_ring,  # [STAGES, BLOCK_N - HEAD, BLOCK_K], or weight_ring
+    x_ring,  # [STAGES, BLOCK_M, STEP_K]
+    weight_ring,  # [STAGES, HEAD, STEP_K]
+    tail_ring,  # [STAGES, BLOCK_N - HEAD, STEP_K], or weight_ring
     empty,  # barrier of every stage: consumed
     full,  # barrier of every stage: arrived
     BLOCK_M: gl.constexpr,
@@ -81,7 +84,7 @@ def _produce(
     STAGES: gl.constexpr = x_ring.shape[0]
     STEP_K: gl.constexpr = x_ring.shape[2]
     HEAD: gl.constexpr = weight_ring.shape[1]
-    BYTES: gl.constexpr = (BLOCK_M + BLOCK_N) * STEP_K * 2
+    BYTES: gl.constexpr = (BLOCK_M + BLOCK_N) * STEP_K * x_ring.dtype.primitive_bitwidth // 8
     wait_for_previous()
     tiles_m, tiles_n = _live_tiles(live_ptr, M, N, BLOCK_M, BLOCK_N)
     step = 0
@@ -119,9 +122,33 @@ def _load_residual(
 
 
 @gluon.jit
+def _load_rows(ptr, start_m, M, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr):
+    """Values of a tile's rows, or None."""
+    values = None
+    if ptr is not None:
+        rows = start_m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, LAYOUT))
+        values = gl.load(ptr + rows, mask=rows < M, other=1.0)
+    return values
+
+
+@gluon.jit
+def _sums(part, x_scale, w_scale_ptr, bias_ptr, first, end, LAYOUT: gl.constexpr):
+    """Columns `first`.. of the product, scaled and with their bias."""
+    y = gl.convert_layout(part, LAYOUT)
+    if w_scale_ptr is not None:
+        cols = first + gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+        scale = gl.load(w_scale_ptr + cols, mask=cols < end, other=0.0)
+        y *= gl.convert_layout(x_scale, gl.SliceLayout(1, LAYOUT))[:, None] * scale[None, :]
+    return add_bias(y, bias_ptr, first, end, LAYOUT)
+
+
+@gluon.jit
 def _finish(
     parts,
+    x_scale,  # [BLOCK_M] or None
+    w_scale_ptr,
     bias_ptr,
+    out_factor,  # [BLOCK_M] of an output in fp8, or None
     out,
     N,
     start_m,
@@ -148,11 +175,15 @@ def _finish(
                 i - 1 + BUFFERS, out, start_m, start_n, buffers, arrived, GROUP, PARTS, BUFFERS
             )
         first = start_n + i * WIDTH
-        y = add_bias(gl.convert_layout(parts[i], LAYOUT), bias_ptr, first, N, LAYOUT)
-        y = apply_activation(y, ACTIVATION)
+        y = _sums(parts[i], x_scale, w_scale_ptr, bias_ptr, first, N, LAYOUT)
+        if out_factor is None:
+            y = apply_activation(y, ACTIVATION)
+        else:
+            factor = gl.convert_layout(out_factor, gl.SliceLayout(1, LAYOUT))[:, None]
+            y = activate_for_fp8(y, factor, ACTIVATION)
         if IS_GATED:
-            up = gl.convert_layout(parts[PARTS + i], LAYOUT)
-            y *= add_bias(up, bias_ptr, N // 2 + first, N, LAYOUT)
+            up = parts[PARTS + i]
+            y *= _sums(up, x_scale, w_scale_ptr, bias_ptr, N // 2 + first, N, LAYOUT)
         buffer = buffers.index(GROUP * BUFFERS + i % BUFFERS)
         if HAS_RESIDUAL:
             mbarrier.wait(arrived.index(GROUP * PARTS + i), phase)
@@ -167,7 +198,10 @@ def _finish(
 
 @gluon.jit
 def _consume(
+    x_scale_ptr,
+    w_scale_ptr,
     bias_ptr,
+    out_scale_ptr,
     out,
     live_ptr,
     M,
@@ -198,11 +232,14 @@ def _consume(
     WIDTH: gl.constexpr = buffers.shape[2]
     BUFFERS: gl.constexpr = buffers.shape[0] // 2
     PARTS: gl.constexpr = BLOCK_N // WIDTH
-    HEAD_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, HEAD, 16])
+    DEPTH: gl.constexpr = 256 // x_ring.dtype.primitive_bitwidth  # K of one instruction
+    HEAD_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, HEAD, DEPTH])
     TAIL_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [NUM_WARPS, 1], [16, TAIL_RING, 16]
+        [3, 0], [NUM_WARPS, 1], [16, TAIL_RING, DEPTH]
     )
-    PART_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, WIDTH, 16])
+    PART_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [NUM_WARPS, 1], [16, WIDTH, DEPTH]
+    )
     wait_for_previous()
     tiles_m, tiles_n = _live_tiles(live_ptr, M, N, BLOCK_M, BLOCK_N)
     steps = gl.cdiv(K, STEP_K)
@@ -215,6 +252,11 @@ def _consume(
             tma.store_wait(0)
             for i in gl.static_range(min(BUFFERS, PARTS)):
                 _load_residual(i, out, start_m, start_n, buffers, arrived, GROUP, PARTS, BUFFERS)
+        # on their way while the products run
+        x_scale = _load_rows(x_scale_ptr, start_m, M, BLOCK_M, HEAD_LAYOUT)
+        out_factor = _load_rows(out_scale_ptr, start_m, M, BLOCK_M, HEAD_LAYOUT)
+        if out_scale_ptr is not None:
+            out_factor = 1.0 / out_factor
         # a barrier tells apart only neighbouring laps of the ring: the steps of the other group's
         # tile have to have arrived before those of this one can be waited for
         mbarrier.wait(turn.index(GROUP), phase ^ (1 - GROUP))
@@ -246,8 +288,9 @@ def _consume(
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
         step += steps  # those of the other group's tile
         _finish(
-            parts, bias_ptr, out, N, start_m, start_n, buffers, arrived, phase,
-            PART_LAYOUT, ACTIVATION, HAS_RESIDUAL, IS_GATED, GROUP, BUFFERS,
+            parts, x_scale, w_scale_ptr, bias_ptr, out_factor, out, N,
+            start_m, start_n, buffers, arrived, phase, PART_LAYOUT,
+            ACTIVATION, HAS_RESIDUAL, IS_GATED, GROUP, BUFFERS,
         )  # fmt: skip
         phase ^= 1
     tma.store_wait(0)
@@ -258,7 +301,10 @@ def _gemm_hopper_kernel(
     x,  # [M, K] descriptor
     weight,  # [N, K] descriptor, blocks of HEAD rows
     weight_tail,  # the same by blocks of BLOCK_N - HEAD rows, or None
+    x_scale_ptr,  # [M] fp32 with fp8 operands, else None
+    w_scale_ptr,  # [N] fp32 with fp8 operands, else None
     bias_ptr,  # [N] or None
+    out_scale_ptr,  # [M] fp32 with fp8 output: what its rows are divided by; else None
     out,  # [M, N] descriptor; holds the residual if there is one
     live_ptr,  # [1] int32 or None
     M,
@@ -285,7 +331,7 @@ def _gemm_hopper_kernel(
         tail_ring = gl.allocate_shared_memory(x.dtype, [STAGES, TAIL, STEP_K], weight_tail.layout)
     else:
         tail_ring = weight_ring
-    buffers = gl.allocate_shared_memory(x.dtype, [2 * BUFFERS, BLOCK_M, WIDTH], out.layout)
+    buffers = gl.allocate_shared_memory(out.dtype, [2 * BUFFERS, BLOCK_M, WIDTH], out.layout)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     arrived = gl.allocate_shared_memory(gl.int64, [2 * PARTS, 1], mbarrier.MBarrierLayout())
@@ -303,14 +349,14 @@ def _gemm_hopper_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                bias_ptr, out, live_ptr, M, N, K, x_ring, weight_ring, tail_ring, empty, full,
-                buffers, arrived, turn, BLOCK_M, BLOCK_N, GROUP_M, ACTIVATION,
-                HAS_RESIDUAL, IS_GATED, num_warps, 0,
+                x_scale_ptr, w_scale_ptr, bias_ptr, out_scale_ptr, out, live_ptr,
+                M, N, K, x_ring, weight_ring, tail_ring, empty, full, buffers, arrived, turn,
+                BLOCK_M, BLOCK_N, GROUP_M, ACTIVATION, HAS_RESIDUAL, IS_GATED, num_warps, 0,
             )),
             (_consume, (
-                bias_ptr, out, live_ptr, M, N, K, x_ring, weight_ring, tail_ring, empty, full,
-                buffers, arrived, turn, BLOCK_M, BLOCK_N, GROUP_M, ACTIVATION,
-                HAS_RESIDUAL, IS_GATED, num_warps, 1,
+                x_scale_ptr, w_scale_ptr, bias_ptr, out_scale_ptr, out, live_ptr,
+                M, N, K, x_ring, weight_ring, tail_ring, empty, full, buffers, arrived, turn,
+                BLOCK_M, BLOCK_N, GROUP_M, ACTIVATION, HAS_RESIDUAL, IS_GATED, num_warps, 1,
             )),
             (_produce, (
                 x, weight, weight_tail, live_ptr, M, N, K, x_ring, weight_ring, tail_ring,
@@ -332,26 +378,35 @@ def launch(
     activation: str | None,
     has_residual: bool = False,
     is_gated: bool = False,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    out_scale: torch.Tensor | None = None,
     config: HopperConfig,
     programs: int,
 ) -> None:
-    """Launch on checked operands: 16-bit, 16-byte aligned rows, on compute capability 9.0.
+    """Launch on checked operands: 16-byte aligned rows, on compute capability 9.0.
 
-    With `is_gated`, weight is [2 F, K] and out [M, F]; the activation is that of the gate.
+    With `is_gated`, weight is [2 F, K] and out [M, F]; the activation is that of the gate. x and
+    weight are of 16 bits, or fp8 with `scales` of their rows [M] and [N]; out is of 16 bits, or fp8
+    with the `out_scale` [M] of its rows.
     """
     block_m, block_n = config.block_m, config.block_n
+    block_k = BLOCK_K_BYTES // x.element_size()
     head = 1 << (block_n.bit_length() - 1)
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
     def blocks(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+        size = matrix.element_size()
+        layout = gl.NVMMASharedLayout(
+            swizzle_byte_width=columns * size, element_bitwidth=8 * size, rank=2
+        )
         return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)
 
     launch_kernel(
         _gemm_hopper_kernel, (programs,),
-        blocks(x, block_m, BLOCK_K),
-        blocks(weight, head // 2 if is_gated else head, BLOCK_K),
-        blocks(weight, block_n - head, BLOCK_K) if block_n > head else None,
-        bias, blocks(out, block_m, STORE_N), live_rows,
+        blocks(x, block_m, block_k),
+        blocks(weight, head // 2 if is_gated else head, block_k),
+        blocks(weight, block_n - head, block_k) if block_n > head else None,
+        *(scales or (None, None)), bias, out_scale,
+        blocks(out, block_m, STORE_N), live_rows,
         out.shape[0], weight.shape[0], x.shape[1],
         ACTIVATION=activation or "", HAS_RESIDUAL=has_residual, IS_GATED=is_gated,
         BLOCK_M=block_m, BLOCK_N=block_n, GROUP_M=GROUP_M,

@@ -50,6 +50,7 @@ __all__ = [
     "BACKENDS",
     "choose_backend",
     "cost",
+    "empty_output",
     "linear",
     "linear_op",
     "linear_ref",
@@ -89,6 +90,18 @@ def choose_backend(
     if tile is None or hopper_reason(device, dtype) is not None:
         return "library", None
     return ("hopper" if few is None else "few_rows"), tile
+
+
+def empty_output(
+    x: torch.Tensor, weight: torch.Tensor, activation: str | None = None, *, in_fp8: bool = False
+) -> torch.Tensor:
+    """New `out` [T, N] for `linear`, or with `in_fp8` for `linear_fp8` as well.
+
+    Zero where the product may leave padding rows alone, so that they are finite after it.
+    """
+    (T, K), N = x.shape, weight.shape[0]
+    backend, _ = choose_backend(T, N, K, x.dtype, x.device, activation, has_residual=False)
+    return x.new_empty(T, N) if backend == "library" and not in_fp8 else x.new_zeros(T, N)
 
 
 def _check_library_epilogue(

@@ -1,23 +1,47 @@
 """Linear layer on fp8 operands, each row and each output channel with a scale of its own.
 
-    y[t, n] = x_scale[t] * w_scale[n] * sum_k x[t, k] * weight[n, k] + bias[n]
+    s[t, n] = x_scale[t] * w_scale[n] * sum_k x[t, k] * weight[n, k] + bias[n]
+    y = f(s)      f: nothing, an activation, or "swiglu": silu(s[t, n]) * s[t, N / 2 + n]
 
-x [T, K] and weight [N, K] float8_e4m3fn, contiguous; x_scale [T] and w_scale [N] fp32; bias [N] or
-None, and y [T, N], in bf16 on a GPU. The product is `torch._scaled_mm` with row-wise scales, which
-takes the bias in its epilogue, accumulates fast (in fp32 with fewer bits kept between the steps of
-the tensor cores), and computes all T rows, live or not; it cannot add to a residual. It needs
-compute capability 8.9, and K and N that are multiples of 16.
+and then one of three: y in bf16 to `out`; residual += y in bf16, without f and bias; or, with
+`bound`, y in fp8 to `out` as bounded_fp8.py says, for the next product.
+
+x [T, K] and weight [N, K] float8_e4m3fn; x_scale [T] and w_scale [N] fp32; bias [N] or None.
+Elements of a row are adjacent, and rows of x, weight, out and residual start at multiples of 16
+bytes (fp8 best at multiples of 128: `quantize.aligned_rows`).
+
+`backend="hopper"` is the kernel of gemm_hopper.py on compute capability 9.0: all in one kernel, f
+of fp32 sums, for a result in fp8 by a tanh that is off by up to 2**-11. Like its products of 16
+bits it computes live rows rounded up to tiles of 128, and leaves later ones alone.
+`backend="library"` is `torch._scaled_mm` with row-wise scales, from 8.9 on. It rounds s to bf16 and
+takes all T rows; f, the sum and the quantisation are passes of their own.
+`backend="auto"` is "hopper" where it can run, else "library". Both sum in the tensor cores, which
+keep fewer bits between their steps than fp32 has. K and N must be multiples of 16.
 
 CPU tensors are computed in fp32 from the same fp8 values, into any dtype: what is lost by
 quantising is lost there too, bit for bit; only the order of the sums differs.
 """
 
+from typing import Literal, get_args
+
 import torch
 
-from .quantize import FP8, dequantize
+from .activation import activation_, activation_ref
+from .bounded_fp8 import quantize_bounded, quantize_bounded_ref
+from .gemm import hopper_reason, is_aligned
+from .gemm_tuning import SQUARE
+from .quantize import FP8, dequantize, has_adjacent_columns
+from .rows import ceil_div, check_live_rows, num_sms
+from .swiglu import swiglu, swiglu_ref
 
+Transform = Literal["gelu_tanh", "gelu_erf", "quick_gelu", "silu", "swiglu"]
+
+BACKENDS = ("auto", "library", "hopper")
 MIN_CAPABILITY = (8, 9)
 MULTIPLE = 16  # of K and N
+# By measurement on an H200 from 784 to 17,904 rows: a wider tile is nowhere faster in fp8, where
+# steps along K take half as long and an epilogue as long as ever.
+TILE = SQUARE
 
 
 def linear_fp8_ref(
@@ -26,11 +50,14 @@ def linear_fp8_ref(
     weight: torch.Tensor,
     w_scale: torch.Tensor,
     bias: torch.Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
+    transform: str | None = None,
 ) -> torch.Tensor:
-    """Plain PyTorch definition, rounded once to `dtype`; on CPU and GPU alike."""
-    y = dequantize(x.float() @ weight.float().t(), x_scale) * w_scale
-    return (y if bias is None else y + bias.float()).to(dtype)
+    """Plain PyTorch definition of y, in fp32; on CPU and GPU alike."""
+    s = dequantize(x.float() @ weight.float().t(), x_scale) * w_scale
+    s = s if bias is None else s + bias.float()
+    if transform is None:
+        return s
+    return swiglu_ref(s) if transform == "swiglu" else activation_ref(s, transform)
 
 
 def fp8_reason(device: torch.device) -> str | None:
@@ -53,49 +80,176 @@ def linear_fp8(
     w_scale: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
-    out: torch.Tensor,
+    transform: str | None = None,
+    bound: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    live_rows: torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
-    """The product of the module docstring, written to `out` [T, N], which is returned.
+    """The product of the module docstring, in `out` or `residual`, which is returned.
+
+    Args:
+        x, x_scale, weight, w_scale, bias: as there; bias in bf16 on a GPU.
+        transform: f.
+        bound: of every row of y, [T] fp32; not of "swiglu".
+        residual: [T, N], updated in place; no bias, `transform` or `bound` with it.
+        out: [T, N], for "swiglu" [T, N / 2]; fp8 with `bound`, else bf16 on a GPU.
+        live_rows: int32 [1] on the device; rows from there on are of no interest.
+        backend: "auto", "library" or "hopper".
 
     Raises:
-        ValueError: shapes disagree, an operand is not contiguous, K or N is no multiple of 16, or
-            the device has no fp8 products.
-        TypeError: an operand is not fp8, a scale not fp32, `bias` of another dtype than `out`, or
-            `out` on a GPU not bf16.
+        ValueError: shapes disagree, elements of a row are not adjacent or rows not aligned, K or N
+            is no multiple of 16, arguments that exclude each other, an unknown transform or
+            backend, or one that cannot run there.
+        TypeError: an operand is not fp8, a scale not fp32, `bias` of another dtype than what is
+            written, or that on a GPU neither bf16 nor fp8.
     """
-    T, K = x.shape
-    N = weight.shape[0]
+    if backend not in BACKENDS:
+        raise ValueError(f"linear_fp8: backend={backend!r} is not one of {BACKENDS}")
+    if transform is not None and transform not in get_args(Transform):
+        raise ValueError(
+            f"linear_fp8: transform={transform!r} is not None or one of {get_args(Transform)}"
+        )
+    _check(x, x_scale, weight, w_scale, bias, transform, bound, residual, out)
+    check_live_rows("linear_fp8", x, live_rows)
+    y = residual if out is None else out
+    assert y is not None  # `_check` has refused neither
+    if not x.is_cuda:
+        if backend == "hopper":
+            raise ValueError(f"linear_fp8: {hopper_reason(x.device, torch.bfloat16)}; use 'auto'")
+        _write_reference(x, x_scale, weight, w_scale, bias, transform, bound, residual, y)
+        return y
+    if reason := fp8_reason(x.device):
+        raise ValueError(f"linear_fp8: {reason}; use the bf16 layer")
+    if backend != "library":
+        reason = hopper_reason(x.device, torch.bfloat16)
+        if reason is not None and backend == "hopper":
+            raise ValueError(f"linear_fp8: backend='hopper' cannot run here: {reason}; use 'auto'")
+        backend = "library" if reason is not None else "hopper"
+    if y.numel() == 0:
+        return y
+    if backend == "library":
+        _by_library(x, x_scale, weight, w_scale, bias, transform, bound, residual, y, live_rows)
+        return y
+    from .gemm_hopper import launch
+
+    M, N, is_gated = len(x), len(weight), transform == "swiglu"
+    launch(
+        x, weight, bias, y, live_rows,
+        activation="silu" if is_gated else transform, has_residual=residual is not None,
+        is_gated=is_gated, scales=(x_scale, w_scale), out_scale=bound, config=TILE,
+        programs=min(num_sms(x.device), ceil_div(M, TILE.block_m) * ceil_div(N, TILE.block_n)),
+    )  # fmt: skip
+    return y
+
+
+def _check(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    w_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    transform: str | None,
+    bound: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor | None,
+) -> None:
+    """Raise what `linear_fp8` documents of its operands."""
+    if (out is None) == (residual is None):
+        raise ValueError("linear_fp8: give one of out and residual")
+    extras = {"bias": bias, "transform": transform, "bound": bound}
+    if residual is not None and (given := [k for k, v in extras.items() if v is not None]):
+        raise ValueError(f"linear_fp8: nothing but the product is added to residual, not {given}")
+    if bound is not None and transform == "swiglu":
+        raise ValueError(
+            "linear_fp8: bounds of what a gate multiplies are too wide for fp8; write it to out "
+            "without bound, and quantise that by quantize_rows"
+        )
+    (T, K), N = x.shape, weight.shape[0]
+    F = N // 2 if transform == "swiglu" else N
+    wide = torch.bfloat16 if x.is_cuda else None  # any on a CPU
+    out_dtype = wide if bound is None else FP8
     for name, tensor, shape, dtype in (
         ("x", x, (T, K), FP8),
         ("x_scale", x_scale, (T,), torch.float32),
         ("weight", weight, (N, K), FP8),
         ("w_scale", w_scale, (N,), torch.float32),
-        ("bias", bias, (N,), out.dtype),
-        ("out", out, (T, N), torch.bfloat16 if x.is_cuda else out.dtype),
+        ("bias", bias, (N,), wide if out is None or bound is not None else out.dtype),
+        ("bound", bound, (T,), torch.float32),
+        ("residual", residual, (T, N), wide),
+        ("out", out, (T, F), out_dtype),
     ):
         if tensor is None:
             continue
-        if tensor.shape != shape or not tensor.is_contiguous():
+        is_dense = tensor.is_contiguous() if tensor.dim() == 1 else has_adjacent_columns(tensor)
+        if tensor.shape != shape or not is_dense:
             raise ValueError(
-                f"linear_fp8: {name} must be contiguous {list(shape)}, got {list(tensor.shape)} "
-                f"with strides {tensor.stride()}"
+                f"linear_fp8: {name} must be {list(shape)} with adjacent elements in a row, got "
+                f"{list(tensor.shape)} with strides {tensor.stride()}"
             )
-        if tensor.dtype != dtype:
+        if dtype is not None and tensor.dtype != dtype:
             raise TypeError(f"linear_fp8: {name} is {tensor.dtype}, expected {dtype}")
     if K % MULTIPLE or N % MULTIPLE:
         raise ValueError(
             f"linear_fp8: K = {K} and N = {N} must be multiples of {MULTIPLE}; pad the weight, or "
             "keep this layer in bf16"
         )
-    if not x.is_cuda:
-        return out.copy_(linear_fp8_ref(x, x_scale, weight, w_scale, bias, out.dtype))
-    if reason := fp8_reason(x.device):
-        raise ValueError(f"linear_fp8: {reason}; use the bf16 layer")
+    y = residual if out is None else out
+    assert y is not None
+    if not is_aligned(x, weight, y):
+        raise ValueError(
+            "linear_fp8: rows of x, weight and what is written must start at multiples of 16 "
+            f"bytes, got strides {x.stride()}, {weight.stride()} and {y.stride()}; allocate them "
+            "as quantize.aligned_rows does"
+        )
+
+
+def _write_reference(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    w_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    transform: str | None,
+    bound: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    y: torch.Tensor,
+) -> None:
+    value = linear_fp8_ref(x, x_scale, weight, w_scale, bias, transform)
+    if bound is not None:
+        value = quantize_bounded_ref(value, bound)
+    elif residual is not None:
+        value += residual.float()
+    y.copy_(value)
+
+
+def _by_library(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    w_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    transform: str | None,
+    bound: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    y: torch.Tensor,
+    live_rows: torch.Tensor | None,
+) -> None:
+    writes_out = residual is None and bound is None and transform != "swiglu"
     # the transpose of a row-major weight is the column-major operand that the library asks for
-    return torch._scaled_mm(
+    s = torch._scaled_mm(
         x, weight.t(), scale_a=x_scale[:, None], scale_b=w_scale[None, :], bias=bias,
-        out_dtype=out.dtype, use_fast_accum=True, out=out,
+        out_dtype=torch.bfloat16, use_fast_accum=True, out=y if writes_out else None,
     )  # fmt: skip
+    if residual is not None:
+        residual.add_(s)
+    elif bound is not None:
+        quantize_bounded(s, bound, transform, live_rows, out=y)
+    elif transform == "swiglu":
+        swiglu(s, y, live_rows)
+    elif transform is not None:
+        activation_(y, transform, live_rows)
 
 
 @torch.library.custom_op("vitgraph::linear_fp8", mutates_args=())

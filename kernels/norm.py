@@ -46,13 +46,13 @@ class NormConfig:
 def config(T: int, D: int) -> NormConfig:
     """A pure function, by measurement on an H200 at widths of 1024 to 1280.
 
-    From some 2,000 rows on a warp for two rows is fastest: sums stay within the warp, and the split
-    leaves few of its lanes idle. Fewer rows are spread over more warps; up to 512, by captured
-    towers of 224 and 256 rows, one over four.
+    From some 2,000 rows on a warp for two rows is fastest, and of very many for one: sums stay
+    within the warp, and the split leaves few of its lanes idle. Fewer rows are spread over more
+    warps; up to 512, by captured towers of 224 and 256 rows, one over four.
     """
     if D <= 2048:
         if T >= 2048 and D >= 32:
-            return NormConfig(rows=2, num_warps=1, split=True)
+            return NormConfig(rows=1 if T >= 12288 else 2, num_warps=1, split=True)
         return NormConfig(rows=1 if T <= 512 else 2, num_warps=4)
     return NormConfig(rows=1, num_warps=8 if D <= 8192 else 16)
 
@@ -100,7 +100,7 @@ def cost(T: int, D: int, dtype: torch.dtype) -> Cost:
 
 
 @triton.jit
-def _load_vector(ptr, d, D):
+def load_vector(ptr, d, D):
     """Columns d of a vector [1, D] in fp32; 0.0 where there is none."""
     values = 0.0
     if ptr is not None:
@@ -137,9 +137,9 @@ def _norm_kernel(
     PDL: tl.constexpr,
 ):
     d = tl.arange(0, BLOCK_D)
-    weight = _load_vector(weight_ptr, d, D)
-    bias = _load_vector(bias_ptr, d, D)
-    offset = _load_vector(offset_ptr, d, D)
+    weight = load_vector(weight_ptr, d, D)
+    bias = load_vector(bias_ptr, d, D)
+    offset = load_vector(offset_ptr, d, D)
     wait_for_previous(PDL)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     num_live = T
@@ -159,7 +159,7 @@ def _norm_kernel(
         is_read = live & (rest_d < D)[None, :]
         at = start + rest_d[None, :]
         rest = load_stream(x_ptr, partials_ptr, at, is_read, plane, SPLITS)
-        rest += _load_vector(offset_ptr, rest_d, D)
+        rest += load_vector(offset_ptr, rest_d, D)
         total += tl.sum(rest, axis=1)
     mean = total[:, None] / D
     if not IS_RMS:
@@ -175,8 +175,8 @@ def _norm_kernel(
         start = row[:, None].to(tl.int64) * D
     _store(x * scale, weight, bias, y_ptr, start, live, in_rows, d, D)
     if REST > 0:
-        rest_weight = _load_vector(weight_ptr, rest_d, D)
-        rest_bias = _load_vector(bias_ptr, rest_d, D)
+        rest_weight = load_vector(weight_ptr, rest_d, D)
+        rest_bias = load_vector(bias_ptr, rest_d, D)
         _store(rest * scale, rest_weight, rest_bias, y_ptr, start, live, in_rows, rest_d, D)
 
 

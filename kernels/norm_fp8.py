@@ -1,15 +1,13 @@
-"""Residual add, norm and quantisation in one pass: what the next fp8 product reads.
+"""Norm and quantisation in one pass: what the next fp8 product reads.
 
-    x = x + y                  y: the product that the stream still lacks, or None
-    v = norm(x + offset)       layer or rms, as in norm.py
-    q, scale = fp8 of v        as in quantize.py
+    v = norm(x + offset)           layer or rms, as in norm.py
+    q, scale, bound = fp8 of v     as in quantize.py
 
-x and y [T, D], contiguous, x updated in place and rounded to its dtype before the norm; weight,
-bias [D]; offset [D] fp32 or None; q [T, D] float8_e4m3fn; scale [T] fp32. All arithmetic is fp32.
-Rows at or past the live ones: x and y are neither read nor written, q is zero and scale that of a
-zero row.
+x [T, D], contiguous; weight, bias [D]; offset [D] fp32 or None; q [T, D] float8_e4m3fn; scale and
+bound [T] fp32. All arithmetic is fp32. Rows at or past the live ones: x is not read, and what is
+written is that of a zero row.
 
-Memory-bound: in bf16 7*T*D bytes with y, 3*T*D without.
+Memory-bound: in bf16 3*T*D bytes.
 """
 
 import torch
@@ -18,19 +16,23 @@ import triton.language as tl
 
 from .dispatch import use_reference
 from .launch import launch_kernel
-from .norm import MAX_D, NormConfig, norm_ref
-from .quantize import FP8, check_quantized, quantize_ref, row_scales
+from .norm import MAX_D, blocks, config, load_vector, norm_ref
+from .pdl import pdl_options, wait_for_previous
+from .quantize import (
+    FP8,
+    Bounds,
+    bound_ref,
+    check_bounds,
+    check_quantized,
+    quantize_ref,
+    row_scales,
+    store_bounds,
+)
 from .rows import ceil_div, check_live_rows
-
-
-def config(D: int) -> NormConfig:
-    """One row a program: a second stream to read gives each thread enough loads in flight."""
-    return NormConfig(rows=1, num_warps=4 if D <= 2048 else 8 if D <= 8192 else 16)
 
 
 def norm_fp8_ref(
     x: torch.Tensor,
-    y: torch.Tensor | None,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     eps: float,
@@ -38,76 +40,105 @@ def norm_fp8_ref(
     kind: str,
     offset: torch.Tensor | None = None,
     num_live: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Plain PyTorch definition: (new x, q, scale); `num_live` is a Python int here."""
-    n = x.shape[0] if num_live is None else num_live
-    if y is not None:
-        live = (x[:n].float() + y[:n].float()).to(x.dtype)
-        x = torch.cat([live, x[n:]])
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain PyTorch definition: (q, scale); `num_live` is a Python int here."""
+    return quantize_ref(_normed(x, weight, bias, eps, kind, offset, num_live))
+
+
+def _normed(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    kind: str,
+    offset: torch.Tensor | None,
+    num_live: int | None,
+) -> torch.Tensor:
+    """v in fp32, zero past the live rows."""
+    n = x.shape[0] if num_live is None else min(num_live, x.shape[0])
     v = norm_ref(
         x[:n].float(), weight.float(), None if bias is None else bias.float(), eps,
         kind=kind, offset=None if offset is None else offset.float(),
     )  # fmt: skip
-    padded = torch.cat([v, v.new_zeros(x.shape[0] - n, x.shape[1])])
-    return x, *quantize_ref(padded)
+    return torch.cat([v, v.new_zeros(x.shape[0] - n, x.shape[1])])
 
 
 @triton.jit(do_not_specialize=["T"])  # one compilation for all row counts
 def _norm_fp8_kernel(
-    x_ptr,  # [T, D], updated if y is given
-    y_ptr,  # [T, D] or None
+    x_ptr,  # [T, D]
     weight_ptr,  # [D]
     bias_ptr,  # [D] or None
     offset_ptr,  # [D] fp32 or None
     live_ptr,  # [1] or None
     q_ptr,  # [T, D]
     scale_ptr,  # [T]
+    norms_ptr,  # [2] or None
+    bound_ptr,  # [T] or None
     T,
     D,
+    stride_qt,
     eps,
     IS_RMS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    REST: tl.constexpr,  # width of the second block of a row, or 0
+    PDL: tl.constexpr,
 ):
-    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
-    in_row = d < D
+    weight = load_vector(weight_ptr, d, D)
+    bias = load_vector(bias_ptr, d, D)
+    offset = load_vector(offset_ptr, d, D)
+    wait_for_previous(PDL)
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     num_live = T
     if live_ptr is not None:
         num_live = tl.load(live_ptr)
     # rows past T are neither live nor written
     live = (r < tl.minimum(num_live, T))[:, None]
-    mask = live & in_row[None, :]
+    in_rows = (r < T)[:, None]
     # int64 before the multiply: T * D passes 2**31 at 1.9M rows of width 1152
-    at = r[:, None].to(tl.int64) * D + d[None, :]
-    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    if y_ptr is not None:
-        x += tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        stream = x.to(x_ptr.dtype.element_ty)
-        tl.store(x_ptr + at, stream, mask=mask)
-        x = stream.to(tl.float32)
-    if offset_ptr is not None:
-        x += tl.load(offset_ptr + d, mask=in_row, other=0.0)[None, :]
-    if IS_RMS:
-        centred = x
-    else:
-        mean = tl.sum(x, axis=1) / D
-        centred = tl.where(in_row[None, :], x - mean[:, None], 0.0)
-    root = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / D + eps)
-    v = centred * root[:, None]
-    v *= tl.load(weight_ptr + d, mask=in_row, other=0.0).to(tl.float32)[None, :]
-    if bias_ptr is not None:
-        v += tl.load(bias_ptr + d, mask=in_row, other=0.0).to(tl.float32)[None, :]
-    v = tl.where(live, v, 0.0)
-    inverse, scale = row_scales(tl.max(tl.abs(v), axis=1))
+    row = r[:, None].to(tl.int64)
+    start = row * D
+    q_row = q_ptr + row * stride_qt
+    x = tl.load(x_ptr + start + d[None, :], mask=live & (d < D)[None, :], other=0.0)
+    x = x.to(tl.float32) + offset
+    total = tl.sum(x, axis=1)
+    rest_d, rest = d, x  # of no meaning without a second block
+    if REST > 0:
+        rest_d = BLOCK_D + tl.arange(0, REST)
+        at = start + rest_d[None, :]
+        rest = tl.load(x_ptr + at, mask=live & (rest_d < D)[None, :], other=0.0)
+        rest = rest.to(tl.float32) + load_vector(offset_ptr, rest_d, D)
+        total += tl.sum(rest, axis=1)
+    mean = total[:, None] / D
+    if not IS_RMS:
+        x = tl.where((d < D)[None, :], x - mean, 0.0)
+    squares = tl.sum(x * x, axis=1)
+    if REST > 0:
+        if not IS_RMS:
+            rest = tl.where((rest_d < D)[None, :], rest - mean, 0.0)
+        squares += tl.sum(rest * rest, axis=1)
+    root = (1.0 / tl.sqrt(squares / D + eps))[:, None]
+    v = tl.where(live, x * root * weight + bias, 0.0)
+    amax = tl.max(tl.abs(v), axis=1)
+    if REST > 0:
+        rest = rest * root * load_vector(weight_ptr, rest_d, D)
+        rest = tl.where(live, rest + load_vector(bias_ptr, rest_d, D), 0.0)
+        amax = tl.maximum(amax, tl.max(tl.abs(rest), axis=1))
+    inverse, scale = row_scales(amax)
     tl.store(scale_ptr + r, scale, mask=r < T)
     q = (v * inverse[:, None]).to(tl.float8e4nv)
-    tl.store(q_ptr + at, q, mask=(r < T)[:, None] & in_row[None, :])
+    tl.store(q_row + d[None, :], q, mask=in_rows & (d < D)[None, :])
+    squares = tl.sum(v * v, axis=1)
+    if REST > 0:
+        q = (rest * inverse[:, None]).to(tl.float8e4nv)
+        tl.store(q_row + rest_d[None, :], q, mask=in_rows & (rest_d < D)[None, :])
+        squares += tl.sum(rest * rest, axis=1)
+    store_bounds(bound_ptr, norms_ptr, r, T, squares)
 
 
 def norm_fp8(
     x: torch.Tensor,
-    y: torch.Tensor | None,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     eps: float,
@@ -115,18 +146,19 @@ def norm_fp8(
     kind: str,
     offset: torch.Tensor | None = None,
     live_rows: torch.Tensor | None = None,
+    bounds: Bounds | None = None,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(q, scale) of the normalised rows of `x`, to which `y` is added in place first.
+    """(q, scale) of the normalised rows of `x`.
 
     Args:
-        x: [T, D], contiguous; changed if `y` is given.
-        y: [T, D], contiguous, in the dtype of `x`, or None.
+        x: [T, D], contiguous.
         weight, bias: [D]; `bias` is None for RMSNorm.
         kind: "layer" or "rms".
-        offset: [D] fp32 (fp64 for fp64), added to every row for the norm only.
+        offset: [D] fp32 (fp64 for fp64), added to every row first.
         live_rows: int32 [1] on the device.
-        out: (q, scale) to write into; new tensors if None.
+        bounds: What to write the bounds of the rows into.
+        out: (q, scale) to write into, rows of q with adjacent elements; new tensors if None.
 
     Raises:
         ValueError: a shape, layout or `kind` that is not as above, or D over `norm.MAX_D`.
@@ -143,39 +175,35 @@ def norm_fp8(
         raise ValueError(f"norm_fp8: D = {D} is over the limit of {MAX_D}")
     if not x.is_contiguous():
         raise ValueError(f"norm_fp8: x must be contiguous, its strides are {x.stride()}")
-    if y is not None and (y.shape != x.shape or y.dtype != x.dtype or not y.is_contiguous()):
-        raise ValueError(
-            f"norm_fp8: y must be contiguous {x.dtype} {list(x.shape)}, got {y.dtype} "
-            f"{list(y.shape)} with strides {y.stride()}"
-        )
     check_live_rows("norm_fp8", x, live_rows)
+    check_bounds("norm_fp8", bounds, T)
     if out is not None:
         check_quantized("norm_fp8", *out, T, D)
     if use_reference(x):
         num_live = None if live_rows is None else int(live_rows)
-        stream, q, scale = norm_fp8_ref(
-            x, y, weight, bias, eps, kind=kind, offset=offset, num_live=num_live
-        )
-        if y is not None:
-            x.copy_(stream)
+        v = _normed(x, weight, bias, eps, kind, offset, num_live)
+        if bounds is not None:
+            bounds.out.copy_(bound_ref(v, bounds))
+        q, scale = quantize_ref(v)
         return (q, scale) if out is None else (out[0].copy_(q), out[1].copy_(scale))
     q, scale = out or (x.new_empty((T, D), dtype=FP8), x.new_empty(T, dtype=torch.float32))
     if T == 0:
         return q, scale
-    launch = config(D)
+    launch = config(T, D)
+    block_d, rest = blocks(D, launch)
     launch_kernel(
         _norm_fp8_kernel, (ceil_div(T, launch.rows),),
-        x, y, weight, bias, offset, live_rows, q, scale, T, D, eps,
-        IS_RMS=kind == "rms", ROWS=launch.rows, BLOCK_D=triton.next_power_of_2(D),
-        num_warps=launch.num_warps,
+        x, weight, bias, offset, live_rows, q, scale, bounds and bounds.norms,
+        bounds and bounds.out, T, D, q.stride(0), eps,
+        IS_RMS=kind == "rms", ROWS=launch.rows, BLOCK_D=block_d, REST=rest,
+        num_warps=launch.num_warps, **pdl_options(x),
     )  # fmt: skip
     return q, scale
 
 
-@torch.library.custom_op("vitgraph::norm_fp8_", mutates_args=("x",))
+@torch.library.custom_op("vitgraph::norm_fp8", mutates_args=())
 def norm_fp8_op(
     x: torch.Tensor,
-    y: torch.Tensor | None,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     eps: float,
@@ -184,9 +212,9 @@ def norm_fp8_op(
     live_rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`norm_fp8` into new tensors as a registered operator."""
-    return norm_fp8(x, y, weight, bias, eps, kind=kind, offset=offset, live_rows=live_rows)
+    return norm_fp8(x, weight, bias, eps, kind=kind, offset=offset, live_rows=live_rows)
 
 
 @norm_fp8_op.register_fake
-def _(x, y, weight, bias, eps, kind, offset=None, live_rows=None):
+def _(x, weight, bias, eps, kind, offset=None, live_rows=None):
     return x.new_empty(x.shape, dtype=FP8), x.new_empty(x.shape[0], dtype=torch.float32)

@@ -19,6 +19,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeVisionModel
+from vitgraph.encoder import forward, fp8, glm_merger, image_forward, stream
 
 IDS = {
     "image_token_id": 500,
@@ -243,6 +244,84 @@ def meet(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[str], list
         return entries, results
 
     return meeting
+
+
+class Products:
+    """Stands in for the products of towers, and holds their operands to what writers promise.
+
+    Rows past the live ones are zero where a norm or `quantize_rows` has quantised them, with the
+    scale of a zero row. Those that an fp8 product has written for the next one, `hidden`, and all
+    others are finite.
+
+    Attributes:
+        tile: Rows of a tile. Products in fp8 write live rows rounded up to it and leave later ones
+            alone, as the kernel of a GPU does; None lets them write all. Others write all.
+        used: Addresses of the weights in fp8, one for each product.
+        hidden: Largest magnitudes in live rows that a product has quantised.
+    """
+
+    def __init__(self) -> None:
+        self.tile: int | None = None
+        self.used: list[int] = []
+        self.hidden: list[float] = []
+        self._written = 0  # address of the last rows that a product has quantised
+        self._linear_fp8, self._linear = fp8.linear_fp8, forward.linear
+        self._attention = forward.varlen_attention
+
+    def linear_fp8(
+        self, x, x_scale, weight, *arguments, live_rows, residual=None, out=None, **options
+    ):
+        live = int(live_rows)
+        assert x.float().isfinite().all()
+        assert x_scale.isfinite().all()
+        assert (x_scale > 0).all()
+        is_hidden, self._written = x.data_ptr() == self._written, 0
+        if not is_hidden:
+            assert not x[live:].view(torch.uint8).any()
+            assert (x_scale[live:] < 1e-14).all()
+        self.used.append(weight.data_ptr())
+        y = residual if out is None else out
+        kept = y.clone()
+        self._linear_fp8(
+            x, x_scale, weight, *arguments,
+            live_rows=live_rows, residual=residual, out=out, **options,
+        )  # fmt: skip
+        self._leave(y, kept, live)
+        if options.get("bound") is not None:
+            self._written = y.data_ptr()
+            self.hidden.append(y[:live].float().abs().max().item())
+        return y
+
+    def linear(self, x, *arguments, **options):
+        # by the library, which reads and writes all rows
+        assert x.isfinite().all()
+        return self._linear(x, *arguments, **options)
+
+    def attention(self, q, k, v, *arguments, **options):
+        # a kernel reads up to a tile past the last segment
+        for tensor in (q, k, v):
+            assert tensor.isfinite().all()
+        return self._attention(q, k, v, *arguments, **options)
+
+    def _rows(self, total: int, live: int) -> int:
+        return total if self.tile is None else min(total, -(-live // self.tile) * self.tile)
+
+    def _leave(self, y: torch.Tensor, kept: torch.Tensor, live: int) -> None:
+        rows = self._rows(len(y), live)
+        y[rows:] = kept[rows:]
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> Products:
+    """The `Products` of the test, in use."""
+    watched = Products()
+    for module in (fp8, stream):
+        monkeypatch.setattr(module, "linear_fp8", watched.linear_fp8)
+    for module in (forward, glm_merger, image_forward, stream):
+        monkeypatch.setattr(module, "linear", watched.linear)
+    for module in (forward, image_forward):
+        monkeypatch.setattr(module, "varlen_attention", watched.attention)
+    return watched
 
 
 @pytest.fixture(params=list(TOWERS))

@@ -9,6 +9,7 @@ import torch
 import vitgraph.bench.towers_config as towers
 from vitgraph.capture import RungLimits
 from vitgraph.encoder import VisionEncoder, forward, glm_merger, stream
+from vitgraph.kernels import linear as native
 
 GRIDS = [(1, 4, 6), (2, 2, 4)]
 LIVE = 40
@@ -69,7 +70,7 @@ def test_padding_stays_finite(encoder, mixed, monkeypatch, poison_empty):
     for module in (forward, stream, glm_merger):
         monkeypatch.setattr(module, "linear", linear)
     monkeypatch.setattr(forward, "varlen_attention", checked_attention)
-    monkeypatch.setattr(forward, "choose_backend", lambda *_, **__: ("hopper", None))
+    monkeypatch.setattr(native, "choose_backend", lambda *_, **__: ("hopper", None))
     poison_empty()
     grid = torch.tensor([*GRIDS, (0, 0, 0)], dtype=torch.int32)
     outputs = {

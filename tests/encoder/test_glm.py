@@ -416,7 +416,7 @@ def test_from_pretrained(name, tmp_path):
     assert embedder.encode(video).shape == (64,)
 
 
-@pytest.mark.parametrize("name", [name for name in TOWERS if name != "glm5_next"])
+@pytest.mark.parametrize("name", TOWERS)
 def test_fp8(name):
     # boosted queries and keys would amplify what fp8 loses
     tower, grids = calm_(build_tower(name, depth=6)), LAYOUTS["ragged"]
@@ -433,13 +433,15 @@ def test_fp8(name):
         VisionEncoder.from_hf(tower, precision=Fp8Plan(mergers=True))
 
 
-def test_fp8_with_bounded_gates():
+@pytest.mark.parametrize("layers", [("up",), ("down",), ("up", "down")], ids="+".join)
+def test_fp8_with_bounded_gates(layers, products):
     tower, grids = calm_(build_tower("glm5_next", depth=6)), LAYOUTS["ragged"]
-    with pytest.raises(ValueError, match=r"use Fp8Plan\(layers=\('qkv', 'proj', 'up'\)\)"):
-        VisionEncoder.from_hf(tower, precision="fp8")
     exact = VisionEncoder.from_hf(tower)(pixel_rows(grids), grids).pooler_output
-    encoder = VisionEncoder.from_hf(tower, precision=Fp8Plan(layers=("qkv", "proj", "up")))
+    encoder = VisionEncoder.from_hf(tower, precision=Fp8Plan(layers=layers))
     assert 1e-3 < rel_rms(encoder(pixel_rows(grids), grids).pooler_output, exact) < 0.1
+    assert len(set(products.used)) == len(products.used) == len(encoder.weights.fp8._layers)
+    assert not products.hidden, "the limit stands between the two products"
+    assert all(layer.norms is None for layer in encoder.weights.fp8._layers.values())
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ from vitgraph.capture import RungLimits
 from vitgraph.encoder import VisionEncoder, stream
 from vitgraph.encoder.fp8 import Fp8Layer, Fp8Plan
 from vitgraph.encoder.stream import Stream
+from vitgraph.kernels.activation import activation_ref
 from vitgraph.kernels.few_rows_tuning import FewRowsConfig
 from vitgraph.kernels.gemm_few_rows import partials_ref
 from vitgraph.kernels.norm import norm_ref
-from vitgraph.kernels.quantize import quantize_ref
+from vitgraph.kernels.quantize import FP8, dequantize, quantize_ref
 
 GRIDS = [(1, 4, 6), (2, 2, 4)]
 LIVE = 40
@@ -233,6 +234,70 @@ def test_a_stream_in_fp8_has_no_parts(monkeypatch):
     error = one.stream.settled() - (one.x + 3 * one.product)
     # 3 bits of mantissa in one of three products
     assert error.abs().max() < 0.05 * one.product.abs().max()
+
+
+def test_products_in_fp8_are_added_once_and_at_once():
+    layer = Fp8Layer(*quantize_ref(drawn(WIDTH, K, seed=5)))
+    alone, both = One(in_fp8=True), One(in_fp8=True)
+    alone.stream.add_linear_fp8(alone.rows, layer)
+    settled = alone.stream.settled()
+    q, scale = quantize_ref(alone.rows)
+    product = dequantize(q, scale) @ dequantize(layer.weight, layer.scale).T
+    torch.testing.assert_close(settled, alone.x + product, **CLOSE)
+    assert torch.equal(alone.stream.settled(), settled)
+    for _ in range(2):
+        both.stream.add_linear_fp8(both.rows, layer)
+    torch.testing.assert_close(both.stream.settled(), both.x + 2 * product, **CLOSE)
+
+
+def test_rows_past_the_live_ones_add_nothing():
+    one = One(live=5, in_fp8=True)
+    one.rows[5:] = torch.nan
+    layer = Fp8Layer(*quantize_ref(one.weight))
+    one.stream.add_linear_fp8(one.rows, layer)
+    settled = one.stream.settled()
+    assert torch.equal(settled[5:], one.x[5:])
+    assert (settled[:5] != one.x[:5]).any(dim=1).all()
+
+
+@pytest.mark.parametrize("features", [WIDTH, 48])
+@pytest.mark.parametrize("activation", ["gelu_tanh", "quick_gelu"])
+def test_an_mlp_between_two_products_by_hand(activation, features, spec):
+    """Its hidden rows are quantised by scales of the definition in bounded_fp8.py; fp64."""
+    up_weight = drawn(features, WIDTH, seed=6)
+    bias, down_weight = 20 * drawn(features, seed=7), drawn(WIDTH, features, seed=8)
+    q_up, up_scale = quantize_ref(up_weight)
+    wide = dequantize(q_up, up_scale).double()
+    norms = wide.norm(dim=1).max() / 448, bias.double().abs().max() / 448
+    down = Fp8Layer(*quantize_ref(down_weight))
+    one = One(live=5, in_fp8=True)
+    one.x[5:] = 0
+    one.stream = Stream(one.x.clone(), torch.tensor([5], dtype=torch.int32), in_fp8=True)
+    up = Fp8Layer(q_up, up_scale, torch.tensor(norms).float())
+    one.stream.norm_mlp_fp8(NORM, up, bias, down, spec, activation)
+
+    weight, norm_bias, offset = NORM
+    normed = norm_ref(one.x[:5], weight, norm_bias, spec.eps, kind=spec.norm, offset=offset)
+    rows = dequantize(*quantize_ref(normed)).double()
+    # quantised rows may be longer than those of the norm, by less than this factor
+    length = 1.07 * normed.double().norm(dim=1)
+    assert (rows.norm(dim=1) <= length).all()
+    bound = length * norms[0] + norms[1]
+    y = activation_ref(rows @ wide.T + bias.double(), activation)
+    scaled = y / bound[:, None]
+    assert scaled.abs().max() <= 448
+    # values near the middle of two fp8 numbers may become the other one: one step of 1/8
+    hidden = scaled.float().to(FP8).double()
+    want = one.x[:5] + bound[:, None] * (hidden @ dequantize(down.weight, down.scale).double().T)
+    error = one.stream.settled()[:5] - want
+    assert error.abs().max() < 0.02 * (want - one.x[:5]).abs().max()
+    # and near the product without fp8 between
+    plain = one.x[:5] + y @ down_weight.double().T
+    error = one.stream.settled()[:5] - plain
+    assert error.norm() < 0.06 * (plain - one.x[:5]).norm()
+    settled = one.stream.settled()[5:]
+    # the hidden rows of zeros are those of the bias
+    assert settled.isfinite().all()
 
 
 @pytest.mark.parametrize("plan", [Fp8Plan(), Fp8Plan(layers=("qkv",)), Fp8Plan(layers=("down",))])

@@ -7,6 +7,8 @@ from vitgraph.kernels.gemm_tuning import GATED, HopperConfig, shipped_tiles
 gemm_hopper = pytest.importorskip("vitgraph.kernels.gemm_hopper")
 gl = gemm_hopper.gl
 
+FP8 = "fp8e4nv"
+
 EPILOGUES = {
     "bias": {},
     "gelu": {"activation": "gelu_tanh"},
@@ -16,20 +18,39 @@ EPILOGUES = {
     "gated": {"activation": "silu", "gated": True},
     "residual": {"bias": False, "residual": True},
 }
+# of fp8 operands, by what is written
+FP8_EPILOGUES = {
+    "bias": {},
+    "residual": {"bias": False, "residual": True},
+    "gated": {"activation": "silu", "gated": True},
+    "plain-fp8": {"out": FP8},
+    "gelu-fp8": {"activation": "gelu_tanh", "out": FP8},
+    "erf-fp8": {"activation": "gelu_erf", "out": FP8},
+    "quick-fp8": {"activation": "quick_gelu", "out": FP8},
+    "silu-fp8": {"activation": "silu", "out": FP8},
+    "gated-fp8": {"activation": "silu", "gated": True, "out": FP8},
+}
 
 
-def inspect_hopper(config: HopperConfig, *, activation="", bias=True, residual=False, gated=False):
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    m, n, k = config.block_m, config.block_n, gemm_hopper.BLOCK_K
+def inspect_hopper(
+    config: HopperConfig, *, activation="", bias=True, residual=False, gated=False, operands="bf16",
+    out="bf16",
+):  # fmt: skip
+    def descriptor(rows, columns, element):
+        size = 1 if element == FP8 else 2
+        layout = gl.NVMMASharedLayout(
+            swizzle_byte_width=columns * size, element_bitwidth=8 * size, rank=2
+        )
+        return f"tensordesc<{element}[{rows}, {columns}],{layout!r}>"
+
+    is_fp8 = operands == FP8
+    m, n = config.block_m, config.block_n
+    k = gemm_hopper.BLOCK_K_BYTES // (1 if is_fp8 else 2)
     head = 1 << (n.bit_length() - 1)
-
-    def descriptor(rows, columns):
-        return f"tensordesc<bf16[{rows}, {columns}],{layout!r}>"
-
     signature = {
-        "x": descriptor(m, k),
-        "weight": descriptor(head // 2 if gated else head, k),
-        "out": descriptor(m, gemm_hopper.STORE_N),
+        "x": descriptor(m, k, operands),
+        "weight": descriptor(head // 2 if gated else head, k, operands),
+        "out": descriptor(m, gemm_hopper.STORE_N, out),
         "live_ptr": "*i32",
         **dict.fromkeys(("M", "N", "K"), "i32"),
     }
@@ -46,7 +67,10 @@ def inspect_hopper(config: HopperConfig, *, activation="", bias=True, residual=F
     }
     for name, is_given, kind in (
         ("bias_ptr", bias, "*bf16"),
-        ("weight_tail", n > head, descriptor(n - head, k)),
+        ("weight_tail", n > head, descriptor(n - head, k, operands)),
+        ("x_scale_ptr", is_fp8, "*fp32"),
+        ("w_scale_ptr", is_fp8, "*fp32"),
+        ("out_scale_ptr", out == FP8, "*fp32"),
     ):
         if is_given:
             signature[name] = kind
@@ -62,18 +86,36 @@ def inspect_hopper(config: HopperConfig, *, activation="", bias=True, residual=F
     )
 
 
-@pytest.mark.parametrize(
-    ("config", "epilogue"),
-    [
+def tiles_and(epilogues):
+    """Every epilogue with the tiles that it ships with."""
+    return [
         pytest.param(config, epilogue, id=f"{config.block_m}x{config.block_n}-{name}")
-        for name, epilogue in EPILOGUES.items()
-        for config in shipped_tiles(GATED if name == "gated" else epilogue.get("activation"))
-    ],
-)
-def test_tile(config, epilogue):
-    info = inspect_hopper(config, **epilogue)
+        for name, epilogue in epilogues.items()
+        for config in shipped_tiles(GATED if "gated" in epilogue else epilogue.get("activation"))
+    ]
+
+
+def check_shipped(info, product, other):
+    """It multiplies by `product` alone, moves tiles by TMA, spills nothing and fits."""
     assert info.spill_bytes == 0
-    assert info.count("HGMMA") > 0
+    assert info.registers <= gemm_hopper.MAX_REGISTERS
+    assert info.count(product) > 0
+    assert info.count(other) == 0
     assert info.count("UTMALDG") > 0
     assert info.count("UTMASTG") > 0
     assert info.shared_bytes <= 227 * 1024
+
+
+@pytest.mark.parametrize(("config", "epilogue"), tiles_and(EPILOGUES))
+def test_tile(config, epilogue):
+    info = inspect_hopper(config, **epilogue)
+    check_shipped(info, "HGMMA", "QGMMA")
+    assert "e4m3x2" not in info.ptx
+
+
+@pytest.mark.parametrize(("config", "epilogue"), tiles_and(FP8_EPILOGUES))
+def test_fp8_tile(config, epilogue):
+    info = inspect_hopper(config, operands=FP8, **epilogue)
+    check_shipped(info, "QGMMA", "HGMMA")
+    # rounded to the nearest and saturated, where the output is fp8
+    assert ("cvt.rn.satfinite.e4m3x2.f32" in info.ptx) == ("out" in epilogue)

@@ -59,6 +59,25 @@ def test_rope(D, has_norm):
     assert info.count("LDG.E.64") + info.count("LDG.E.128") >= 2
 
 
+@pytest.mark.parametrize("D", [72, 88])
+def test_rope_by_units(D):
+    half = D // 2
+    unit = half & -half
+    info = inspect(
+        rope._rope_units_kernel,
+        {
+            "qkv_ptr": "*bf16", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "live_ptr": "*i32",
+            "T": "i32", "num_angles": "i32",
+        },
+        {"HEADS": 32, "HALF": half, "UNIT": unit, "BLOCK": rope.UNITS, "PDL": False},
+        num_warps=8,
+    )  # fmt: skip
+    assert info.spill_bytes == 0
+    assert info.registers <= 32  # eight programs of eight warps fill a multiprocessor
+    # a unit of each half, of angles too
+    assert info.count("LDG.E.64") + info.count("LDG.E.128") >= 2
+
+
 @pytest.mark.parametrize("T", [256, 16384])
 @pytest.mark.parametrize(
     ("P", "D", "side", "sampling"),

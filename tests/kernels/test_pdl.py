@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
-from vitgraph.kernels import activation, norm, pdl, residual, rope, window_attention
+from vitgraph.kernels import activation, norm, norm_fp8, pdl, residual, rope, window_attention
 from vitgraph.kernels.compiled import inspect
 from vitgraph.kernels.pdl import FEW_ROWS, kernel_chain, pdl_options, starts_early
 
@@ -130,10 +130,39 @@ def inspect_rope(early):
             "num_angles": "i32",
         },
         {
-            "weight_ptr": None, "EPS": 0.0, "HEADS": 32, "HALF": 36, "BLOCK_H": 32,
-            "BLOCK_HALF": triton.next_power_of_2(36), "PDL": early,
+            "weight_ptr": None, "EPS": 0.0, "HEADS": 32, "HALF": 40, "BLOCK_H": 32,
+            "BLOCK_HALF": triton.next_power_of_2(40), "PDL": early,
         },
         launch_pdl=early,
+    )  # fmt: skip
+
+
+def inspect_rope_by_units(early):
+    return inspect(
+        rope._rope_units_kernel,
+        {
+            "qkv_ptr": "*bf16", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "live_ptr": "*i32",
+            "T": "i32", "num_angles": "i32",
+        },
+        {"HEADS": 32, "HALF": 36, "UNIT": 4, "BLOCK": rope.UNITS, "PDL": early},
+        num_warps=8, launch_pdl=early,
+    )  # fmt: skip
+
+
+def inspect_norm_fp8(early):
+    launch = norm.config(256, 1152)
+    width, rest = norm.blocks(1152, launch)
+    return inspect(
+        norm_fp8._norm_fp8_kernel,
+        {
+            "x_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*bf16", "offset_ptr": "*fp32",
+            "live_ptr": "*i32", "q_ptr": "*fp8e4nv", "scale_ptr": "*fp32", "norms_ptr": "*fp32",
+            "bound_ptr": "*fp32", "T": "i32", "D": "i32", "stride_qt": "i32", "eps": "fp32",
+        },
+        {
+            "IS_RMS": False, "ROWS": launch.rows, "BLOCK_D": width, "REST": rest, "PDL": early,
+        },
+        divisible=["D", "stride_qt"], num_warps=launch.num_warps, launch_pdl=early,
     )  # fmt: skip
 
 
@@ -196,8 +225,20 @@ def test_a_norm_reads_its_vectors_alone_before_it_waits(D, splits):
     assert info.spill_bytes == 0
 
 
+def test_a_norm_in_fp8_reads_its_vectors_alone_before_it_waits():
+    info = inspect_norm_fp8(True)
+    early, whole = before_the_wait(info.ptx)
+    names = ["x", "weight", "bias", "offset", "live", "q", "scale", "norms", "bound"]
+    assert {names[i] for i in arguments_accessed(whole)} == set(names)
+    assert {names[i] for i in arguments_accessed(early)} == {"weight", "bias", "offset"}
+    assert info.spill_bytes == 0
+
+
+ROPES = [inspect_rope, inspect_rope_by_units]
+
+
 @pytest.mark.parametrize(
-    "inspect_kernel", [inspect_residual, inspect_rope, inspect_activation, inspect_window]
+    "inspect_kernel", [inspect_residual, *ROPES, inspect_activation, inspect_window]
 )
 def test_nothing_is_touched_before_the_wait(inspect_kernel):
     info = inspect_kernel(True)
@@ -209,8 +250,11 @@ def test_nothing_is_touched_before_the_wait(inspect_kernel):
 
 @pytest.mark.parametrize(
     "inspect_kernel",
-    [inspect_norm, inspect_residual, inspect_rope, inspect_activation, inspect_window],
-)
+    [
+        inspect_norm, inspect_norm_fp8, inspect_residual, *ROPES, inspect_activation,
+        inspect_window,
+    ],
+)  # fmt: skip
 def test_outside_a_chain_nothing_is_waited_for(inspect_kernel):
     ptx = inspect_kernel(False).ptx
     assert WAIT not in ptx

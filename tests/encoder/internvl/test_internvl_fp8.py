@@ -11,11 +11,10 @@ from vitgraph.encoder import (
     InternVLEncoder,
     encoder_for,
     fp8,
-    image_forward,
     load_encoder,
-    stream,
     swap_vision_tower,
 )
+from vitgraph.kernels.bounded_fp8 import bound_norms
 from vitgraph.kernels.quantize import quantize_ref
 from vitgraph.kernels.testing import rel_rms
 
@@ -46,35 +45,21 @@ def cosines(got, want):
     return every.mean().item(), every.min().item()
 
 
-@pytest.fixture
-def used(monkeypatch):
-    """Addresses of the weights of all fp8 products."""
-    seen, right = [], fp8.linear_fp8
-
-    def watched(x, x_scale, weight, *arguments, **options):
-        seen.append(weight.data_ptr())
-        return right(x, x_scale, weight, *arguments, **options)
-
-    for module in (fp8, stream):
-        monkeypatch.setattr(module, "linear_fp8", watched)
-    return seen
-
-
-def test_every_token_points_where_it_does_in_bf16(kind, build, tiles, used):
+def test_every_token_points_where_it_does_in_bf16(kind, build, tiles, products):
     model = calm_model(kind, build)
     plan = PLANS.get(kind, Fp8Plan())
     native, encoder = (InternVLEncoder.from_hf(model, precision=p) for p in ("native", plan))
     assert (native.precision, encoder.precision) == ("native", "fp8")
     images = tiles(3, build.side)
     want = native(images)
-    assert not used
+    assert not products.used
     mean, worst = cosines(encoder(images), want)
     assert mean >= MEAN
     assert worst >= WORST
     assert mean < 1 - 1e-7
     layers = encoder.weights.fp8._layers
     assert list(layers) == plan.names(encoder.spec)
-    assert sorted(used) == sorted(layer.weight.data_ptr() for layer in layers.values())
+    assert sorted(products.used) == sorted(layer.weight.data_ptr() for layer in layers.values())
     encoder.weights.fp8.blocks[5].up.scale.mul_(3)  # and the bar is not blind
     assert cosines(encoder(images), want)[0] < MEAN
 
@@ -84,7 +69,7 @@ def test_single_layers(layer, build, tiles):
     """Each way in and out of fp8 between two layers, with an activation unlike the others."""
     model = calm_model("pooled", build, hidden_act="silu")
     native = InternVLEncoder.from_hf(model)
-    # the last block, too: what is lacking from the stream behind it is added before it is read
+    # the last block, too
     plan = Fp8Plan(skip_last=0, layers=(layer,))
     encoder = InternVLEncoder.from_hf(model, precision=plan)
     images = tiles(2, build.side)
@@ -146,14 +131,17 @@ def test_new_weights_are_quantised_into_the_same_memory(build, tiles, rerun_reco
     for name, value in encoder.state_dict().items():
         assert torch.equal(value, state[name]), name
     encoder._capture_with(rerun_recorder, {"token_budgets": [32]})
-    layer = encoder.weights.fp8.blocks[5].down
-    place = layer.weight.data_ptr()
+    up, layer = encoder.weights.fp8.blocks[5].up, encoder.weights.fp8.blocks[5].down
+    place, norms = layer.weight.data_ptr(), up.norms.data_ptr()
     encoder.load_weights(other)
+    block = encoder.weights.blocks[5]
+    assert torch.equal(up.norms, bound_norms(up.weight, up.scale, block.up_bias))
     # what is quantised is the weight with its layer scale
-    q, scale = quantize_ref(encoder.weights.blocks[5].down_weight)
+    q, scale = quantize_ref(block.down_weight)
     assert torch.equal(layer.weight.view(torch.uint8), q.view(torch.uint8))
     assert torch.equal(layer.scale, scale)
     assert encoder.weights.fp8.blocks[5].down.weight.data_ptr() == place
+    assert encoder.weights.fp8.blocks[5].up.norms.data_ptr() == norms
     images = tiles(2, build.side)
     want = InternVLEncoder.from_hf(other, precision="fp8")(images)
     # sums of a rung may take another order, and a value near the middle of two fp8 numbers then
@@ -162,7 +150,8 @@ def test_new_weights_are_quantised_into_the_same_memory(build, tiles, rerun_reco
     assert encoder.stats()["total"]["hits"] == 2
 
 
-def test_poisoned_padding_stays_out(kind, build, tiles, monkeypatch, poison_empty):
+@pytest.mark.parametrize("tile", [None, 12])
+def test_poisoned_padding_stays_out(kind, tile, build, tiles, products, poison_empty):
     plan = PLANS.get(kind, Fp8Plan(0, 0))
     encoder = InternVLEncoder.from_hf(calm_model(kind, build), precision=plan)
     path, images = encoder.paths["tiles"], tiles(5, build.side).to(encoder.dtype)
@@ -171,29 +160,21 @@ def test_poisoned_padding_stays_out(kind, build, tiles, monkeypatch, poison_empt
     limits = path.rung_limits(5 * path.size.tokens, 8, 8)
     grid = torch.zeros(5, 3, dtype=torch.int32)
     grid[:2] = torch.tensor(path.fixed_grid)
-    right, product, live = fp8.linear_fp8, image_forward.linear, 2 * path.size.rows
 
-    def checked(x, x_scale, *arguments, out, **options):
-        assert x.float().isfinite().all()
-        assert not x[live:].view(torch.uint8).any()
-        return right(x, x_scale, *arguments, out=out, **options)
+    def padded():
+        outputs = {
+            name: torch.full(spec.shape, torch.nan, dtype=encoder.dtype)
+            for name, spec in path.output_specs(limits).items()
+        }
+        path.graph_forward({"pixel_values": path.pixel_rows(images), "grid": grid}, outputs, limits)
+        return {name: rows[: len(clean[name])] for name, rows in outputs.items()}
 
-    def finite(x, *arguments, **options):
-        assert x.isfinite().all()
-        return product(x, *arguments, **options)
-
-    for module in (fp8, stream):
-        monkeypatch.setattr(module, "linear_fp8", checked)
-    for module in (image_forward, stream):
-        monkeypatch.setattr(module, "linear", finite)
+    whole = padded()
     poison_empty()
-    outputs = {
-        name: torch.full(spec.shape, torch.nan, dtype=encoder.dtype)
-        for name, spec in path.output_specs(limits).items()
-    }
-    path.graph_forward({"pixel_values": path.pixel_rows(images), "grid": grid}, outputs, limits)
-    for name, rows in outputs.items():
-        got, want = rows[: len(clean[name])], clean[name]
+    products.tile = tile
+    for name, got in padded().items():
+        assert torch.equal(got, whole[name]), name
+        want = clean[name]
         assert torch.nn.functional.cosine_similarity(got.double(), want.double(), -1).min() > 0.999
 
 

@@ -18,10 +18,10 @@ from vitgraph.encoder import (
     Siglip2Encoder,
     fp8,
     load_encoder,
-    stream,
     swap_vision_tower,
 )
 from vitgraph.encoder.cli import app
+from vitgraph.kernels.bounded_fp8 import bound_norms
 from vitgraph.kernels.quantize import quantize_ref
 
 MEAN, WORST = 0.999, 0.99
@@ -100,26 +100,19 @@ def test_that_test_is_not_blind(build, batch):
     [
         *(Fp8Plan(layers=(layer,)) for layer in fp8.LAYERS),
         Fp8Plan(layers=("qkv", "down")),
+        Fp8Plan(layers=("down", "up")),
         Fp8Plan(skip_first=0, skip_last=0),
     ],
     ids=lambda plan: "+".join(plan.layers),
 )
-def test_every_plan_is_near_bf16_and_uses_its_layers(plan, build, batch, monkeypatch):
-    used = []
-    right = stream.linear_fp8
-
-    def watched(x, x_scale, weight, *arguments, **options):
-        used.append(weight.data_ptr())
-        return right(x, x_scale, weight, *arguments, **options)
-
-    monkeypatch.setattr(stream, "linear_fp8", watched)
+def test_every_plan_is_near_bf16_and_uses_its_layers(plan, build, batch, products):
     native, encoder = both(tower_of(build), plan)
     args = batch(SHAPES)
     layers = range(encoder.spec.depth)
     got, want = encoder(**args, layers=layers), native(**args, layers=layers)
     quantised = encoder.weights.fp8._layers
     assert list(quantised) == plan.names(encoder.spec)
-    assert sorted(used) == sorted(layer.weight.data_ptr() for layer in quantised.values())
+    assert sorted(products.used) == sorted(layer.weight.data_ptr() for layer in quantised.values())
     assert cosines(got, want)[0] >= MEAN
     for i, state in want.hidden_states.items():
         cosine = torch.nn.functional.cosine_similarity(
@@ -137,8 +130,16 @@ def test_weights_are_quantised_beside_the_tower(build, batch):
     q, scale = quantize_ref(encoder.weights.blocks[5].qkv_weight)
     assert torch.equal(layer.weight.view(torch.uint8), q.view(torch.uint8))
     assert torch.equal(layer.scale, scale)
-    place = layer.weight.data_ptr()
+    quantised = encoder.weights.fp8.blocks[5]
+    up, down = quantised.up, quantised.down
+    place, norms = layer.weight.data_ptr(), up.norms.data_ptr()
     encoder.load_weights(other)
+    assert quantised.up.norms.data_ptr() == norms
+    block = encoder.weights.blocks[5]
+    assert torch.equal(up.norms, bound_norms(up.weight, up.scale, block.up_bias))
+    q, scale = quantize_ref(block.down_weight)
+    assert torch.equal(down.weight.view(torch.uint8), q.view(torch.uint8))
+    assert torch.equal(down.scale, scale)
     assert encoder.weights.fp8.blocks[5].qkv.weight.data_ptr() == place
     args = batch(SHAPES)
     want = Siglip2Encoder.from_hf(other, precision="fp8")(**args)
@@ -152,33 +153,36 @@ def test_fingerprints_differ_by_plan(build):
     assert len(prints) == len(precisions)
 
 
-@pytest.mark.parametrize("plan", [Fp8Plan(0, 0), Fp8Plan(layers=("down",))])
-def test_poisoned_padding_stays_out(plan, build, monkeypatch, poison_empty):
+@pytest.mark.parametrize("tile", [None, 12])
+@pytest.mark.parametrize(
+    "plan", [Fp8Plan(0, 0), Fp8Plan(layers=("down",)), Fp8Plan(layers=("up",)), Fp8Plan()]
+)
+def test_poisoned_padding_stays_out(plan, tile, build, products, poison_empty):
     encoder = Siglip2Encoder.from_hf(tower_of(build), precision=plan)
     grids, live = [(1, 3, 5), (1, 4, 6)], 39
     g = torch.Generator().manual_seed(1)
     rows = torch.full((64, 48), torch.nan, dtype=encoder.dtype)
     rows[:live] = torch.randn(live, 48, generator=g).to(encoder.dtype)
     want = encoder.eager_forward(rows[:live], grids)
-    right = stream.linear_fp8
-
-    def checked(x, x_scale, *arguments, out, **options):
-        assert x.float().isfinite().all()
-        assert not x[live:].view(torch.uint8).any()
-        assert (x_scale > 0).all()
-        return right(x, x_scale, *arguments, out=out, **options)
-
-    monkeypatch.setattr(stream, "linear_fp8", checked)
-    poison_empty()
     limits = RungLimits(64, 64, 4, 4, 0)
-    outputs = {
-        name: torch.full(spec.shape, torch.nan, dtype=encoder.dtype)
-        for name, spec in encoder.output_specs(limits).items()
-    }
     grid = torch.tensor([*grids, (0, 0, 0), (0, 0, 0)], dtype=torch.int32)
-    encoder.graph_forward({"pixel_values": rows, "grid": grid}, outputs, limits)
+
+    def padded():
+        outputs = {
+            name: torch.zeros(spec.shape, dtype=encoder.dtype)
+            for name, spec in encoder.output_specs(limits).items()
+        }
+        encoder.graph_forward({"pixel_values": rows, "grid": grid}, outputs, limits)
+        return outputs
+
+    whole = padded()
+    poison_empty()
+    products.tile = tile
+    outputs = padded()
     for name, value in want.items():
-        torch.testing.assert_close(outputs[name][: len(value)], value, rtol=0.02, atol=0.02)
+        got = outputs[name][: len(value)]
+        assert torch.equal(got, whole[name][: len(value)]), name
+        torch.testing.assert_close(got, value, rtol=0.02, atol=0.02)
         assert outputs[name].isfinite().all(), name
 
 

@@ -16,14 +16,13 @@ from vitgraph.encoder import (
     Fp8Plan,
     StepEncoder,
     fp8,
-    image_forward,
     load_encoder,
-    stream,
     swap_vision_tower,
 )
 from vitgraph.encoder.cli import app
 from vitgraph.encoder.image_tower import live_weights, path_configs
 from vitgraph.encoder.step_spec import step3_vl_spec
+from vitgraph.kernels.bounded_fp8 import bound_norms
 from vitgraph.kernels.quantize import quantize_ref
 
 MEAN, WORST = 0.999, 0.99
@@ -33,6 +32,7 @@ FILE = Path(__file__).parents[2] / "data" / "coffee.jpg"
 PLANS = [
     *(Fp8Plan(layers=(layer,)) for layer in fp8.LAYERS),
     Fp8Plan(layers=("qkv", "down")),
+    Fp8Plan(layers=("down", "up")),
     Fp8Plan(skip_first=0, skip_last=0),
 ]
 INTO_STREAM = ("self_attn.out_proj", "mlp.fc2")
@@ -120,16 +120,7 @@ def test_that_test_is_not_blind(kind, build, images):
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: "+".join(plan.layers))
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_plan_is_near_bf16_and_uses_its_layers(kind, plan, build, images, monkeypatch):
-    used = []
-    right = fp8.linear_fp8
-
-    def watched(x, x_scale, weight, *arguments, **options):
-        used.append(weight.data_ptr())
-        return right(x, x_scale, weight, *arguments, **options)
-
-    for module in (fp8, stream):
-        monkeypatch.setattr(module, "linear_fp8", watched)
+def test_every_plan_is_near_bf16_and_uses_its_layers(kind, plan, build, images, products):
     model = model_of(kind, build)
     native, encoder = encoder_of(model, build), encoder_of(model, build, plan)
     args = inputs(images, build, (1, 0))
@@ -137,7 +128,9 @@ def test_every_plan_is_near_bf16_and_uses_its_layers(kind, plan, build, images, 
     layers = encoder.weights.fp8._layers
     assert list(layers) == plan.names(encoder.spec)
     # the whole images and the crops
-    assert sorted(used) == sorted(2 * [layer.weight.data_ptr() for layer in layers.values()])
+    assert sorted(products.used) == sorted(
+        2 * [layer.weight.data_ptr() for layer in layers.values()]
+    )
     # a tower whose first blocks are in fp8 too is not what the bar is for
     assert cosines(got, want)[0] >= (0.998 if plan.skip_first == 0 else MEAN)
 
@@ -148,18 +141,24 @@ def test_weights_are_quantised_beside_the_tower(kind, build, images):
     encoder = encoder_of(model, build, "fp8")
     for name, value in encoder_of(model, build).state_dict().items():
         assert torch.equal(encoder.state_dict()[name], value), name
-    for name in ("qkv", "down"):
+    block, quantised = encoder.weights.blocks[5], encoder.weights.fp8.blocks[5]
+    up = quantised.up
+    assert torch.equal(up.norms, bound_norms(up.weight, up.scale, block.up_bias))
+    for name in fp8.LAYERS:
         # with layer scale, what is quantised is the scaled weight that the block multiplies by
-        layer = getattr(encoder.weights.fp8.blocks[5], name)
-        q, scale = quantize_ref(getattr(encoder.weights.blocks[5], f"{name}_weight"))
+        layer, weight = getattr(quantised, name), getattr(block, f"{name}_weight")
+        q, scale = quantize_ref(weight)
         assert torch.equal(layer.weight.view(torch.uint8), q.view(torch.uint8))
         assert torch.equal(layer.scale, scale)
-    place = encoder.weights.fp8.blocks[5].down.weight.data_ptr()
+    place, norms = quantised.down.weight.data_ptr(), up.norms.data_ptr()
     source = encoder_of(other, build).state_dict()
     encoder.weights.load(source)
     for path in encoder.paths.values():
         path.size.read_positions(encoder.weights)
     assert encoder.weights.fp8.blocks[5].down.weight.data_ptr() == place
+    assert encoder.weights.fp8.blocks[5].up.norms.data_ptr() == norms
+    up_bias = encoder.weights.blocks[5].up_bias
+    assert torch.equal(up.norms, bound_norms(up.weight, up.scale, up_bias))
     args = inputs(images, build)
     want = encoder_of(other, build, "fp8")(*args)
     assert torch.equal(torch.cat(encoder(*args).pooler_output), torch.cat(want.pooler_output))
@@ -172,11 +171,14 @@ def test_fingerprints_differ_by_plan(build):
     assert len(prints) == len(precisions)
 
 
+@pytest.mark.parametrize("tile", [None, 12])
 @pytest.mark.parametrize(
-    "plan", [Fp8Plan(0, 0), Fp8Plan(layers=("down",)), Fp8Plan(layers=("up",))]
+    "plan",
+    [*(Fp8Plan(0, 0, layers=(layer,)) for layer in fp8.LAYERS), Fp8Plan(0, 0), Fp8Plan()],
+    ids=lambda plan: "+".join(plan.layers),
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_poisoned_padding_stays_out(kind, plan, build, images, monkeypatch, poison_empty):
+def test_poisoned_padding_stays_out(kind, plan, tile, build, images, products, poison_empty):
     encoder = encoder_of(model_of(kind, build), build, plan)
     path = encoder.paths["local"]
     pixels = images(5, build.crop).to(encoder.dtype)
@@ -185,31 +187,24 @@ def test_poisoned_padding_stays_out(kind, plan, build, images, monkeypatch, pois
     limits = path.rung_limits(5 * path.size.tokens, 8, 8)
     grid = torch.zeros(5, 3, dtype=torch.int32)
     grid[:2] = torch.tensor(path.fixed_grid)
-    right, product, live = fp8.linear_fp8, image_forward.linear, 2 * path.size.rows
 
-    def checked(x, x_scale, *arguments, out, **options):
-        assert x.float().isfinite().all()
-        assert not x[live:].view(torch.uint8).any()
-        assert (x_scale > 0).all()
-        return right(x, x_scale, *arguments, out=out, **options)
+    def padded():
+        outputs = {
+            name: torch.full(spec.shape, torch.nan, dtype=encoder.dtype)
+            for name, spec in path.output_specs(limits).items()
+        }
+        path.graph_forward({"pixel_values": path.pixel_rows(pixels), "grid": grid}, outputs, limits)
+        return {name: rows[: len(clean[name])] for name, rows in outputs.items()}
 
-    def finite(x, *arguments, **options):
-        assert x.isfinite().all()
-        return product(x, *arguments, **options)
-
-    for module in (fp8, stream):
-        monkeypatch.setattr(module, "linear_fp8", checked)
-    for module in (image_forward, stream):
-        monkeypatch.setattr(module, "linear", finite)
+    whole = padded()
     poison_empty()
-    outputs = {
-        name: torch.full(spec.shape, torch.nan, dtype=encoder.dtype)
-        for name, spec in path.output_specs(limits).items()
-    }
-    path.graph_forward({"pixel_values": path.pixel_rows(pixels), "grid": grid}, outputs, limits)
-    for name, rows in outputs.items():
-        got, want = rows[: 2 * path.size.tokens], clean[name]
+    products.tile = tile
+    products.used.clear()
+    for name, got in padded().items():
+        assert torch.equal(got, whole[name]), name
+        want = clean[name]
         assert torch.nn.functional.cosine_similarity(got.double(), want.double(), -1).min() > 0.999
+    assert len(products.used) == len(plan.names(encoder.spec))
 
 
 def test_captured_calls_see_new_weights(build, images, rerun_recorder):
