@@ -246,7 +246,7 @@ def _mlp(
             block.norm2, in_fp8.up, block.up_bias, in_fp8.down, spec, spec.activation
         )
         return
-    # a bounded gate is a pass of its own
+    # a gate with a limit is a pass of its own
     is_fused = not is_gated or spec.gate_limit is None
     transform = "swiglu" if is_gated else spec.activation
     if in_fp8.up is not None:

@@ -194,7 +194,7 @@ class Fp8Weights:
         })  # fmt: skip
 
 
-# of what a layer writes for another one, without a norm or attention between them
+# which layer reads what another writes, with an activation or a gate between them
 _READERS = {"up": "down", "fc1": "fc2"}
 
 
