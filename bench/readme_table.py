@@ -23,7 +23,7 @@ def readme_table(path: str | Path) -> str:
 
     A row where ours is not ahead names the peer that is faster; a contender without a time (it
     failed, or was wrong) has a dash. A tower whose peer is not Hugging Face's is marked, with a
-    note below the table.
+    note below the table. Results with `ours-fp8` become a table of that against `ours`.
 
     Raises:
         ValueError: the file is no result of `bench towers`.
@@ -83,6 +83,8 @@ def _table(meta: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     cells: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
         cells.setdefault((row["tower"], row["workload"]), {})[row["provider"]] = row
+    if any("ours-fp8" in by_name for by_name in cells.values()):
+        return "\n".join([*_fp8_lines(cells), "", *_origin(meta)])
     has_vllm = any(_fastest(by_name, _VLLM) for by_name in cells.values())
     has_floor = any(row["floor_ms"] is not None for row in rows)
     columns = ["HF eager", "HF graph", *(["vLLM"] if has_vllm else []), "ours"]
@@ -104,16 +106,33 @@ def _table(meta: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
         )  # fmt: skip
     if any(map(_is_plain, cells.values())):
         lines += ["", _PLAIN_NOTE]
+    return "\n".join([*lines, "", *_origin(meta)])
+
+
+def _origin(meta: Mapping[str, Any]) -> list[str]:
+    """What was measured on, when and how."""
     changes = " with changes" if meta["dirty"] else ""
-    lines += [
-        "",
+    lines = [
         f"{meta['gpu']}, torch {meta['torch']}, triton {meta['triton']}, transformers "
         f"{meta['transformers']}, {meta['dtype']}, commit {meta['commit'][:12]}{changes}, "
         f"{meta['date'][:10]}: `{meta['command']}`.",
     ]
     if meta.get("not_run"):
         lines += ["", f"Not run, time was over: {', '.join(meta['not_run'])}."]
-    return "\n".join(lines)
+    return lines
+
+
+def _fp8_lines(cells: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
+    lines = [
+        _line(["tower", "workload", "patches", "ours", "ours with fp8", "times faster"]),
+        _line(["---", "---", *["---:"] * 4]),
+    ]
+    for (tower, workload), by_name in cells.items():
+        native, fp8 = (by_name.get(name, {}).get("ms") for name in ("ours", "ours-fp8"))
+        gain = "-" if native is None or fp8 is None else f"{native / fp8:.2f}"
+        patches = f"{next(iter(by_name.values()))['patches']:,}"
+        lines.append(_line([tower, workload, patches, _ms(native), _ms(fp8), gain]))
+    return lines
 
 
 def _is_plain(by_name: Mapping[str, Any]) -> bool:

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results" / "h200"
 COMMITTED, PLAIN = RESULTS / "towers.json", RESULTS / "towers-plain.json"
 FAMILIES, IMAGES = RESULTS / "families.json", RESULTS / "images.json"
+FP8 = RESULTS / "towers-fp8.json"
 
 
 def test_the_readme_holds_the_committed_results():
@@ -17,6 +18,7 @@ def test_the_readme_holds_the_committed_results():
     assert readme_tables(COMMITTED, PLAIN) in readme
     assert readme_table(FAMILIES) in readme
     assert readme_table(IMAGES) in readme
+    assert readme_table(FP8) in readme
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
@@ -110,6 +112,21 @@ def test_a_peer_that_is_not_hugging_faces_is_marked(tmp_path):
     assert note.startswith("(plain): transformers does not have this tower. The columns of HF hold")
     without = readme_table(result(tmp_path, "s.json", {"w": both}))
     assert "plain" not in without
+
+
+def test_fp8_is_held_against_ours_without(tmp_path):
+    times = {
+        "both": {"ours": 3.0, "ours-graph": 2.9, "ours-fp8": 2.0},
+        "wrong": {"ours": 3.0, "ours-fp8": None},
+        "alone": {"ours-fp8": 2.0},
+    }
+    text = readme_table(result(tmp_path, "r.json", times, not_run=["t x"]))
+    assert text.startswith("| tower | workload | patches | ours | ours with fp8 | times faster |")
+    assert cells(text, "both") == ["1,234", "3", "2", "1.50"]
+    assert cells(text, "wrong") == ["1,234", "3", "-", "-"]
+    assert cells(text, "alone") == ["1,234", "-", "2", "-"]
+    assert "commit abc, 2026-01-02: `vitgraph bench towers`." in text
+    assert text.endswith("Not run, time was over: t x.")
 
 
 def test_what_was_not_run_and_changes_are_named(tmp_path):
