@@ -21,8 +21,8 @@ The bound is wide: where x has no direction, some 12 times the largest value of 
 1280, and more where rows of the weight differ in norm, or one channel holds most of x. A
 floating-point format can spare that: e4m3 keeps its 3 bits down to 1/28672 of the largest value,
 and loses them one by one below. What a gate multiplies has no such bound here: the product of two
-is 265 times too wide at best, and thousands of times where the largest |w| of gate and up are those
-of different channels.
+is some 260 times too wide at best, and thousands of times where the largest |w| of gate and up are
+those of different channels.
 """
 
 from typing import get_args
