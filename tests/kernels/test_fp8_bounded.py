@@ -203,6 +203,39 @@ def test_error_is_about_that_of_scaling_by_the_largest_value(activation, K, F, k
     assert rel_rms(bounded, want) < 1.3 * rel_rms(by_largest, want)
 
 
+def test_how_wide_the_bound_is_and_why_gates_have_none():
+    """The figures of docs/fp8.md, at the widths of Qwen2.5-VL."""
+    K, F = 1280, 3456
+    x, gate, up, weight = (
+        draw(T, width, seed=i) * width**-0.5
+        for i, (T, width) in enumerate(((48, K), (F, K), (F, K), (96, F)))
+    )
+    x *= K**0.5
+
+    def width_and_errors(gate, up):
+        products = Product(x, gate, None, "silu"), Product(x, up, None, None)
+        y = products[0].exact() * products[1].exact()
+        bound = products[0].bound * products[1].bound * FP8_MAX  # each is over 448
+        w, ws = quantize_ref(weight)
+        want = y @ weight.double().t()
+        errors = [
+            rel_rms(linear_fp8(q, scale, w, ws, out=torch.empty(48, 96)), want)
+            for q, scale in ((quantize_bounded_ref(y, bound), bound), quantize_ref(y.float()))
+        ]
+        return (FP8_MAX * bound / y.abs().amax(1)).median(), errors
+
+    alone = Product(x, gate, None, "gelu_erf")
+    assert 10 < (FP8_MAX / alone.scaled().abs().amax(1)).median() < 14
+    wide, (bounded, by_largest) = width_and_errors(gate, up)
+    assert 220 < wide < 300
+    assert bounded < 1.1 * by_largest
+    gate[3], up[7] = gate[3] * 8, up[7] * 8
+    wide, (bounded, by_largest) = width_and_errors(gate, up)
+    assert wide > 5000
+    assert 0.15 < bounded < 0.25
+    assert by_largest < 0.045
+
+
 # the kernel
 
 
