@@ -19,7 +19,7 @@ import torch
 from .ours_providers import OursTower
 from .provider import make_job
 from .report import number, table
-from .towers_config import build_tower
+from .towers_config import build_tower, tower_config
 from .workloads import Grid
 
 _PROFILED = 5
@@ -104,7 +104,8 @@ def run(
     rows = []
     for name in towers:
         tower = build_tower(name, device=device, dtype=dtype, seed=seed)
-        ours = OursTower(tower, list(workloads.values()), "auto", attention, precision)
+        every = list(workloads.values())
+        ours = OursTower(tower, every, "auto", attention, precision, tower_config(name).spec)
         builders = ours.builders()
         for workload, grids in workloads.items():
             spec = ours.encoder().spec

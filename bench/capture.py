@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from ..capture import EncoderCudaGraphManager
-from ..encoder.vision_encoder import VisionEncoder
 from . import capture_calls, capture_ladder, capture_refit
 from .capture_session import Result, Session
+from .ours_providers import encoder_of
 from .report import table
 from .timing import Effort
 from .towers_config import build_tower, tower_config
@@ -61,7 +61,7 @@ def run(
     Raises:
         ValueError: an unknown tower or section, no layouts, or no CUDA device.
     """
-    tower_config(tower)
+    spec = tower_config(tower).spec
     unknown = [name for name in sections if name not in SECTIONS]
     if unknown:
         raise ValueError(
@@ -78,7 +78,7 @@ def run(
         )
     device = torch.device("cuda", torch.cuda.current_device())
     module = build_tower(tower, device=device, dtype=torch.bfloat16, seed=seed)
-    encoder = VisionEncoder.from_hf(module, attention=attention)
+    encoder = encoder_of(module, spec, attention=attention)
     manager = EncoderCudaGraphManager(encoder)
     session = Session(encoder, manager, _QUICK if quick else _FULL, layouts, seed, samples=[])
     try:

@@ -68,8 +68,10 @@ class Contest:
         self._tower = build_tower(name, device=device, dtype=dtype, seed=seed)
         self._oracle = fp32_copy(name, self._tower)
         self._hf = hf_builders(self._tower)
-        self._vllm = VllmTower(tower_config(name).family, self._tower)
-        self._ours = OursTower(self._tower, workloads, budgets, attention)
+        config = tower_config(name)
+        self._vllm = VllmTower(config.family, self._tower)
+        self._spec = config.spec
+        self._ours = OursTower(self._tower, workloads, budgets, attention, spec=config.spec)
         self._fp8 = Fp8Tower(
             name, workloads, budgets, attention, device=device, dtype=dtype, seed=seed
         )
@@ -79,7 +81,7 @@ class Contest:
         """Let `ours` capture rungs of exactly these tokens, instead of those that it has."""
         self._ours.release()
         free(self._device)
-        self._ours = OursTower(self._tower, (), budgets, self._attention)
+        self._ours = OursTower(self._tower, (), budgets, self._attention, spec=self._spec)
         self._fp8.use_budgets(budgets)
 
     def rows(self, grids: Sequence[Grid], providers: Sequence[str], effort: Effort) -> list[Row]:

@@ -26,6 +26,7 @@ from ..kernels.residual import residual
 from ..kernels.rows import num_sms
 from ..kernels.tables import tuning
 from .few_rows_search import Choice, Sweep, Tile, candidates, descend, tile_name
+from .ours_providers import encoder_of
 from .report import number, table
 from .timing import Effort, TimeBudget, record, time_graphs
 from .towers_config import build_tower, tower_config
@@ -85,7 +86,7 @@ def run(
     found: list[Row] = []
     for name in towers:
         hf = build_tower(name, device=device, dtype=torch.bfloat16, seed=seed)
-        encoder = VisionEncoder.from_hf(hf)
+        encoder = encoder_of(hf, tower_config(name).spec)
         for count in rows:
             tower = CapturedTower(encoder, count, seed)
             tried = {

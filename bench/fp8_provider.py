@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from .hf_providers import hf_builders
 from .ours_providers import Budgets, OursTower
 from .provider import Builders, Job, Provider, require_cuda
-from .towers_config import build_tower, calm_
+from .towers_config import build_tower, calm_, tower_config
 from .workloads import Grid
 
 MIN_MEAN, MIN_WORST = 0.999, 0.99
@@ -96,8 +96,9 @@ class Fp8Tower:
                 build_tower(self._name, device=self._device, dtype=self._dtype, seed=self._seed)
             )
             self._ours = OursTower(
-                self._tower, self._workloads, self._budgets, self._attention, precision="fp8"
-            )
+                self._tower, self._workloads, self._budgets, self._attention, precision="fp8",
+                spec=tower_config(self._name).spec,
+            )  # fmt: skip
         tower, provider = self._tower, self._ours.builders()["ours"](job)
 
         def failure() -> str | None:

@@ -19,7 +19,10 @@ from ..capture import (
     RungLimits,
     plan,
 )
-from ..encoder.vision_encoder import VisionEncoder
+from ..encoder.families import FAMILIES
+from ..encoder.spec import EncoderSpec
+from ..encoder.vision_encoder import VisionEncoder, place_of_live
+from ..encoder.weights import TowerWeights
 from ..kernels.attention import check_backend
 from .floor import TowerShape
 from .provider import Builders, Job, Provider, UnavailableError, features_of, require_cuda
@@ -48,6 +51,24 @@ def plain_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> st
     return _OWN_BACKENDS[-1]
 
 
+def encoder_of(
+    tower: torch.nn.Module, spec: EncoderSpec | None = None, **options: Any
+) -> VisionEncoder:
+    """Our encoder with the weights of a live Hugging Face tower.
+
+    Args:
+        tower: On its device, in its dtype.
+        spec: As `TowerConfig.spec`.
+        options: `attention` and `precision`, as `VisionEncoder.from_hf` has them.
+    """
+    if spec is None:
+        return VisionEncoder.from_hf(tower, **options)
+    state = dict(tower.named_parameters())
+    rules = FAMILIES[spec.family].weight_map(spec)
+    weights = TowerWeights(spec, rules, state, *place_of_live(state))
+    return VisionEncoder(spec, weights, **options)
+
+
 class OursTower:
     """The encoder of one tower and its graphs, made when they are first needed.
 
@@ -60,6 +81,7 @@ class OursTower:
         attention: Backend for attention over whole frames; None for the encoder's choice, `PLAIN`
             for the one it makes without packages.
         precision: Of the linear layers; see `VisionEncoder.from_pretrained`.
+        spec: As `TowerConfig.spec`.
     """
 
     def __init__(
@@ -69,12 +91,14 @@ class OursTower:
         budgets: Budgets | tuple[int, ...] = "auto",
         attention: str | None = None,
         precision: str = "native",
+        spec: EncoderSpec | None = None,
     ):
         self._tower = tower
         self._workloads = workloads
         self._budgets = budgets
         self._attention = attention
         self._precision = precision
+        self._spec = spec
         self._encoder: VisionEncoder | None = None
 
     def builders(self) -> Builders:
@@ -90,8 +114,8 @@ class OursTower:
                 shape = TowerShape.of(self._tower.config)
                 head_dim = shape.hidden // shape.heads
                 attention = plain_backend(parameter.device, parameter.dtype, head_dim)
-            self._encoder = VisionEncoder.from_hf(
-                self._tower, attention=attention, precision=self._precision
+            self._encoder = encoder_of(
+                self._tower, self._spec, attention=attention, precision=self._precision
             )
         return self._encoder
 

@@ -14,6 +14,10 @@ from typing import Any, cast
 import torch
 from transformers.initialization import no_init_weights
 
+from ..encoder.families import FAMILIES
+from ..encoder.kimi_vl import vision_config as kimi_vl_config
+from ..encoder.spec import EncoderSpec
+
 # family: tower and configuration in the module of that name of transformers; imported when needed,
 # as an older release may lack some
 _FAMILIES = {
@@ -43,11 +47,14 @@ class TowerConfig:
         family, arguments: As said.
         images_only: Whether its own forward takes no batches with videos of several lengths, so
             that only images are measured.
+        spec: Of our encoder for a model without a class in transformers, where the tower of
+            `family` is another one's that computes the same; None to read it from that tower.
     """
 
     family: str
     arguments: dict[str, Any]
     images_only: bool = False
+    spec: EncoderSpec | None = None
 
     def vision_config(self) -> Any:
         """A fresh Hugging Face configuration (towers change theirs when attention is switched)."""
@@ -108,6 +115,23 @@ def _glm4v(merger: int) -> TowerConfig:
     )  # fmt: skip
 
 
+def _kimi_vl() -> TowerConfig:
+    published = kimi_vl_config({})
+    return TowerConfig(
+        "kimi_k25",
+        {
+            "hidden_size": published.hidden_size, "intermediate_size": published.intermediate_size,
+            "num_hidden_layers": published.num_hidden_layers,
+            "num_attention_heads": published.num_attention_heads,
+            "patch_size": published.patch_size, "merge_kernel_size": published.merge_kernel_size,
+            "pos_emb_height": published.init_pos_emb_height,
+            "pos_emb_width": published.init_pos_emb_width,
+        },
+        images_only=True,
+        spec=FAMILIES["kimi_vl"].spec(published),
+    )  # fmt: skip
+
+
 _GLM_OCR = {
     "depth": 24, "hidden_size": 1024, "num_heads": 16, "intermediate_size": 4096, "patch_size": 14,
 }  # fmt: skip
@@ -146,6 +170,7 @@ TOWERS: dict[str, TowerConfig] = {
     "paddleocr-vl": TowerConfig("paddleocr_vl", {"image_size": 384}),
     # no tiny one: those are tried on mixtures of images and videos
     "kimi-k2.5": TowerConfig("kimi_k25", {}, images_only=True),
+    "kimi-vl": _kimi_vl(),
     # seconds on a CPU, for trying the benchmark itself
     "tiny-qwen3-vl": TowerConfig(
         "qwen3_vl",

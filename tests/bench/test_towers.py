@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,12 +8,14 @@ from vitgraph.bench import contest, towers
 from vitgraph.bench.__main__ import main
 from vitgraph.bench.arguments import parser
 from vitgraph.bench.oracle import Reference
-from vitgraph.bench.ours_providers import OursTower, plain_backend
+from vitgraph.bench.ours_providers import OursTower, encoder_of, plain_backend
 from vitgraph.bench.provenance import source_digest
 from vitgraph.bench.provider import UnavailableError
 from vitgraph.bench.timing import Effort, TimeBudget
-from vitgraph.bench.towers_config import build_tower
+from vitgraph.bench.towers_config import TOWERS, TowerConfig, build_tower, tower_config
 from vitgraph.bench.vllm_providers import VllmTower
+from vitgraph.encoder.families import FAMILIES
+from vitgraph.encoder.kimi_vl import vision_config
 from vitgraph.kernels import attention
 
 TINY = ("tiny-qwen3-vl", "tiny-qwen2.5-vl", "tiny-qwen2-vl", "tiny-paddleocr")
@@ -256,3 +259,34 @@ def test_on_a_gpu_ours_is_timed_and_has_a_floor(tower):
         assert by_name[name]["ms"] is not None, by_name[name].get("reason")
         assert by_name[name]["floor_ms"] > 0
     assert by_name["ours"]["padded_patches"] >= by_name["ours"]["patches"]
+
+
+def test_a_model_that_transformers_has_no_class_for(monkeypatch):
+    """Ours is of that model, beside another one's tower that computes the same."""
+    published = {
+        "hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 3,
+        "intermediate_size": 96, "init_pos_emb_height": 8, "init_pos_emb_width": 8,
+    }  # fmt: skip
+    arguments = {name.removeprefix("init_"): size for name, size in published.items()}
+    spec = FAMILIES["kimi_vl"].spec(vision_config({"vision_config": published}))
+    config = TowerConfig("kimi_k25", arguments, images_only=True, spec=spec)
+    monkeypatch.setitem(TOWERS, "tiny-kimi-vl", config)
+    asked = []
+    monkeypatch.setattr(
+        "vitgraph.bench.ours_providers.encoder_of",
+        lambda *given, **options: asked.append(encoder_of(*given, **options)) or asked[-1],
+    )
+    grids = {"three": ((1, 8, 12), (1, 4, 6), (1, 2, 2))}
+    names = ("hf-eager-sdpa", "ours-eager")
+    rows = towers.run(["tiny-kimi-vl"], grids, names, device="cpu", effort=FAST, log=quiet)
+    assert [encoder.spec for encoder in asked] == [spec]
+    assert all(row["ms"] is not None for row in rows), rows
+    assert 0 < rows[1]["max_err_ratio"] <= 1.3
+
+
+def test_kimi_vl_is_as_large_as_published():
+    config = tower_config("kimi-vl")
+    assert config.spec == FAMILIES["kimi_vl"].spec(vision_config({}))
+    peer = FAMILIES["kimi_k25"].spec(config.vision_config())
+    same = {"family": "kimi_vl", "images_only": True, "segments": "frames", "frame_positions": 0}
+    assert config.spec == replace(peer, **same)

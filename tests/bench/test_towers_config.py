@@ -40,6 +40,7 @@ PARAMETERS = {
     "glm-5.3-flash": 564,
     "paddleocr-vl": 413,
     "kimi-k2.5": 417,
+    "kimi-vl": 417,
 }
 TINY = [name for name in TOWERS if name.startswith("tiny")]
 GRID = torch.tensor([[1, 8, 12], [1, 4, 6], [3, 10, 18]])
