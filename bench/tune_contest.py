@@ -20,10 +20,11 @@ from ..kernels.few_rows_tuning import FewRowsConfig, shipped_few_rows
 from ..kernels.gated_linear import gated_linear, gated_linear_ref
 from ..kernels.gemm import gemm, gemm_ref, hopper_reason
 from ..kernels.gemm_few_rows import launch, linear_partials
-from ..kernels.gemm_tuning import GATED, RESIDUAL, HopperConfig, shipped_tiles
+from ..kernels.gemm_tuning import GATED, RESIDUAL, ROTATED, HopperConfig, shipped_tiles
 from ..kernels.linear import linear
 from ..kernels.norm import norm
 from ..kernels.pdl import kernel_chain
+from ..kernels.rotary_linear import Rotation, rotary_linear, rotary_linear_ref, turns_of
 from ..kernels.testing import error_ratio
 from .timing import Effort, record_each, time_graphs
 from .tune_shapes import AttentionShape, LinearShape
@@ -43,6 +44,8 @@ _MANY_ROWS = 16384
 _SETS = 3  # of x and the output, which the calls of a graph rotate over
 _ATTENTION_CALLS = 10
 _CHECKED_ROWS = 8192  # at a time: in fp64 all of them would take gigabytes
+_HEADS = 16  # of a product that is rotated, whose time does not depend on them
+_SIDE = 64  # rows and columns of the places it is rotated by
 
 
 @dataclass(frozen=True)
@@ -117,11 +120,13 @@ def contest_linear(
     product into the stream is timed with that norm there.
     """
     operands = LinearOperands(shape, M, device, dtype)
-    is_gated = shape.epilogue == GATED
-    functions: dict[str, Callable[..., object]] = {
-        LIBRARY: partial(gated_linear if is_gated else linear, backend=LIBRARY)
-    }
+    is_gated, is_rotated = shape.epilogue == GATED, shape.epilogue == ROTATED
+    product = gated_linear if is_gated else rotary_linear if is_rotated else linear
+    functions: dict[str, Callable[..., object]] = {LIBRARY: partial(product, backend=LIBRARY)}
     for tile in shipped_tiles(shape.epilogue):
+        if is_rotated:  # which has one tile
+            functions[tile_name(tile)] = partial(rotary_linear, backend="hopper")
+            continue
         kernel = partial(gated_linear, backend="hopper") if is_gated else gemm
         functions[tile_name(tile)] = partial(kernel, config=tile)
     if M <= MOST_FEW_ROWS and hopper_reason(device, dtype) is None:
@@ -130,7 +135,7 @@ def contest_linear(
             scale = torch.ones(shape.N, device=device, dtype=dtype)
             functions = {n: partial(_then_norm, f, scale) for n, f in functions.items()}
             functions |= {tile_name(t): partial(_parts_then_norm, t, scale) for t in tiles}
-        else:
+        elif not is_rotated:  # those of the product are asked for first
             functions |= {tile_name(t): partial(_few_rows, t, is_gated) for t in tiles}
         functions = {name: partial(_early, function) for name, function in functions.items()}
     return contest(
@@ -189,7 +194,8 @@ class LinearOperands:
         self.num_calls, num_weights = num_calls_and_weights(M, N * K * dtype.itemsize, device)
         self.has_residual = shape.epilogue == RESIDUAL
         self.is_gated = shape.epilogue == GATED
-        plain = self.has_residual or self.is_gated
+        self.rotation = self._rotation(M, N, device) if shape.epilogue == ROTATED else None
+        plain = self.has_residual or self.is_gated or self.rotation is not None
         self.activation = None if plain else shape.epilogue or None
         self.xs = [draw(M, K) for _ in range(_SETS)]
         self.weights = [draw(N, K, scale=K**-0.5) for _ in range(num_weights)]
@@ -197,6 +203,14 @@ class LinearOperands:
         self.bias = None if self.has_residual else draw(N)
         self.outs = [draw(M, N // 2 if self.is_gated else N) for _ in range(_SETS)]
         self.live = torch.tensor([M], dtype=torch.int32, device=device)
+
+    def _rotation(self, M: int, N: int, device: torch.device) -> Rotation:
+        row = torch.arange(M, device=device)
+        position = torch.stack([row // _SIDE % _SIDE, row % _SIDE, 0 * row, 0 * row], 1).int()
+        count = N // 3 // _HEADS // 4
+        inv_freq = 1e4 ** -(torch.arange(count, device=device) / count)
+        angle = (position[:, :2, None] * inv_freq).flatten(1)
+        return Rotation(position, turns_of(inv_freq, _HEADS), angle.cos(), angle.sin())
 
     def works(self, function: Callable[..., object]) -> list[Work]:
         """Calls over all sets in turn, every row live."""
@@ -210,7 +224,10 @@ class LinearOperands:
 
     def _call(self, function: Callable[..., object], x, weight, target, live) -> None:
         options: dict[str, Any] = {"residual" if self.has_residual else "out": target}
-        if not self.is_gated:
+        if self.rotation is not None:
+            options["out"] = target.view(len(target), 3, _HEADS, -1)
+            options["rotation"] = self.rotation
+        elif not self.is_gated:
             options["activation"] = self.activation
         function(x, weight, self.bias, live_rows=live, **options)
 
@@ -227,17 +244,20 @@ class LinearOperands:
         for start in range(0, live, _CHECKED_ROWS):
             rows = slice(start, min(start + _CHECKED_ROWS, live))
             eager, oracle = (
-                self._definition(x[rows], weight, before[rows], dtype)
+                self._definition(x[rows], weight, before[rows], dtype, rows)
                 for dtype in (x.dtype, torch.float64)
             )
             ratios.append(error_ratio(out[rows], eager, oracle))
         return worst(ratios)
 
-    def _definition(self, x, weight, before, dtype: torch.dtype) -> torch.Tensor:
+    def _definition(self, x, weight, before, dtype: torch.dtype, rows: slice) -> torch.Tensor:
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
         if self.is_gated:
             return gated_linear_ref(x, weight, bias)
+        if self.rotation is not None:
+            cos, sin = self.rotation.cos[rows], self.rotation.sin[rows]
+            return rotary_linear_ref(x, weight, bias, cos, sin).flatten(1)
         return gemm_ref(
             x,
             weight,

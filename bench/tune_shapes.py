@@ -11,7 +11,7 @@ from typing import TypeVar
 from ..encoder.families import FAMILIES
 from ..encoder.image_spec import ImageTowerSpec
 from ..encoder.spec import EncoderSpec
-from ..kernels.gemm_tuning import GATED, RESIDUAL
+from ..kernels.gemm_tuning import GATED, RESIDUAL, ROTATED
 from .internvl_contest import INTERNVL_TOWERS, internvl_spec
 from .step_config import STEP_TOWERS
 from .towers_config import TOWERS
@@ -69,6 +69,8 @@ def layers(spec: EncoderSpec | ImageTowerSpec) -> dict[str, LinearShape]:
         "up": (2 * F, D, gated, 1) if is_gated else (F, D, spec.activation, 1),
         "down": (D, F, RESIDUAL, 1),
     }
+    if spec.rotates_neighbours:
+        found["qkv+rope"] = (3 * D, D, ROTATED, 1)
     out = spec.out_size
     if spec.merger == "glm":
         found |= {

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..kernels import few_rows_tuning, gemm_tuning
 from ..kernels.few_rows_tuning import FewRowsConfig, shipped_few_rows
-from ..kernels.gemm_tuning import RESIDUAL, HopperConfig, Table, shipped_tiles
+from ..kernels.gemm_tuning import RESIDUAL, ROTATED, HopperConfig, Table, shipped_tiles
 from .tune_contest import LIBRARY, MOST_FEW_ROWS, tile_name
 from .tune_shapes import LinearShape
 
@@ -96,7 +96,7 @@ def literal(table: Table, labels: Mapping[tuple[int, int, str], str], note: str)
     for (N, K, epilogue), classes in table.items():
         label = labels.get((N, K, epilogue), "")
         lines += [f"    # {part}" for part in wrap(label, _WIDTH - 6, break_on_hyphens=False)]
-        name = "RESIDUAL" if epilogue == RESIDUAL else f'"{epilogue}"'
+        name = {RESIDUAL: "RESIDUAL", ROTATED: "ROTATED"}.get(epilogue, f'"{epilogue}"')
         parts = [f"({first}, {names.get(tile, tile) if tile else None})" for first, tile in classes]
         comma = "," if len(parts) == 1 else ""
         line = f"    ({N}, {K}, {name}): ({', '.join(parts)}{comma}),"

@@ -24,6 +24,7 @@ from ..kernels.patch_embed import patch_embed
 from ..kernels.pdl import kernel_chain
 from ..kernels.positions import add_positions_
 from ..kernels.rope import rope_
+from ..kernels.rotary_linear import Rotation, rotary_linear, rotating_tile
 from ..kernels.swiglu import swiglu
 from ..kernels.temporal_mean import temporal_mean
 from ..kernels.window_attention import window_attention
@@ -66,7 +67,9 @@ class _Workspace:
         is_gated = spec.mlp == "gated"
         self.normed = torch.empty_like(x)
         in_fp8 = weights.fp8.plan is not None
-        qkv = empty_output(x, block.qkv_weight, in_fp8=in_fp8)
+        N, K = block.qkv_weight.shape
+        is_rotated = weights.turns is not None and rotating_tile(T, N, K, x.dtype, x.device)
+        qkv = empty_output(x, block.qkv_weight, in_fp8=in_fp8 or bool(is_rotated))
         self.qkv = qkv.view(T, 3, spec.num_heads, spec.head_dim)
         self.attended = x.new_zeros(T, spec.num_heads, spec.head_dim)
         if is_gated:
@@ -128,6 +131,9 @@ def _forward(
         clips=spec.segments == "clips",
     )
     reordered = plan.source if spec.window_size else None
+    rotation = None
+    if weights.turns is not None:
+        rotation = Rotation(plan.position, weights.turns, plan.cos, plan.sin)
     x = _embed(weights, batch.pixel_values, plan, reordered)
     if weights.frame_table is not None:
         add_frame_positions_(x, weights.frame_table, batch.grid)
@@ -137,6 +143,7 @@ def _forward(
     branch = Branch(x.device, len(x))
     for i, block in enumerate(weights.blocks):
         in_windows = spec.attends_in_windows(i)
+        _qkv(spec, block, fp8.blocks[i], stream, plan, work, rotation, in_windows)
         _attend(
             spec, block, fp8.blocks[i], stream, plan, work, batch.max_seqlen, attention, in_windows
         )
@@ -190,6 +197,35 @@ def _embed(
     return x
 
 
+def _qkv(
+    spec: EncoderSpec,
+    block: BlockWeights,
+    in_fp8: Fp8Block,
+    stream: Stream,
+    plan: Layout,
+    work: _Workspace,
+    rotation: Rotation | None,
+    in_windows: bool,
+) -> None:
+    """q, k and v of the normalised stream, rotated unless windows do it."""
+    live, flat = plan.live_rows, work.qkv.flatten(1)
+    if in_fp8.qkv is not None:
+        stream.norm_linear_fp8(
+            block.norm1, in_fp8.qkv, block.qkv_bias, spec, flat, rotation=rotation
+        )
+    else:
+        stream.norm(block.norm1, spec, out=work.normed)
+        if rotation is None:
+            linear(work.normed, block.qkv_weight, block.qkv_bias, out=flat, live_rows=live)
+        else:
+            rotary_linear(
+                work.normed, block.qkv_weight, block.qkv_bias, rotation,
+                out=work.qkv, live_rows=live,
+            )  # fmt: skip
+    if spec.rope_theta and rotation is None and not in_windows:
+        rope_(work.qkv, plan.cos, plan.sin, live, block.qk_norm_weight, spec.eps)
+
+
 def _attend(
     spec: EncoderSpec,
     block: BlockWeights,
@@ -201,16 +237,6 @@ def _attend(
     attention: str,
     in_windows: bool,
 ) -> None:
-    live = plan.live_rows
-    if in_fp8.qkv is not None:
-        qkv = work.qkv.flatten(1)
-        stream.norm_linear_fp8(block.norm1, in_fp8.qkv, block.qkv_bias, spec, qkv)
-    else:
-        stream.norm(block.norm1, spec, out=work.normed)
-        linear(
-            work.normed, block.qkv_weight, block.qkv_bias,
-            out=work.qkv.flatten(1), live_rows=live,
-        )  # fmt: skip
     scale = spec.head_dim**-0.5
     q, k, v = work.qkv.unbind(1)
     if in_windows:
@@ -219,8 +245,6 @@ def _attend(
             scale=scale, max_window=spec.window_size**2, out=work.attended,
         )  # fmt: skip
     else:
-        if spec.rope_theta:
-            rope_(work.qkv, plan.cos, plan.sin, live, block.qk_norm_weight, spec.eps)
         varlen_attention(
             q, k, v, plan.cu_seqlens,
             max_seqlen=max_seqlen, scale=scale, out=work.attended, backend=attention,

@@ -188,6 +188,15 @@ class EncoderSpec:
         return self.mlp_size if self.mlp_size % 8 == 0 else -(-self.mlp_size // 128) * 128
 
     @property
+    def rotates_neighbours(self) -> bool:
+        """Whether rows of q and k are prepared so that a rotation's pairs are neighbours.
+
+        Then the product that makes q and k can rotate them. Not where a norm of each head comes
+        between, nor with windows, whose attention rotates halves by itself.
+        """
+        return bool(self.rope_theta) and not self.qk_norm and not self.window_size
+
+    @property
     def defers_biases(self) -> bool:
         """Whether the residual stream leaves out biases that its readers add."""
         return self.proj_bias or self.mlp_bias

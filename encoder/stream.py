@@ -14,6 +14,7 @@ from ..kernels.norm import norm
 from ..kernels.norm_fp8 import norm_fp8
 from ..kernels.quantize import Bounds, aligned_rows, quantize_rows
 from ..kernels.residual import residual
+from ..kernels.rotary_linear import Rotation
 from .fp8 import Fp8Layer, TowerSpec, bounded_mlp, bounds_of
 
 # weight, bias, and the offset that the stream lacks there
@@ -94,12 +95,13 @@ class Stream:
         spec: TowerSpec,
         out: torch.Tensor,
         transform: str | None = None,
+        rotation: Rotation | None = None,
     ) -> None:
-        """`out` = f(layer(norm(stream))); see linear_fp8.py for f."""
+        """`out` = f(layer(norm(stream))); see linear_fp8.py for f and `rotation`."""
         q, scale = self._norm_fp8(weights, spec)
         linear_fp8(
             q, scale, layer.weight, layer.scale, bias,
-            transform=transform, out=out, live_rows=self._live,
+            transform=transform, rotation=rotation, out=out, live_rows=self._live,
         )  # fmt: skip
 
     def norm_mlp_fp8(

@@ -6,7 +6,7 @@ live module shares its memory.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -100,6 +100,22 @@ def _reordered(rows: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
         return rows
     runs = rows.reshape(-1, len(order), *rows.shape[1:])
     return runs[:, list(order)].reshape(rows.shape)
+
+
+def neighbour_rule(rule: Rule, num_heads: int) -> Rule:
+    """`rule` of q, k and v, in one source or three, with pairs of q and k side by side.
+
+    Pair i of a head of Hugging Face's is its elements i and i + half.
+    """
+    rows = rule.shape[0] * len(rule.sources) // 3
+    half = rows // num_heads // 2
+    pairs = tuple(place for i in range(half) for place in (i, i + half))
+    if len(rule.sources) == 1:
+        qk = tuple(start + i for start in range(0, 2 * rows, 2 * half) for i in pairs)
+        return replace(rule, row_orders=((*qk, *range(2 * rows, 3 * rows)),))
+    before = rule.row_orders or ((), (), ())
+    qk = tuple(tuple(order[i] for i in pairs) if order else pairs for order in before[:2])
+    return replace(rule, row_orders=(*qk, before[2]))
 
 
 def linear(ours: str, theirs: str, rows: int, columns: int, *, bias: bool = True) -> list[Rule]:

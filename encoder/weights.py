@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels.frame_positions import frame_table
+from ..kernels.rotary_linear import turns_of
 from .fp8 import Fp8Plan, Fp8Weights
 from .glm_merger import GlmMergerWeights
 from .spec import EncoderSpec
 from .stream import NormWeights
-from .weight_map import Rule
+from .weight_map import Rule, neighbour_rule
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class TowerWeights:
         offsets: [depth + 1, D]: what the stream lacks before block i, and after the last; None if
             nothing ever.
         inv_freq: [head_dim / 4] fp32 rope frequencies; of no use in a tower without rope.
+        turns: The same as `rotary_linear.turns_of` has them; None unless
+            `spec.rotates_neighbours`.
         fp8: Quantised copies of some of the tensors; of none unless `quantize` was called.
     """
 
@@ -82,10 +85,15 @@ class TowerWeights:
             ValueError: a tensor is missing or has another shape.
         """
         self.spec = spec
+        if spec.rotates_neighbours:
+            rules = [
+                neighbour_rule(rule, spec.num_heads) if ".qkv." in rule.name else rule
+                for rule in rules
+            ]
         self.rules = rules
         self.tensors = {
             rule.name: rule.pack(source).detach().to(device=device, dtype=dtype).contiguous()
-            for rule in rules
+            for rule in self.rules
         }
         # sums of many biases: wider than the stream, so that they add no rounding of their own
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -106,6 +114,7 @@ class TowerWeights:
             spec.head_dim // 2
         )
         self.inv_freq = (1.0 / (spec.rope_theta or 1.0) ** exponent).to(device)
+        self.turns = turns_of(self.inv_freq, spec.num_heads) if spec.rotates_neighbours else None
 
         self.frame_table = None
         if spec.frame_positions:

@@ -32,6 +32,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .activation import apply_activation
 from .gemm_tuning import HopperConfig
 from .gluon_pdl import wait_for_previous
+from .gluon_rope import load_place, rotate
 from .gluon_tiles import activate_for_fp8, add_bias, columns, load_async, store_async
 from .launch import launch_kernel
 from .pdl import starts_early
@@ -149,6 +150,9 @@ def _finish(
     w_scale_ptr,
     bias_ptr,
     out_factor,  # [BLOCK_M] of an output in fp8, or None
+    row,  # [BLOCK_M] of the patches' places with `turns_ptr`
+    column,
+    turns_ptr,
     out,
     N,
     start_m,
@@ -176,6 +180,8 @@ def _finish(
             )
         first = start_n + i * WIDTH
         y = _sums(parts[i], x_scale, w_scale_ptr, bias_ptr, first, N, LAYOUT)
+        if turns_ptr is not None:
+            y = rotate(y, row, column, turns_ptr, first, N, LAYOUT)
         if out_factor is None:
             y = apply_activation(y, ACTIVATION)
         else:
@@ -202,6 +208,8 @@ def _consume(
     w_scale_ptr,
     bias_ptr,
     out_scale_ptr,
+    position_ptr,
+    turns_ptr,
     out,
     live_ptr,
     M,
@@ -255,6 +263,8 @@ def _consume(
         # on their way while the products run
         x_scale = _load_rows(x_scale_ptr, start_m, M, BLOCK_M, HEAD_LAYOUT)
         out_factor = _load_rows(out_scale_ptr, start_m, M, BLOCK_M, HEAD_LAYOUT)
+        row = load_place(position_ptr, start_m, M, 0, BLOCK_M, HEAD_LAYOUT)
+        column = load_place(position_ptr, start_m, M, 1, BLOCK_M, HEAD_LAYOUT)
         if out_scale_ptr is not None:
             out_factor = 1.0 / out_factor
         # a barrier tells apart only neighbouring laps of the ring: the steps of the other group's
@@ -288,7 +298,7 @@ def _consume(
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
         step += steps  # those of the other group's tile
         _finish(
-            parts, x_scale, w_scale_ptr, bias_ptr, out_factor, out, N,
+            parts, x_scale, w_scale_ptr, bias_ptr, out_factor, row, column, turns_ptr, out, N,
             start_m, start_n, buffers, arrived, phase, PART_LAYOUT,
             ACTIVATION, HAS_RESIDUAL, IS_GATED, GROUP, BUFFERS,
         )  # fmt: skip
@@ -305,6 +315,8 @@ def _gemm_hopper_kernel(
     w_scale_ptr,  # [N] fp32 with fp8 operands, else None
     bias_ptr,  # [N] or None
     out_scale_ptr,  # [M] fp32 with fp8 output: what its rows are divided by; else None
+    position_ptr,  # [M, 4] int32, first row and column of the patches, or None
+    turns_ptr,  # [2, N / 2] fp32 with `position_ptr`
     out,  # [M, N] descriptor; holds the residual if there is one
     live_ptr,  # [1] int32 or None
     M,
@@ -349,12 +361,14 @@ def _gemm_hopper_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                x_scale_ptr, w_scale_ptr, bias_ptr, out_scale_ptr, out, live_ptr,
+                x_scale_ptr, w_scale_ptr, bias_ptr, out_scale_ptr, position_ptr, turns_ptr, out,
+                live_ptr,
                 M, N, K, x_ring, weight_ring, tail_ring, empty, full, buffers, arrived, turn,
                 BLOCK_M, BLOCK_N, GROUP_M, ACTIVATION, HAS_RESIDUAL, IS_GATED, num_warps, 0,
             )),
             (_consume, (
-                x_scale_ptr, w_scale_ptr, bias_ptr, out_scale_ptr, out, live_ptr,
+                x_scale_ptr, w_scale_ptr, bias_ptr, out_scale_ptr, position_ptr, turns_ptr, out,
+                live_ptr,
                 M, N, K, x_ring, weight_ring, tail_ring, empty, full, buffers, arrived, turn,
                 BLOCK_M, BLOCK_N, GROUP_M, ACTIVATION, HAS_RESIDUAL, IS_GATED, num_warps, 1,
             )),
@@ -380,6 +394,7 @@ def launch(
     is_gated: bool = False,
     scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     out_scale: torch.Tensor | None = None,
+    rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
     config: HopperConfig,
     programs: int,
 ) -> None:
@@ -405,7 +420,7 @@ def launch(
         blocks(x, block_m, block_k),
         blocks(weight, head // 2 if is_gated else head, block_k),
         blocks(weight, block_n - head, block_k) if block_n > head else None,
-        *(scales or (None, None)), bias, out_scale,
+        *(scales or (None, None)), bias, out_scale, *(rotation or (None, None)),
         blocks(out, block_m, STORE_N), live_rows,
         out.shape[0], weight.shape[0], x.shape[1],
         ACTIVATION=activation or "", HAS_RESIDUAL=has_residual, IS_GATED=is_gated,

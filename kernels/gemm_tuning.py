@@ -44,7 +44,8 @@ SHIPPED = (SQUARE, WIDE)
 
 RESIDUAL = "residual"
 GATED = "swiglu"  # the two products of gated_linear.py; N counts the rows of both
-EPILOGUES = ("", RESIDUAL, GATED, *get_args(Activation))
+ROTATED = "rope"  # of rotary_linear.py; below the first M its two kernels
+EPILOGUES = ("", RESIDUAL, GATED, ROTATED, *get_args(Activation))
 
 # (N, K, epilogue): (first M, tile), each up to the next; below the first the library
 Table = Mapping[tuple[int, int, str], tuple[tuple[int, HopperConfig | None], ...]]
@@ -52,6 +53,7 @@ Table = Mapping[tuple[int, int, str], tuple[tuple[int, HopperConfig | None], ...
 TABLE: dict[tuple[int, int, str], tuple[tuple[int, HopperConfig | None], ...]] = {
     # Qwen3-VL 8B and 32B, Qwen3.5, SigLIP 2 so400m, ...: qkv, proj, up, down
     (3456, 1152, ""): ((3136, SQUARE), (6272, WIDE), (16384, SQUARE)),
+    (3456, 1152, ROTATED): ((1568, SQUARE),),
     (1152, 1152, RESIDUAL): ((8192, WIDE), (65536, SQUARE)),
     (4304, 1152, "gelu_tanh"): ((3136, SQUARE),),
     (1152, 4304, RESIDUAL): ((16384, WIDE),),
@@ -60,6 +62,7 @@ TABLE: dict[tuple[int, int, str], tuple[tuple[int, HopperConfig | None], ...]] =
     (4096, 4608, ""): ((4096, SQUARE),),
     # Qwen2.5-VL and Qwen2-VL: qkv, proj
     (3840, 1280, ""): ((1568, SQUARE), (65536, WIDE)),
+    (3840, 1280, ROTATED): ((784, SQUARE),),
     (1280, 1280, RESIDUAL): ((8192, SQUARE),),
     # Qwen2.5-VL: gate and up, down
     (6912, 1280, GATED): ((1, SQUARE),),
@@ -73,6 +76,7 @@ TABLE: dict[tuple[int, int, str], tuple[tuple[int, HopperConfig | None], ...]] =
     (5120, 5120, ""): ((2048, SQUARE),),
     # Qwen3-VL 2B and 4B, GLM-OCR, InternViT-300M: qkv, proj, up by its activation, down
     (3072, 1024, ""): ((3136, SQUARE),),
+    (3072, 1024, ROTATED): ((3136, SQUARE),),
     (1024, 1024, RESIDUAL): ((16384, SQUARE),),
     (4096, 1024, "gelu_tanh"): ((3136, SQUARE),),
     (4096, 1024, "gelu_erf"): ((3136, SQUARE),),
@@ -84,11 +88,13 @@ TABLE: dict[tuple[int, int, str], tuple[tuple[int, HopperConfig | None], ...]] =
     (3584, 4096, "gelu_erf"): ((1568, SQUARE),),
     # Qwen3.5-0.8B, SigLIP 2 base: qkv, proj, up, down
     (2304, 768, ""): ((6272, SQUARE),),
+    (2304, 768, ROTATED): ((6272, SQUARE),),
     (768, 768, RESIDUAL): ((16384, WIDE), (32768, SQUARE)),
     (3072, 768, "gelu_tanh"): ((3136, SQUARE),),
     (768, 3072, RESIDUAL): ((32768, WIDE),),
     # GLM-4.1V and 4.5V, Step-3.7: qkv, proj
     (4608, 1536, ""): ((3136, SQUARE), (6272, WIDE), (8192, SQUARE)),
+    (4608, 1536, ROTATED): ((3136, SQUARE),),
     (1536, 1536, RESIDUAL): ((8192, WIDE),),
     # GLM-4.1V and 4.5V: gate and up, down
     (8192, 1536, GATED): ((1568, SQUARE),),
@@ -129,8 +135,11 @@ def epilogue_name(activation: str | None, has_residual: bool) -> str:
 
 
 def shipped_tiles(activation: str | None) -> tuple[HopperConfig, ...]:
-    """Tiles that this epilogue runs with: gated ones must have two equal halves."""
-    return tuple(t for t in SHIPPED if activation != GATED or t.block_n <= 128)
+    """Tiles that this epilogue runs with.
+
+    Gated ones must have two equal halves, and a rotation of wide ones does not fit into registers.
+    """
+    return tuple(t for t in SHIPPED if activation not in (GATED, ROTATED) or t.block_n <= 128)
 
 
 def tile_by_waves(M: int, N: int, K: int, activation: str | None, num_sms: int) -> HopperConfig:

@@ -3,8 +3,9 @@
     s[t, n] = x_scale[t] * w_scale[n] * sum_k x[t, k] * weight[n, k] + bias[n]
     y = f(s)      f: nothing, an activation, or "swiglu": silu(s[t, n]) * s[t, N / 2 + n]
 
-and then one of three: y in bf16 to `out`; residual += y in bf16, without f and bias; or, with
-`bound`, y in fp8 to `out` as bounded_fp8.py says, for the next product.
+and then one of three: y in bf16 to `out`, with a `rotation` as rotary_linear.py says; residual +=
+y in bf16, without f and bias; or, with `bound`, y in fp8 to `out` as bounded_fp8.py says, for the
+next product.
 
 x [T, K] and weight [N, K] float8_e4m3fn; x_scale [T] and w_scale [N] fp32; bias [N] or None.
 Elements of a row are adjacent, and rows of x, weight, out and residual start at multiples of 16
@@ -14,7 +15,7 @@ bytes (fp8 best at multiples of 128: `quantize.aligned_rows`).
 of fp32 sums, for a result in fp8 by a tanh that is off by up to 2**-11. Like its products of 16
 bits it computes live rows rounded up to tiles of 128, and leaves later ones alone.
 `backend="library"` is `torch._scaled_mm` with row-wise scales, from 8.9 on. It rounds s to bf16 and
-takes all T rows; f, the sum and the quantisation are passes of their own.
+takes all T rows; f, rotation, sum and quantisation are passes of their own.
 `backend="auto"` is "hopper" where it can run, else "library". Both sum in the tensor cores, which
 keep fewer bits between their steps than fp32 has. K and N must be multiples of 16.
 
@@ -31,6 +32,8 @@ from .bounded_fp8 import quantize_bounded, quantize_bounded_ref
 from .gemm import hopper_reason, is_aligned
 from .gemm_tuning import SQUARE
 from .quantize import FP8, dequantize, has_adjacent_columns
+from .rope import rope_
+from .rotary_linear import Rotation, check_rotation
 from .rows import ceil_div, check_live_rows, num_sms
 from .swiglu import swiglu, swiglu_ref
 
@@ -81,6 +84,7 @@ def linear_fp8(
     bias: torch.Tensor | None = None,
     *,
     transform: str | None = None,
+    rotation: Rotation | None = None,
     bound: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
@@ -92,6 +96,7 @@ def linear_fp8(
     Args:
         x, x_scale, weight, w_scale, bias: as there; bias in bf16 on a GPU.
         transform: f.
+        rotation: of y, which are q, k and v; with `out` in bf16 alone.
         bound: of every row of y, [T] fp32; not of "swiglu".
         residual: [T, N], updated in place; no bias, `transform` or `bound` with it.
         out: [T, N], for "swiglu" [T, N / 2]; fp8 with `bound`, else bf16 on a GPU.
@@ -112,6 +117,7 @@ def linear_fp8(
             f"linear_fp8: transform={transform!r} is not None or one of {get_args(Transform)}"
         )
     _check(x, x_scale, weight, w_scale, bias, transform, bound, residual, out)
+    qkv = None if rotation is None else _qkv_of(rotation, transform, bound, residual, out)
     check_live_rows("linear_fp8", x, live_rows)
     y = residual if out is None else out
     assert y is not None  # `_check` has refused neither
@@ -123,7 +129,10 @@ def linear_fp8(
             value = quantize_bounded_ref(value, bound)
         elif residual is not None:
             value += residual.float()
-        return y.copy_(value)
+        y.copy_(value)
+        if rotation is not None and qkv is not None:
+            rope_(qkv, rotation.cos, rotation.sin, live_rows, neighbours=True)
+        return y
     if reason := fp8_reason(x.device):
         raise ValueError(f"linear_fp8: {reason}; use the bf16 layer")
     if backend != "library":
@@ -135,6 +144,8 @@ def linear_fp8(
         return y
     if backend == "library":
         _by_library(x, x_scale, weight, w_scale, bias, transform, bound, residual, y, live_rows)
+        if rotation is not None and qkv is not None:
+            rope_(qkv, rotation.cos, rotation.sin, live_rows, neighbours=True)
         return y
     from .gemm_hopper import launch
 
@@ -142,10 +153,34 @@ def linear_fp8(
     launch(
         x, weight, bias, y, live_rows,
         activation="silu" if is_gated else transform, has_residual=residual is not None,
-        is_gated=is_gated, scales=(x_scale, w_scale), out_scale=bound, config=TILE,
+        is_gated=is_gated, scales=(x_scale, w_scale), out_scale=bound,
+        rotation=None if rotation is None else (rotation.position, rotation.turns), config=TILE,
         programs=min(num_sms(x.device), ceil_div(M, TILE.block_m) * ceil_div(N, TILE.block_n)),
     )  # fmt: skip
     return y
+
+
+def _qkv_of(
+    rotation: Rotation,
+    transform: str | None,
+    bound: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """`out` as [T, 3, H, D], once `rotation` is known to be its own."""
+    extras = {"transform": transform, "bound": bound, "residual": residual}
+    if given := [name for name, value in extras.items() if value is not None]:
+        raise ValueError(f"linear_fp8: q, k and v are rotated in out alone, not with {given}")
+    assert out is not None  # `_check` has refused neither
+    D = 2 * rotation.cos.shape[-1]
+    if out.shape[1] % (3 * D) or not out.is_contiguous():
+        raise ValueError(
+            f"linear_fp8: out must be contiguous [T, 3 H * {D}] with this rotation, got "
+            f"{list(out.shape)} with strides {out.stride()}"
+        )
+    qkv = out.view(len(out), 3, -1, D)
+    check_rotation("linear_fp8", rotation, qkv)
+    return qkv
 
 
 def _check(

@@ -315,7 +315,7 @@ def test_vitgraph_tune_stores_what_the_kernels_read(imaginary_gpu, monkeypatch):
     try:
         result = CliRunner().invoke(app, ["tune", "--shapes", "qwen3-vl-8b", "--shapes", "16x72"])
         assert result.exit_code == 0, result.output
-        assert result.stdout.endswith(": 6 layers\n")
+        assert result.stdout.endswith(": 7 layers\n")
         assert {M for s, M in imaginary_gpu if s.patches_per_row == 1} == set(PATCHES)
         active = tables.tuning(torch.device("cuda"))
         assert str(active.path) in result.stdout

@@ -28,7 +28,7 @@ from vitgraph.kernels.few_rows_tuning import FewRowsConfig, shipped_few_rows
 from vitgraph.kernels.gated_linear import gated_linear_ref
 from vitgraph.kernels.gemm import hopper_reason
 from vitgraph.kernels.gemm_few_rows import partials_ref
-from vitgraph.kernels.gemm_tuning import GATED, RESIDUAL, SQUARE, TABLE, WIDE
+from vitgraph.kernels.gemm_tuning import GATED, RESIDUAL, ROTATED, SQUARE, TABLE, WIDE
 from vitgraph.kernels.linear import linear_ref
 
 CPU = torch.device("cpu")
@@ -61,6 +61,8 @@ def test_shapes_are_those_of_the_prepared_weights():
         else:
             parts, merger = ("fc1", "fc2"), weights.merger
         matrices |= {f"merger {part}": getattr(merger, f"{part}_weight") for part in parts}
+        if weights.turns is not None:
+            matrices["qkv+rope"] = block.qkv_weight
         assert {n: (s.N, s.K) for n, s in found.items()} == {
             n: tuple(w.shape) for n, w in matrices.items()
         }
@@ -180,6 +182,32 @@ def test_a_layer_is_checked_and_timed_by_its_own_operands(epilogue):
     assert outcome.us["library"] == 3.0
     assert outcome.reasons == {}
     assert all(ratio <= 2 for ratio in outcome.err_ratio.values())
+
+
+def test_a_rotated_product_is_held_against_product_and_pass(monkeypatch):
+    right, backends = tune_contest.rotary_linear, []
+
+    def rotary_linear(*args, backend, **options):
+        backends.append(backend)
+        return right(*args, backend="library", **options)
+
+    monkeypatch.setattr(tune_contest, "rotary_linear", rotary_linear)
+    time, asked = made_up({"library": 3.0, SQUARE_NAME: 2.0})
+    shape = LinearShape("tiny", 3 * 16 * 8, 24, ROTATED)
+    place = {"device": CPU, "time": time, "dtype": torch.float32}
+    for rows in (20, 600):
+        outcome = contest_linear(shape, rows, **place)
+        assert outcome.us == {"library": 3.0, SQUARE_NAME: 2.0}
+        assert outcome.reasons == {}
+    assert asked == [["library", SQUARE_NAME]] * 2
+    assert set(backends) == {"library", "hopper"}
+
+    def unrotated(x, weight, bias, *, rotation, out, live_rows, backend):
+        out.copy_(linear_ref(x, weight, bias).view_as(out))
+
+    monkeypatch.setattr(tune_contest, "rotary_linear", unrotated)
+    outcome = contest_linear(shape, 100, **place)
+    assert set(outcome.reasons) == {"library", SQUARE_NAME}
 
 
 @pytest.fixture
@@ -325,6 +353,15 @@ def test_attention_against_its_definition(monkeypatch):
 
 
 # on a GPU
+
+
+@pytest.mark.gpu
+def test_a_rotated_layer_on_a_gpu():
+    device = torch.device("cuda", torch.cuda.current_device())
+    if reason := hopper_reason(device, torch.bfloat16):
+        pytest.skip(reason)
+    outcome = contest_linear(LinearShape("qkv+rope", 3456, 1152, ROTATED), 1568, device=device)
+    assert set(outcome.us) == {"library", SQUARE_NAME}
 
 
 @pytest.mark.gpu

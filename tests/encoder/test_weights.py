@@ -5,6 +5,7 @@ import torch
 import vitgraph.bench.towers_config as towers
 from vitgraph.encoder.families import family_of_model, family_of_tower
 from vitgraph.encoder.vision_encoder import VisionEncoder
+from vitgraph.encoder.weight_map import Rule, neighbour_rule
 from vitgraph.encoder.weights import TowerWeights
 
 TINY = [name for name in towers.TOWERS if name.startswith("tiny")]
@@ -69,8 +70,9 @@ def test_odd_mlp_is_padded_with_zeros():
 def test_a_live_module_is_shared_and_reloads_in_place():
     hf = tower("tiny-qwen3-vl")
     encoder = VisionEncoder.from_hf(hf)
-    qkv = encoder.weights.tensors["blocks.0.qkv.weight"]
-    assert qkv.data_ptr() == hf.blocks[0].attn.qkv.weight.data_ptr()
+    proj = encoder.weights.tensors["blocks.0.proj.weight"]
+    assert proj.data_ptr() == hf.blocks[0].attn.proj.weight.data_ptr()
+    hf.blocks[0].attn.qkv.weight.mul_(1.1)  # its rows are reordered: a copy
     pixels, grid = torch.randn(24, 1536), [(1, 4, 6)]
     before = encoder(pixels, grid).pooler_output
     addresses = {k: v.data_ptr() for k, v in encoder.weights.tensors.items()}
@@ -144,3 +146,36 @@ def test_a_tower_without_data_is_refused():
     hf = towers.empty_tower(config, device="meta", dtype=torch.float32)
     with pytest.raises(ValueError, match="on \\['meta'\\]"):
         VisionEncoder.from_hf(hf)
+
+
+@pytest.mark.parametrize("num_sources", [1, 3])
+@pytest.mark.parametrize("has_orders", [False, True])
+def test_pairs_of_q_and_k_become_neighbours(num_sources, has_orders):
+    """Whatever order a family asks for, its element i and its element i + half lie side by side."""
+    H, D, K = 2, 8, 5
+    order = (1, 3, 0, 2, 5, 7, 4, 6) if has_orders else ()
+    names = ("qkv",) if num_sources == 1 else ("q", "k", "v")
+    rule = Rule("blocks.0.qkv.weight", names, (3 * H * D // num_sources, K))
+    if has_orders and num_sources == 3:
+        rule = replace(rule, row_orders=(order, order, ()))
+    source = dict(zip(names, torch.randn(3 * H * D, K).chunk(num_sources), strict=True))
+    new = neighbour_rule(rule, H)
+    before, after = (r.pack(source).view(3, H, D, K) for r in (rule, new))
+    for i in range(D // 2):
+        assert torch.equal(after[:2, :, 2 * i], before[:2, :, i])
+        assert torch.equal(after[:2, :, 2 * i + 1], before[:2, :, i + D // 2])
+    assert torch.equal(after[2], before[2])
+    for name, tensor in new.unpack(new.pack(source)).items():
+        assert torch.equal(tensor, source[name])
+
+
+def test_towers_whose_pairs_stay_halves():
+    """Windows and norms of q and k rotate halves by themselves; the others rotate neighbours."""
+    expected = {
+        "tiny-qwen3-vl": True, "tiny-qwen2-vl": True, "tiny-paddleocr": True, "tiny-glm-4v": True,
+        "tiny-qwen2.5-vl": False, "tiny-glm-ocr": False,
+    }  # fmt: skip
+    for name, rotates in expected.items():
+        encoder = VisionEncoder.from_hf(tower(name))
+        assert encoder.spec.rotates_neighbours == rotates, name
+        assert (encoder.weights.turns is not None) == rotates

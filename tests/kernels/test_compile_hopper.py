@@ -3,7 +3,7 @@
 import pytest
 from vitgraph.kernels import linear_fp8
 from vitgraph.kernels.compiled import inspect
-from vitgraph.kernels.gemm_tuning import GATED, HopperConfig, shipped_tiles
+from vitgraph.kernels.gemm_tuning import GATED, ROTATED, HopperConfig, shipped_tiles
 
 gemm_hopper = pytest.importorskip("vitgraph.kernels.gemm_hopper")
 gl = gemm_hopper.gl
@@ -18,6 +18,7 @@ EPILOGUES = {
     "silu": {"activation": "silu"},
     "gated": {"activation": "silu", "gated": True},
     "residual": {"bias": False, "residual": True},
+    "rotated": {"rotated": True},
 }
 # of fp8 operands, by what is written; all by one tile
 FP8_EPILOGUES = {
@@ -31,13 +32,14 @@ FP8_EPILOGUES = {
     "gelu-fp8": {"activation": "gelu_tanh", "out": FP8},
     "erf-fp8": {"activation": "gelu_erf", "out": FP8},
     "quick-fp8": {"activation": "quick_gelu", "out": FP8},
+    "rotated": {"rotated": True},
     "silu-fp8": {"activation": "silu", "out": FP8},
 }
 
 
 def inspect_hopper(
     config: HopperConfig, *, activation="", bias=True, residual=False, gated=False, operands="bf16",
-    out="bf16",
+    out="bf16", rotated=False,
 ):  # fmt: skip
     def descriptor(rows, columns, element):
         size = 1 if element == FP8 else 2
@@ -74,6 +76,8 @@ def inspect_hopper(
         ("x_scale_ptr", is_fp8, "*fp32"),
         ("w_scale_ptr", is_fp8, "*fp32"),
         ("out_scale_ptr", out == FP8, "*fp32"),
+        ("position_ptr", rotated, "*i32"),
+        ("turns_ptr", rotated, "*fp32"),
     ):
         if is_given:
             signature[name] = kind
@@ -89,12 +93,18 @@ def inspect_hopper(
     )
 
 
+def key_of(epilogue):
+    """As gemm_tuning.py names it."""
+    names = {"gated": GATED, "rotated": ROTATED}
+    return next((names[n] for n in names if n in epilogue), epilogue.get("activation"))
+
+
 def tiles_and(epilogues):
     """Every epilogue with the tiles that it ships with."""
     return [
         pytest.param(config, epilogue, id=f"{config.block_m}x{config.block_n}-{name}")
         for name, epilogue in epilogues.items()
-        for config in shipped_tiles(GATED if "gated" in epilogue else epilogue.get("activation"))
+        for config in shipped_tiles(key_of(epilogue))
     ]
 
 
@@ -114,6 +124,9 @@ def test_tile(config, epilogue):
     info = inspect_hopper(config, **epilogue)
     check_shipped(info, "HGMMA", "QGMMA")
     assert "e4m3x2" not in info.ptx
+    # pairs lie in a thread: rotating them exchanges nothing
+    assert info.count("SHFL") == 0
+    assert ("sin.approx" in info.ptx) == ("rotated" in epilogue)
 
 
 @pytest.mark.parametrize("epilogue", FP8_EPILOGUES.values(), ids=list(FP8_EPILOGUES))

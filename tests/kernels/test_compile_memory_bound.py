@@ -78,6 +78,24 @@ def test_rope_by_units(D):
     assert info.count("LDG.E.64") + info.count("LDG.E.128") >= 2
 
 
+@pytest.mark.parametrize("D", [64, 72, 80, 128])
+def test_rope_of_neighbours(D):
+    info = inspect(
+        rope._rope_neighbours_kernel,
+        {
+            "qkv_ptr": "*bf16", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "live_ptr": "*i32",
+            "T": "i32", "num_angles": "i32",
+        },
+        {"HEADS": 32, "HALF": D // 2, "UNIT": 4, "BLOCK": rope.UNITS, "PDL": False},
+        num_warps=8,
+    )  # fmt: skip
+    assert info.spill_bytes == 0
+    assert info.registers <= 32
+    # a unit, its cosines and its sines, each at once
+    assert info.count("LDG.E.128") >= 3
+    assert info.count("STG.E.128") >= 1
+
+
 @pytest.mark.parametrize("T", [256, 16384])
 @pytest.mark.parametrize(
     ("P", "D", "side", "sampling"),

@@ -16,6 +16,8 @@ from vitgraph.kernels.quantize import (
     dequantize,
     quantize_ref,
 )
+from vitgraph.kernels.rope import rope_
+from vitgraph.kernels.rotary_linear import Rotation, turns_of
 from vitgraph.kernels.testing import rel_rms
 
 BF16 = torch.bfloat16
@@ -352,3 +354,41 @@ def test_opcheck(device):
     x, xs, w, ws, bias = operands(4, 16, 32, device)
     args = (x, xs, w, ws, bias, torch.bfloat16)
     torch.library.opcheck(linear_fp8_op, args, test_utils="test_faketensor")
+
+
+def rotation_of(T, H, D, device):
+    position = torch.arange(T, dtype=torch.int32)[:, None].expand(T, 4).contiguous()
+    inv_freq = 1e4 ** -(torch.arange(D // 4) / (D // 4))
+    angle = (position[:, :2, None] * inv_freq).flatten(1)
+    parts = position, turns_of(inv_freq, H), angle.cos(), angle.sin()
+    return Rotation(*(part.to(device) for part in parts))
+
+
+@pytest.mark.parametrize("backend", ["auto", "library"])
+def test_rotation_of_q_and_k(backend, device):
+    x, xs, w, ws, bias = operands(52, 96, 160, device)
+    rotation = rotation_of(52, 2, 16, device)
+    live = torch.tensor([40], dtype=torch.int32, device=device)
+    plain, out = (torch.empty(52, 96, dtype=BF16, device=device) for _ in range(2))
+    linear_fp8(x, xs, w, ws, bias, out=plain, backend=backend)
+    given = {"rotation": rotation, "live_rows": live, "backend": backend}
+    assert linear_fp8(x, xs, w, ws, bias, out=out, **given) is out
+    rope_(plain.view(52, 3, 2, 16), rotation.cos, rotation.sin, live, neighbours=True)
+    for row in range(40):  # rows differ in scale by four decades
+        assert rel_rms(out[row], plain[row]) < 1e-2
+    qk, rotated = (t.view(52, 3, 32)[1:40, :2] for t in (linear_fp8_ref(x, xs, w, ws, bias), out))
+    assert all(rel_rms(a, b) > 0.1 for a, b in zip(rotated, qk, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"transform": "silu"}, r"rotated in out alone, not with \['transform'\]"),
+        (BOUND, r"not with \['bound'\]"),
+        (RESIDUAL, r"not with \['residual'\]"),
+        ({"rotation": rotation_of(4, 1, 8, "cpu")}, r"contiguous \[T, 3 H \* 8\] .* got \[4, 16\]"),
+    ],
+)
+def test_rotations_that_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        linear_fp8(**GOOD | {"rotation": rotation_of(4, 1, 8, "cpu")} | change)

@@ -67,27 +67,47 @@ def test_norm_of_the_reference_is_in_fp64_for_fp64():
         torch.testing.assert_close(got[:, i], want, rtol=1e-14, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("T", "H", "D"), [(1, 1, 6), (5, 16, 72), (3, 16, 80), (40, 2, 20)])
+def test_neighbours_are_halves_in_another_order(T, H, D, dtype, device):
+    qkv, cos, sin = arguments(T, H, D, dtype, device)
+    order = torch.arange(D).view(2, -1).T.flatten()  # 0, half, 1, half + 1, ...
+    mixed = qkv[..., order].contiguous()
+    expected = rope_(qkv, cos, sin)
+    mixed_v = mixed[:, 2].clone()
+    got = rope_(mixed, cos, sin, neighbours=True)
+    assert got is mixed
+    assert torch.equal(got[:, :2], expected[:, :2, :, order])
+    assert torch.equal(got[:, 2], mixed_v)
+    oracle = rope_ref(mixed[:, 2].double(), cos.double(), sin.double(), neighbours=True)
+    by_halves = rope_ref(mixed[:, 2][..., order.argsort()].double(), cos.double(), sin.double())
+    assert torch.equal(oracle, by_halves[..., order])
+
+
 # of either kernel: halves of 8 elements are loaded by 16 bytes, those of 10 by 8; 40 rows of 40
 # units are several programs
+@pytest.mark.parametrize("neighbours", [False, True])
 @pytest.mark.parametrize("D", [16, 20])
 @pytest.mark.parametrize("live", [None, 7, 11])
-def test_angles_repeat(live, D, device):
+def test_angles_repeat(live, D, neighbours, device):
     qkv, cos, sin = arguments(12, 4, D, torch.float32, device)
     cos, sin = cos[:4].contiguous(), sin[:4].contiguous()
     live_rows = None if live is None else torch.tensor([live], dtype=torch.int32, device=device)
-    whole = rope_(qkv.clone(), cos.repeat(3, 1), sin.repeat(3, 1), live_rows)
-    assert torch.equal(rope_(qkv, cos, sin, live_rows), whole)
+    pairs = {"neighbours": neighbours}
+    whole = rope_(qkv.clone(), cos.repeat(3, 1), sin.repeat(3, 1), live_rows, **pairs)
+    assert torch.equal(rope_(qkv, cos, sin, live_rows, **pairs), whole)
 
 
-@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize("form", ["halves", "norm", "neighbours"])
 @pytest.mark.parametrize("D", [16, 20])
 @pytest.mark.parametrize("live", [0, 2, 25, 40, 90])
-def test_padding_is_left_alone(live, D, has_norm, device):
+def test_padding_is_left_alone(live, D, form, device):
     qkv, cos, sin = arguments(40, 4, D, torch.float32, device)
-    weight = torch.full((2 * D,), 1.5, device=device) if has_norm else None
-    before = qkv.clone()
-    whole = rope_(qkv.clone(), cos, sin, None, weight)
-    rope_(qkv, cos, sin, torch.tensor([live], dtype=torch.int32, device=device), weight)
+    weight = torch.full((2 * D,), 1.5, device=device) if form == "norm" else None
+    before, pairs = qkv.clone(), {"neighbours": form == "neighbours"}
+    whole = rope_(qkv.clone(), cos, sin, None, weight, **pairs)
+    live_rows = torch.tensor([live], dtype=torch.int32, device=device)
+    rope_(qkv, cos, sin, live_rows, weight, **pairs)
     assert torch.equal(qkv[:live], whole[:live])
     assert torch.equal(qkv[live:], before[live:])
 
@@ -116,6 +136,11 @@ def test_bad_arguments(qkv, rows, message):
 def test_bad_weight():
     with pytest.raises(ValueError, match=r"weight must be contiguous \[16\]"):
         rope_(torch.zeros(2, 3, 2, 8), *[torch.zeros(2, 4)] * 2, None, torch.zeros(8))
+    with pytest.raises(ValueError, match="a norm comes before the rotation of halves only"):
+        rope_(
+            torch.zeros(2, 3, 2, 8), *[torch.zeros(2, 4)] * 2, None, torch.zeros(16),
+            neighbours=True,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("has_norm", [False, True])

@@ -1,0 +1,61 @@
+"""Rotation of q and k in the epilogue of a matrix product in Gluon, where pairs are neighbours.
+
+Angles come from where a patch is and need no table of cos and sin: such a table takes as long to
+read as the pass over q and k that this replaces. They are kept in turns, whose whole part is
+dropped before the instructions for sine and cosine, which are within 2^-20 on half a turn.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def load_place(
+    position_ptr, start_m, M, AXIS: gl.constexpr, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """Row (`AXIS` 0) or column (1) of the patches of a tile, [BLOCK_M] fp32, or None."""
+    place = None
+    if position_ptr is not None:
+        rows = start_m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, LAYOUT))
+        place = gl.load(position_ptr + rows * 4 + AXIS, mask=rows < M, other=0).to(gl.float32)
+    return place
+
+
+@gluon.jit
+def _fraction(x):
+    """`x` minus the nearest whole number, for |x| up to 2^22."""
+    return x - ((x + 12582912.0) - 12582912.0)  # 1.5 * 2^23: no bits are left for a fraction
+
+
+@gluon.jit
+def _cos(x):
+    return gl.inline_asm_elementwise(
+        "cos.approx.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _sin(x):
+    return gl.inline_asm_elementwise(
+        "sin.approx.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def rotate(y, row, column, turns_ptr, first, N, LAYOUT: gl.constexpr):
+    """Columns `first`.. of a product, each pair of neighbours turned by its place.
+
+    `turns_ptr` [2, N / 2] holds turns for a row and for a column of the place, zero where v stays.
+    """
+    x1, x2 = y.reshape([y.shape[0], y.shape[1] // 2, 2]).split()
+    PAIRS: gl.constexpr = x1.type.layout
+    pair = first // 2 + gl.arange(0, x1.shape[1], layout=gl.SliceLayout(0, PAIRS))
+    by_row = gl.load(turns_ptr + pair, mask=pair < N // 2, other=0.0)
+    by_column = gl.load(turns_ptr + N // 2 + pair, mask=pair < N // 2, other=0.0)
+    row = gl.convert_layout(row, gl.SliceLayout(1, PAIRS))[:, None]
+    column = gl.convert_layout(column, gl.SliceLayout(1, PAIRS))[:, None]
+    turn = _fraction(row * by_row[None, :] + column * by_column[None, :])
+    angle = 6.283185307179586 * turn
+    cos, sin = _cos(angle), _sin(angle)
+    turned = gl.join(x1 * cos - x2 * sin, x2 * cos + x1 * sin)
+    return gl.convert_layout(turned.reshape([y.shape[0], y.shape[1]]), LAYOUT)
