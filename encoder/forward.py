@@ -3,8 +3,8 @@
 Everything that depends on the batch is read on the device, from the grid table, so the same calls
 can be recorded once and replayed for every batch that fits. Nothing here synchronises or moves
 data to or from the host. Rows past the live ones are finite in the residual stream and in every
-intermediate: norms write zeros there, and what attention, gating and large matrix products leave
-alone starts zero.
+intermediate: norms write zeros there, and where attention, gating and large matrix products leave
+them alone, they are zeroed first.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,6 +28,7 @@ from ..kernels.rotary_linear import Rotation, rotary_linear, rotating_tile
 from ..kernels.swiglu import swiglu
 from ..kernels.temporal_mean import temporal_mean
 from ..kernels.window_attention import window_attention
+from ..kernels.zero_padding import zero_padding_
 from .branch import Branch
 from .fp8 import Fp8Block, mlp_of_rows
 from .glm_merger import glm_merge
@@ -56,31 +57,36 @@ class Batch:
 class _Workspace:
     """Intermediates of one forward, shared by all blocks.
 
-    Padding rows that their writers leave alone start as zeros, since readers multiply them:
+    Padding rows that their writers leave alone are zeroed once, since readers multiply them:
     attention reads qkv up to a tile past its last segment, a GEMM all rows or up to a tile past
-    the live ones.
+    the live ones. Live rows are uninitialised: every block writes them before it reads them.
     """
 
-    def __init__(self, weights: TowerWeights, x: torch.Tensor):
+    def __init__(self, weights: TowerWeights, x: torch.Tensor, live_rows: torch.Tensor):
         spec, T = weights.spec, x.shape[0]
         block = weights.blocks[0]
         is_gated = spec.mlp == "gated"
         self.normed = torch.empty_like(x)
         in_fp8 = weights.fp8.plan is not None
         N, K = block.qkv_weight.shape
-        is_rotated = weights.turns is not None and rotating_tile(T, N, K, x.dtype, x.device)
-        qkv = empty_output(x, block.qkv_weight, in_fp8=in_fp8 or bool(is_rotated))
+        rotates = weights.turns is not None and rotating_tile(T, N, K, x.dtype, x.device)
+        qkv = empty_output(
+            x, block.qkv_weight, live_rows=live_rows, leaves_padding=in_fp8 or bool(rotates)
+        )
         self.qkv = qkv.view(T, 3, spec.num_heads, spec.head_dim)
-        self.attended = x.new_zeros(T, spec.num_heads, spec.head_dim)
+        # not written past the live rows by any block
+        self.attended = zero_padding_(x.new_empty(T, spec.num_heads, spec.head_dim), live_rows)
         if is_gated:
             N, K = block.up_weight.shape
             backend, _ = choose_gated_backend(T, N, K, x.dtype, x.device)
             # not needed by one kernel; two of them read and write live rows only
             is_needed = backend == "library" or spec.gate_limit is not None
             self.up = x.new_empty(T if is_needed else 0, N)
-            self.gated = x.new_zeros(T, block.down_weight.shape[1])
+            self.gated = zero_padding_(x.new_empty(T, block.down_weight.shape[1]), live_rows)
         else:
-            self.up = self.gated = empty_output(x, block.up_weight, spec.activation, in_fp8=in_fp8)
+            self.up = self.gated = empty_output(
+                x, block.up_weight, spec.activation, live_rows=live_rows, leaves_padding=in_fp8
+            )
 
 
 def tower_forward(
@@ -137,7 +143,7 @@ def _forward(
     x = _embed(weights, batch.pixel_values, plan, reordered)
     if weights.frame_table is not None:
         add_frame_positions_(x, weights.frame_table, batch.grid)
-    work = _Workspace(weights, x)
+    work = _Workspace(weights, x, plan.live_rows)
     fp8 = weights.fp8
     stream = Stream(x, plan.live_rows, in_fp8=fp8.plan is not None)
     branch = Branch(x.device, len(x))
@@ -314,7 +320,7 @@ def _merge(
     hidden = linear(
         joined, merger.fc1_weight, merger.fc1_bias,
         activation="gelu_erf", live_rows=live,
-        out=empty_output(joined, merger.fc1_weight, "gelu_erf"),
+        out=empty_output(joined, merger.fc1_weight, "gelu_erf", live_rows=live),
     )  # fmt: skip
     linear(hidden, merger.fc2_weight, merger.fc2_bias, out=out, live_rows=live)
 

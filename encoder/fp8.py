@@ -256,7 +256,7 @@ def mlp_of_rows(
     """`out` = down(f(up(rows))), for rows in the tower's dtype."""
     T = len(rows)
     # products leave rows alone past the tiles of live ones
-    between = aligned_rows(rows, T, down.weight.shape[1], zero=True)
+    between = aligned_rows(rows, T, down.weight.shape[1], live_rows=live_rows)
     hidden = between, rows.new_empty(T, dtype=torch.float32)
     quantized = quantize_rows(rows, live_rows, bounds=bounds_of(up, hidden[1]))
     bounded_mlp(

@@ -20,6 +20,7 @@ from ..kernels.layout import Layout
 from ..kernels.linear import linear
 from ..kernels.norm import norm
 from ..kernels.swiglu import swiglu
+from ..kernels.zero_padding import zero_padding_
 from .spec import EncoderSpec
 from .stream import NormWeights, Stream
 from .weight_map import Rule
@@ -101,7 +102,7 @@ def glm_merge(
     )  # fmt: skip
     activation_(y, "gelu_erf", live)
     # gating leaves rows past the live ones alone, and the product after it may read them
-    gated = y.new_zeros(len(y), spec.merger_size)
+    gated = zero_padding_(y.new_empty(len(y), spec.merger_size), live)
     if spec.gate_limit is None:
         gated_linear(y, weights.up_weight, out=gated, live_rows=live)
     else:

@@ -21,6 +21,7 @@ from ..kernels.linear import empty_output, linear
 from ..kernels.norm import norm
 from ..kernels.residual import residual
 from ..kernels.rope import rope_
+from ..kernels.zero_padding import zero_padding_
 from .fp8 import Fp8Block, Fp8Layer, linear_of_rows, mlp_of_rows
 from .image_spec import ImageTowerSpec
 from .image_weights import ImageBlock, ImageTowerWeights
@@ -117,21 +118,27 @@ class ImageBatch:
 class _Workspace:
     """Intermediates of one forward, shared by all blocks.
 
-    Padding rows that their writers leave alone start as zeros, since readers multiply them.
+    Padding rows that their writers leave alone are zeroed once, since readers multiply them. Live
+    rows are uninitialised: every block writes them before it reads them.
     """
 
-    def __init__(self, weights: ImageTowerWeights, x: torch.Tensor):
+    def __init__(self, weights: ImageTowerWeights, x: torch.Tensor, live_rows: torch.Tensor):
         spec, block, T = weights.spec, weights.blocks[0], x.shape[0]
         in_fp8 = weights.fp8.plan is not None
         self.normed = torch.empty_like(x)  # pre-norm: the norm; post-norm: the branch
         if spec.qk_norm:
             # apart, since a norm takes contiguous rows
-            self.qkv = x.new_zeros(3, T, spec.num_heads, spec.head_dim)
+            self.qkv = x.new_empty(3, T, spec.num_heads, spec.head_dim)
+            # of v alone: the norms of q and k write zeros to theirs
+            zero_padding_(self.qkv[2], live_rows)
         else:
-            qkv = empty_output(x, block.qkv_weight, in_fp8=in_fp8)
+            qkv = empty_output(x, block.qkv_weight, live_rows=live_rows, leaves_padding=in_fp8)
             self.qkv = qkv.view(T, 3, spec.num_heads, spec.head_dim)
-        self.attended = x.new_zeros(T, spec.num_heads, spec.head_dim)
-        self.up = empty_output(x, block.up_weight, spec.activation, in_fp8=in_fp8)
+        # not written past the live rows by any block
+        self.attended = zero_padding_(x.new_empty(T, spec.num_heads, spec.head_dim), live_rows)
+        self.up = empty_output(
+            x, block.up_weight, spec.activation, live_rows=live_rows, leaves_padding=in_fp8
+        )
 
 
 def image_forward(
@@ -179,8 +186,8 @@ def _forward(
             x, tensors["embed_norm.weight"], tensors["embed_norm.bias"], spec.eps,
             kind="layer", live_rows=live[:1],
         )  # fmt: skip
-    work = _Workspace(weights, x)
     rows, fp8 = live[:1], weights.fp8
+    work = _Workspace(weights, x, rows)
     pairs = zip(weights.blocks, fp8.blocks, strict=True)
     if spec.block == "pre_norm":
         stream = Stream(x, rows, in_fp8=fp8.plan is not None)
@@ -396,7 +403,8 @@ def _merge(
     weight, activation = tensors["projector.fc1.weight"], spec.projector_activation
     hidden = linear(
         joined, weight, tensors["projector.fc1.bias"],
-        activation=activation, out=empty_output(joined, weight, activation), live_rows=live_rows,
+        activation=activation, live_rows=live_rows,
+        out=empty_output(joined, weight, activation, live_rows=live_rows),
     )  # fmt: skip
     linear(
         hidden, tensors["projector.fc2.weight"], tensors["projector.fc2.bias"],

@@ -148,6 +148,7 @@ class Stream:
         if key not in self._quantized:
             T = len(self._x)
             scale = self._x.new_empty(T, dtype=torch.float32)
-            # products leave rows alone past the tiles of live ones
-            self._quantized[key] = aligned_rows(self._x, T, width, zero=hidden), scale
+            # products leave rows alone past the tiles of live ones; quantisation writes them all
+            live_rows = self._live if hidden else None
+            self._quantized[key] = aligned_rows(self._x, T, width, live_rows=live_rows), scale
         return self._quantized[key]

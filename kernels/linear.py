@@ -45,6 +45,7 @@ from .gemm import (
 from .gemm_tuning import HopperConfig, hopper_tile, tile_by_waves
 from .rows import num_sms
 from .tables import tuning
+from .zero_padding import zero_padding_
 
 __all__ = [
     "BACKENDS",
@@ -93,15 +94,22 @@ def choose_backend(
 
 
 def empty_output(
-    x: torch.Tensor, weight: torch.Tensor, activation: str | None = None, *, in_fp8: bool = False
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    activation: str | None = None,
+    *,
+    live_rows: torch.Tensor | None,
+    leaves_padding: bool = False,
 ) -> torch.Tensor:
-    """New `out` [T, N] for `linear`, or with `in_fp8` for `linear_fp8` as well.
+    """New `out` [T, N] for `linear`, or for a product that `leaves_padding` alone whatever T is.
 
-    Zero where the product may leave padding rows alone, so that they are finite after it.
+    Rows past the live ones are zero where the product may leave them alone, so that they are finite
+    after it; all others are uninitialised. `live_rows` is that of the product.
     """
     (T, K), N = x.shape, weight.shape[0]
     backend, _ = choose_backend(T, N, K, x.dtype, x.device, activation, has_residual=False)
-    return x.new_empty(T, N) if backend == "library" and not in_fp8 else x.new_zeros(T, N)
+    out = x.new_empty(T, N)
+    return out if backend == "library" and not leaves_padding else zero_padding_(out, live_rows)
 
 
 def _check_library_epilogue(

@@ -23,6 +23,7 @@ import triton.language as tl
 from .dispatch import use_reference
 from .launch import launch_kernel
 from .rows import ceil_div, check_live_rows
+from .zero_padding import zero_padding_
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -162,15 +163,18 @@ def _quantize_kernel(
     store_bounds(bound_ptr, norms_ptr, t, T, squares)
 
 
-def aligned_rows(like: torch.Tensor, T: int, F: int, *, zero: bool = False) -> torch.Tensor:
+def aligned_rows(
+    like: torch.Tensor, T: int, F: int, *, live_rows: torch.Tensor | None = None
+) -> torch.Tensor:
     """New fp8 [T, F] on the device of `like`, whose rows start at multiples of 128 bytes.
 
     Products read 128 bytes of a row at a time, and twice as much where these lie across two lines
-    of the cache.
+    of the cache. With `live_rows`, int32 [1], rows from there on are zero; the rest is
+    uninitialised.
     """
-    new = like.new_zeros if zero else like.new_empty
-    # all of the memory at once: a view of rows would be filled one by one
-    return new((T, ceil_div(F, LINE) * LINE), dtype=FP8)[:, :F]
+    # with what lies between the rows: all of it is one range of memory
+    memory = like.new_empty((T, ceil_div(F, LINE) * LINE), dtype=FP8)
+    return zero_padding_(memory, live_rows)[:, :F]
 
 
 def has_adjacent_columns(matrix: torch.Tensor) -> bool:

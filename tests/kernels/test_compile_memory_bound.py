@@ -11,6 +11,7 @@ from vitgraph.kernels import (
     probe_attention,
     residual,
     rope,
+    zero_padding,
 )
 from vitgraph.kernels.compiled import inspect
 
@@ -201,6 +202,18 @@ def test_residual(splits):
     )  # fmt: skip
     assert info.spill_bytes == 0
     assert info.count("LDG.E.128") >= 2
+
+
+def test_zero_padding():
+    info = inspect(
+        zero_padding._zero_padding_kernel,
+        {"x_ptr": "*u8", "live_ptr": "*i32", "T": "i32", "row_bytes": "i32"},
+        {"BLOCK": zero_padding.BLOCK, "PDL": False},
+        divisible=["row_bytes"],
+    )
+    assert info.spill_bytes == 0
+    assert info.registers <= 32  # eight programs of four warps are there at once
+    assert info.count("STG.E.128") == zero_padding.BLOCK // (4 * 32 * 16)
 
 
 @pytest.mark.parametrize(("window", "clips"), [(0, False), (8, False), (0, True)])

@@ -179,6 +179,15 @@ def test_into_aligned_rows(F, device):
     assert torch.equal(scale, want[1])
 
 
+@pytest.mark.parametrize("F", [131, 256])
+@pytest.mark.parametrize("live", [0, 2, 3])
+def test_aligned_rows_with_zeros_as_padding(live, F, device):
+    live_rows = torch.tensor([live], dtype=torch.int32, device=device)
+    out = aligned_rows(torch.empty(0, device=device), 3, F, live_rows=live_rows).float()
+    assert out[:live].isnan().all()  # not written: what new memory holds in these tests
+    assert not out[live:].any()
+
+
 def test_rows_of_whole_lines_are_aligned_as_they_are():
     assert aligned_rows(torch.empty(0), 5, 1152).is_contiguous()
 

@@ -7,7 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
-from vitgraph.kernels import activation, norm, norm_fp8, pdl, residual, rope, window_attention
+from vitgraph.kernels import (
+    activation,
+    norm,
+    norm_fp8,
+    pdl,
+    residual,
+    rope,
+    window_attention,
+    zero_padding,
+)
 from vitgraph.kernels.compiled import inspect
 from vitgraph.kernels.pdl import FEW_ROWS, kernel_chain, pdl_options, starts_early
 
@@ -178,6 +187,15 @@ def inspect_activation(early):
     )  # fmt: skip
 
 
+def inspect_zero_padding(early):
+    return inspect(
+        zero_padding._zero_padding_kernel,
+        {"x_ptr": "*u8", "live_ptr": "*i32", "T": "i32", "row_bytes": "i32"},
+        {"BLOCK": zero_padding.BLOCK, "PDL": early},
+        divisible=["row_bytes"], launch_pdl=early,
+    )  # fmt: skip
+
+
 def inspect_window(early):
     config = window_attention.launch_config(64, 80, torch.bfloat16)
     qkv = torch.empty(1, 3, 16, 80, dtype=torch.bfloat16, device="meta")
@@ -238,7 +256,8 @@ ROPES = [inspect_rope, inspect_rope_by_units]
 
 
 @pytest.mark.parametrize(
-    "inspect_kernel", [inspect_residual, *ROPES, inspect_activation, inspect_window]
+    "inspect_kernel",
+    [inspect_residual, *ROPES, inspect_activation, inspect_window, inspect_zero_padding],
 )
 def test_nothing_is_touched_before_the_wait(inspect_kernel):
     info = inspect_kernel(True)
@@ -252,7 +271,7 @@ def test_nothing_is_touched_before_the_wait(inspect_kernel):
     "inspect_kernel",
     [
         inspect_norm, inspect_norm_fp8, inspect_residual, *ROPES, inspect_activation,
-        inspect_window,
+        inspect_window, inspect_zero_padding,
     ],
 )  # fmt: skip
 def test_outside_a_chain_nothing_is_waited_for(inspect_kernel):

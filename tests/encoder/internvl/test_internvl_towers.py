@@ -10,6 +10,7 @@ from vitgraph.encoder import image_forward
 from vitgraph.encoder.image_weights import weight_map
 from vitgraph.encoder.internvl import spec, tower_spec
 from vitgraph.encoder.internvl_encoder import InternVLEncoder
+from vitgraph.kernels import linear as native
 from vitgraph.kernels.gemm_tuning import RESIDUAL
 from vitgraph.kernels.linear import linear
 from vitgraph.kernels.testing import rel_rms
@@ -123,7 +124,9 @@ def test_new_weights_reach_the_same_memory(kind, build, tiles):
 
 
 @torch.no_grad()
-def test_padding_does_not_reach_live_tiles(kind, build, tiles, poison_empty, monkeypatch):
+@pytest.mark.parametrize("tile", [None, 48])
+def test_padding_does_not_reach_live_tiles(kind, tile, build, tiles, poison_empty, monkeypatch):
+    """Whether products write all rows, or live ones rounded up to a tile."""
     encoder = InternVLEncoder.from_hf(build.model(kind))
     path, images = encoder.paths["tiles"], tiles(5, build.side)
     clean = path.eager_forward(path.pixel_rows(images[:2]), [path.fixed_grid] * 2)
@@ -142,13 +145,20 @@ def test_padding_does_not_reach_live_tiles(kind, build, tiles, poison_empty, mon
         seen.append((cu_seqlens.tolist(), options["max_seqlen"]))
         attention(q, k, v, cu_seqlens, **options)
 
-    def finite_linear(x, *arguments, **options):
+    def finite_linear(x, *arguments, live_rows, out, **options):
         # so that the stream stays finite, whatever computes the rows past the live ones
         assert bool(x.isfinite().all())
-        return product(x, *arguments, **options)
+        kept = out.clone()
+        product(x, *arguments, live_rows=live_rows, out=out, **options)
+        if tile is not None:
+            written = -(-int(live_rows) // tile) * tile
+            out[written:] = kept[written:]
+        return out
 
     monkeypatch.setattr(image_forward, "varlen_attention", finite_attention)
     monkeypatch.setattr(image_forward, "linear", finite_linear)
+    if tile is not None:
+        monkeypatch.setattr(native, "choose_backend", lambda *_, **__: ("hopper", None))
     poison_empty()
     path.graph_forward({"pixel_values": path.pixel_rows(images), "grid": grid}, outputs, limits)
     assert seen == [([0, 65, 130, 130, 130, 130], 65)] * 3
