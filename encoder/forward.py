@@ -254,6 +254,7 @@ def _attend(
         varlen_attention(
             q, k, v, plan.cu_seqlens,
             max_seqlen=max_seqlen, scale=scale, out=work.attended, backend=attention,
+            tickets=plan.tickets,
         )  # fmt: skip
     attended = work.attended.flatten(1)
     if in_fp8.proj is not None:

@@ -98,6 +98,17 @@ def check_tensors(name: str, q, k, v, cu_seqlens, scale: float, out) -> None:
         raise ValueError(f"{name}: scale must be positive, not {scale}")
 
 
+def check_tickets(name: str, q: torch.Tensor, tickets: torch.Tensor | None) -> None:
+    """Raise ValueError unless `tickets` are None or int32 [2] on the device of `q`."""
+    if tickets is None:
+        return
+    if tickets.shape != (2,) or tickets.dtype != torch.int32 or tickets.device != q.device:
+        raise ValueError(
+            f"{name}: tickets must be int32 [2] on {q.device}, got {tickets.dtype} "
+            f"{list(tickets.shape)} on {tickets.device}"
+        )
+
+
 def _package_reason(name: str, file: str | None, way_out: str) -> str | None:
     """Why a package cannot be used, None if it can: `file` is a module that it must hold.
 
@@ -317,10 +328,10 @@ def _triton(q, k, v, cu_seqlens, *, max_seqlen: int, scale: float, out) -> None:
     varlen_attention_triton(q, k, v, cu_seqlens, scale=scale, out=out)
 
 
-def _hopper(q, k, v, cu_seqlens, *, max_seqlen: int, scale: float, out) -> None:
+def _hopper(q, k, v, cu_seqlens, *, max_seqlen: int, scale: float, out, tickets=None) -> None:
     from .attention_hopper import varlen_attention_hopper
 
-    varlen_attention_hopper(q, k, v, cu_seqlens, scale=scale, out=out)
+    varlen_attention_hopper(q, k, v, cu_seqlens, scale=scale, out=out, tickets=tickets)
 
 
 @lru_cache(maxsize=len(BACKENDS))
@@ -349,6 +360,7 @@ def varlen_attention(
     scale: float,
     out: torch.Tensor,
     backend: str,
+    tickets: torch.Tensor | None = None,
 ) -> None:
     """Write the attention of each segment to `out` with the named backend.
 
@@ -361,6 +373,8 @@ def varlen_attention(
         scale: factor of the scores, positive.
         out: [T, H, D], contiguous. Rows from `cu_seqlens[-1]` on are left as they are.
         backend: one of `BACKENDS`; see `choose_backend`.
+        tickets: int32 [2], zeros, and zeros again afterwards, of which "hopper" draws its tiles;
+            segments of unequal length take less time so. None, and the others, go without.
 
     Raises:
         ValueError: the backend cannot be used here, or an operand is not as above.
@@ -368,8 +382,12 @@ def varlen_attention(
     """
     check_tensors("varlen_attention", q, k, v, cu_seqlens, scale, out)
     check_backend(backend, q.dtype, q.device, q.shape[-1])
+    check_tickets("varlen_attention", q, tickets)
     if q.numel() == 0 or cu_seqlens.shape[0] == 1:
         return
     if is_compiling() and backend not in ("triton", "hopper"):
         return  # others would run, on offsets that nobody has written
-    _implementation(backend)(q, k, v, cu_seqlens, max_seqlen=max_seqlen, scale=scale, out=out)
+    drawn = {"tickets": tickets} if backend == "hopper" else {}
+    _implementation(backend)(
+        q, k, v, cu_seqlens, max_seqlen=max_seqlen, scale=scale, out=out, **drawn
+    )

@@ -9,7 +9,9 @@ runs under the products of another.
 Programs stay for the whole call: program p computes the tiles p, p + programs, .. of the list of
 all (segment, head, 64 * groups rows of q), found by walking `cu_seqlens`. An empty segment costs a
 step of that walk, and those at the end nothing. Tiles that share k and v are neighbours in the
-list. Method: https://arxiv.org/abs/2407.08608.
+list. Method: https://arxiv.org/abs/2407.08608. Tiles of long segments take longer, so with
+`tickets` a program draws each tile after its first from a counter, as late as its loads allow:
+whoever is early takes what nobody has begun. Which program computes a tile changes no bit of it.
 
 A head dim is one power-of-two block of columns or two: 72 and 80 are 64 + 16. What TMA reads past
 the head dim or past the first or last row is zero.
@@ -30,7 +32,7 @@ from typing import Any
 import torch
 import triton
 
-from .attention import check_tensors
+from .attention import check_tensors, check_tickets
 from .dispatch import is_interpreting
 from .launch import launch_kernel
 from .pdl import starts_early
@@ -126,7 +128,16 @@ def box(rows: int, columns: int) -> tuple[list[int], Any]:
     return [rows, 1, columns], layout
 
 
-def launch(q, k, v, cu_seqlens, scale: float, out, config: LaunchConfig) -> None:
+def launch(
+    q,
+    k,
+    v,
+    cu_seqlens,
+    scale: float,
+    out,
+    config: LaunchConfig,
+    tickets: torch.Tensor | None = None,
+) -> None:
     """Run the kernel with a given configuration, unchecked; the benchmark tunes through it."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -149,6 +160,7 @@ def launch(q, k, v, cu_seqlens, scale: float, out, config: LaunchConfig) -> None
         boxes(k, n, first), boxes(k, n, second),
         boxes(v, n, first), boxes(v, n, second),
         out, cu_seqlens, num_segments, scale * LOG2E,
+        tickets if tiles > programs else None,
         D=head_dim, HEADS=num_heads, GROUPS=config.groups, STAGES=config.num_stages,
         num_warps=4, maxnreg=MAX_REGISTERS[config.groups], launch_pdl=starts_early(q),
     )  # fmt: skip
@@ -162,6 +174,7 @@ def varlen_attention_hopper(
     *,
     scale: float,
     out: torch.Tensor,
+    tickets: torch.Tensor | None = None,
     config: LaunchConfig | None = None,
 ) -> None:
     """Write the attention of each segment to `out`; see the module docstring.
@@ -172,6 +185,8 @@ def varlen_attention_hopper(
         cu_seqlens: int32 [S + 1] on the same device.
         scale: factor of the scores, positive.
         out: [T, H, D], contiguous. Rows outside the segments are left as they are.
+        tickets: int32 [2], zeros, and zeros again afterwards; no other call may use them
+            meanwhile. None shares the tiles out beforehand.
         config: overrides `launch_config`, for the benchmark.
 
     Raises:
@@ -188,8 +203,9 @@ def varlen_attention_hopper(
                 f"address is {x.data_ptr():#x} and strides are {x.stride()}; use "
                 'backend="triton"'
             )
+    check_tickets(name, q, tickets)
     if q.numel() == 0 or cu_seqlens.shape[0] == 1:
         return
     if config is None:
         config = launch_config(q.shape[2], q.shape[0], q.shape[1], num_sms(q.device))
-    launch(q, k, v, cu_seqlens, scale, out, config)
+    launch(q, k, v, cu_seqlens, scale, out, config, tickets)

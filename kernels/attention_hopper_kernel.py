@@ -1,7 +1,5 @@
 """The kernel of attention_hopper.py, which says what it computes and how its work is laid out."""
 
-from typing import Any
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -12,37 +10,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .attention_schedule import barrier, next_tile, posted_tile, return_tickets, walk
 from .gluon_pdl import wait_for_previous
 
-# Triton 3.7 renamed both
+# Triton 3.7 renamed it
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_barrier: Any = getattr(gl, "barrier", None) or getattr(gl, "thread_barrier")  # noqa: B009
-
-
-@gluon.jit
-def _walk(
-    cu_ptr, tile, segment, first, begin, end, last, HEADS: gl.constexpr, ROWS_Q: gl.constexpr
-):
-    """Go on to the segment that owns `tile`.
-
-    `first` is the number of tiles before `segment`, whose rows are begin..end. Past the last tile
-    the walk ends where only empty segments are left, and `tile` is not below first + count.
-    """
-    count = gl.cdiv(end - begin, ROWS_Q) * HEADS
-    while (tile >= first + count) & (end < last):
-        first += count
-        segment += 1
-        begin = end
-        end = gl.load(cu_ptr + segment + 1)
-        count = gl.cdiv(end - begin, ROWS_Q) * HEADS
-    return segment, first, begin, end, count
 
 
 @gluon.jit
 def _produce(
     q0, q1, k0, k1, v0, v1, cu_ptr, num_segments,
     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
-    q_empty, q_full, empty, k_full, v_full,
+    q_empty, q_full, empty, k_full, v_full, tickets_ptr, mail, mail_empty, mail_full,
     HEADS: gl.constexpr, GROUPS: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = k0_ring.shape[0]
@@ -59,7 +38,7 @@ def _produce(
     begin = gl.load(cu_ptr)
     end = gl.load(cu_ptr + 1)
     tile = gl.program_id(0)
-    segment, first, begin, end, count = _walk(
+    segment, first, begin, end, count = walk(
         cu_ptr, tile, segment, first, begin, end, last, HEADS, ROWS_Q
     )
     step = 0
@@ -82,7 +61,7 @@ def _produce(
             if SPLIT:
                 _load(k1, [row, head, D0], arrived, k1_ring.index(stage))
             if i == 0:
-                mbarrier.wait(q_empty.index(0), lap ^ 1)
+                mbarrier.wait(q_empty.index(0), (lap & 1) ^ 1)
                 arrived = q_full.index(0)
                 mbarrier.expect(arrived, ROWS_Q * (D0 + D1) * 2)
                 for g in gl.static_range(GROUPS):
@@ -95,11 +74,13 @@ def _produce(
             if SPLIT:
                 _load(v1, [row, head, D0], arrived, v1_ring.index(stage))
             step += 1
-        lap ^= 1
-        tile += gl.num_programs(0)
-        segment, first, begin, end, count = _walk(
+        # drawn as late as the loads allow: whoever ends early takes what others have not begun
+        tile = next_tile(tile, lap, tickets_ptr, mail, mail_empty, mail_full)
+        lap += 1
+        segment, first, begin, end, count = walk(
             cu_ptr, tile, segment, first, begin, end, last, HEADS, ROWS_Q
         )
+    return_tickets(tickets_ptr)
 
 
 @gluon.jit
@@ -172,7 +153,7 @@ def _store_rows(base, rows, num_rows, x, STRIDE: gl.constexpr, FIRST: gl.constex
 def _consume(
     out_ptr, cu_ptr, num_segments, scale_log2,
     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
-    q_empty, q_full, empty, k_full, v_full, turn,
+    q_empty, q_full, empty, k_full, v_full, turn, tickets_ptr, mail, mail_empty, mail_full,
     D: gl.constexpr, HEADS: gl.constexpr, GROUPS: gl.constexpr, SPLIT: gl.constexpr,
     NUM_WARPS: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
@@ -199,7 +180,7 @@ def _consume(
     begin = gl.load(cu_ptr)
     end = gl.load(cu_ptr + 1)
     tile = gl.program_id(0)
-    segment, first, begin, end, count = _walk(
+    segment, first, begin, end, count = walk(
         cu_ptr, tile, segment, first, begin, end, last, HEADS, ROWS_Q
     )
     step = 0
@@ -215,7 +196,7 @@ def _consume(
         # the step that ends at the segment's end: rows that belong to the one before are masked
         stage = step % STAGES
         mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
-        mbarrier.wait(q_full.index(0), lap)
+        mbarrier.wait(q_full.index(0), lap & 1)
         scores = _start_scores(q0_tiles, q1_tiles, k0_ring, k1_ring, stage, S_LAYOUT, GROUP, SPLIT)
         scores = warpgroup_mma_wait(0, deps=(scores,))
         cols = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S_LAYOUT))
@@ -279,7 +260,7 @@ def _consume(
             if SPLIT:
                 _clear_rows(v1_ring, stage, covered, NUM_WARPS)
             fence_async_shared()
-            _barrier()
+            barrier()
         p0 = gl.convert_layout(p, P_LAYOUT, assert_trivial=True)
         acc = warpgroup_mma(p0, _matrix(v0_ring, stage), acc, is_async=True)
         if SPLIT:
@@ -290,7 +271,6 @@ def _consume(
             acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index(stage))
         step += 1
-        lap ^= 1
 
         inverse = 1.0 / gl.convert_layout(gl.sum(l, 1), M_LAYOUT, assert_trivial=True)
         # int64 before the multiply: T * H * D may pass 2**31
@@ -301,8 +281,9 @@ def _consume(
             scaled = acc1 * gl.convert_layout(inverse, gl.SliceLayout(1, O1_LAYOUT))[:, None]
             _store_rows(base, row_q, length, scaled, HEADS * D, D0, D, NUM_WARPS)
 
-        tile += gl.num_programs(0)
-        segment, first, begin, end, count = _walk(
+        tile = posted_tile(tile, lap, tickets_ptr, mail, mail_empty, mail_full, NUM_WARPS)
+        lap += 1
+        segment, first, begin, end, count = walk(
             cu_ptr, tile, segment, first, begin, end, last, HEADS, ROWS_Q
         )
 
@@ -319,6 +300,7 @@ def attention_hopper_kernel(
     cu_ptr,  # [S + 1]
     num_segments,
     scale_log2,
+    tickets_ptr,  # [2] int32: tiles drawn, programs ended; zero before and after; or None
     D: gl.constexpr,
     HEADS: gl.constexpr,
     GROUPS: gl.constexpr,
@@ -355,6 +337,17 @@ def attention_hopper_kernel(
         turn = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     else:
         turn = q_empty
+    # the producer posts a tile while the groups work on the one before
+    mail = q_empty
+    mail_empty = q_empty
+    mail_full = q_empty
+    if tickets_ptr is not None:
+        mail = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        mail_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        mail_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(2):
+            mbarrier.init(mail_empty.index(i), count=GROUPS)
+            mbarrier.init(mail_full.index(i), count=1)
     mbarrier.init(q_empty.index(0), count=GROUPS)
     mbarrier.init(q_full.index(0), count=1)
     for i in gl.static_range(STAGES):
@@ -373,12 +366,14 @@ def attention_hopper_kernel(
                     out_ptr, cu_ptr, num_segments, scale_log2,
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
                     q_empty, q_full, empty, k_full, v_full, turn,
+                    tickets_ptr, mail, mail_empty, mail_full,
                     D, HEADS, GROUPS, SPLIT, num_warps, 0,
                 )),
                 (_produce, (
                     q0, q1, k0, k1, v0, v1, cu_ptr, num_segments,
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
                     q_empty, q_full, empty, k_full, v_full,
+                    tickets_ptr, mail, mail_empty, mail_full,
                     HEADS, GROUPS, SPLIT,
                 )),
             ],
@@ -392,18 +387,21 @@ def attention_hopper_kernel(
                     out_ptr, cu_ptr, num_segments, scale_log2,
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
                     q_empty, q_full, empty, k_full, v_full, turn,
+                    tickets_ptr, mail, mail_empty, mail_full,
                     D, HEADS, GROUPS, SPLIT, num_warps, 0,
                 )),
                 (_consume, (
                     out_ptr, cu_ptr, num_segments, scale_log2,
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
                     q_empty, q_full, empty, k_full, v_full, turn,
+                    tickets_ptr, mail, mail_empty, mail_full,
                     D, HEADS, GROUPS, SPLIT, num_warps, 1,
                 )),
                 (_produce, (
                     q0, q1, k0, k1, v0, v1, cu_ptr, num_segments,
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
                     q_empty, q_full, empty, k_full, v_full,
+                    tickets_ptr, mail, mail_empty, mail_full,
                     HEADS, GROUPS, SPLIT,
                 )),
             ],
@@ -417,24 +415,28 @@ def attention_hopper_kernel(
                     out_ptr, cu_ptr, num_segments, scale_log2,
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
                     q_empty, q_full, empty, k_full, v_full, turn,
+                    tickets_ptr, mail, mail_empty, mail_full,
                     D, HEADS, GROUPS, SPLIT, num_warps, 0,
                 )),
                 (_consume, (
                     out_ptr, cu_ptr, num_segments, scale_log2,
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
                     q_empty, q_full, empty, k_full, v_full, turn,
+                    tickets_ptr, mail, mail_empty, mail_full,
                     D, HEADS, GROUPS, SPLIT, num_warps, 1,
                 )),
                 (_consume, (
                     out_ptr, cu_ptr, num_segments, scale_log2,
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
                     q_empty, q_full, empty, k_full, v_full, turn,
+                    tickets_ptr, mail, mail_empty, mail_full,
                     D, HEADS, GROUPS, SPLIT, num_warps, 2,
                 )),
                 (_produce, (
                     q0, q1, k0, k1, v0, v1, cu_ptr, num_segments,
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
                     q_empty, q_full, empty, k_full, v_full,
+                    tickets_ptr, mail, mail_empty, mail_full,
                     HEADS, GROUPS, SPLIT,
                 )),
             ],

@@ -62,7 +62,7 @@ TABLE: dict[tuple[int, int, str], tuple[tuple[int, HopperConfig | None], ...]] =
     (4096, 4608, ""): ((4096, SQUARE),),
     # Qwen2.5-VL and Qwen2-VL: qkv, proj
     (3840, 1280, ""): ((1568, SQUARE), (65536, WIDE)),
-    (3840, 1280, ROTATED): ((784, SQUARE),),
+    (3840, 1280, ROTATED): ((1568, SQUARE),),
     (1280, 1280, RESIDUAL): ((8192, SQUARE),),
     # Qwen2.5-VL: gate and up, down
     (6912, 1280, GATED): ((1, SQUARE),),
@@ -88,7 +88,7 @@ TABLE: dict[tuple[int, int, str], tuple[tuple[int, HopperConfig | None], ...]] =
     (3584, 4096, "gelu_erf"): ((1568, SQUARE),),
     # Qwen3.5-0.8B, SigLIP 2 base: qkv, proj, up, down
     (2304, 768, ""): ((6272, SQUARE),),
-    (2304, 768, ROTATED): ((6272, SQUARE),),
+    (2304, 768, ROTATED): ((1568, SQUARE),),
     (768, 768, RESIDUAL): ((16384, WIDE), (32768, SQUARE)),
     (3072, 768, "gelu_tanh"): ((3136, SQUARE),),
     (768, 3072, RESIDUAL): ((32768, WIDE),),

@@ -8,6 +8,7 @@
          source             [T] int32       pixel row that each tower row holds
          cos, sin           [T, D/2] fp32   axial rope: D/4 row angles, then D/4 column angles
          live               [5] int32       live patches, items, segments, windows, tokens
+         tickets            [2] int32       zeros, for attention that draws its tiles
 
 I, T, S and W are capacities; what is live is read from the table, so one launch recorded in a graph
 serves every batch that fits. Pixel rows come in merge-block order: frame, block row, block column,
@@ -47,6 +48,7 @@ class Layout:
     cos: torch.Tensor
     sin: torch.Tensor
     live: torch.Tensor
+    tickets: torch.Tensor
 
     @property
     def live_rows(self) -> torch.Tensor:
@@ -115,6 +117,7 @@ def layout_ref(
         angle.cos().to(device),
         angle.sin().to(device),
         torch.tensor(live, dtype=torch.int32, device=device),
+        torch.zeros(2, dtype=torch.int32, device=device),
     )
 
 
@@ -242,6 +245,7 @@ def _layout_kernel(
     cos_ptr,  # [T, HALF]
     sin_ptr,  # [T, HALF]
     live_ptr,  # [5]
+    tickets_ptr,  # [2]
     num_items, num_rows, num_frames, num_windows,
     MERGE: tl.constexpr, WINDOW: tl.constexpr, CLIPS: tl.constexpr, HALF: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_HALF: tl.constexpr,
@@ -282,6 +286,8 @@ def _layout_kernel(
             tl.store(live_ptr + 2, total)
             tl.store(live_ptr + 3, windows)
             tl.store(live_ptr + 4, rows // (MERGE * MERGE))
+            tl.store(tickets_ptr, 0)
+            tl.store(tickets_ptr + 1, 0)
     else:
         if WINDOW > 0:
             k = (pid - row_programs - frame_programs) * BLOCK + lanes
@@ -351,6 +357,7 @@ def layout(
         empty(num_rows, half, dtype=torch.float32),
         empty(num_rows, half, dtype=torch.float32),
         empty(5),
+        empty(2),
     )
     programs = triton.cdiv(num_rows, BLOCK) + triton.cdiv(num_frames + 1, BLOCK)
     if window:
@@ -367,6 +374,7 @@ def layout(
     launch_kernel(
         _layout_kernel, (programs,),
         grid, inv_freq, out.cu_seqlens, out.cu_window_seqlens, out.position, out.source,
-        out.cos, out.sin, out.live, grid.shape[0], num_rows, num_frames, num_windows, **constants,
+        out.cos, out.sin, out.live, out.tickets, grid.shape[0], num_rows, num_frames, num_windows,
+        **constants,
     )  # fmt: skip
     return out

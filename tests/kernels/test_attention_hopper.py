@@ -322,13 +322,51 @@ def test_agrees_with_triton_on_a_long_segment(needs_hopper):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", CONFIGS, ids=config_name)
-def test_replay_with_another_layout(config, needs_hopper):
+@pytest.mark.parametrize("D", [64, 72, 128])
+def test_drawn_tiles(D, config, needs_hopper):
+    """Bit for bit those that are given, every one of them, call after call of the same tickets."""
+    if config.block_n * D * config.num_stages > 128 * 80 * 3 * config.groups:
+        config = launch_config(D, 5000, 16, 132)  # wide heads need their own
+    lengths = [784, 3, 0, 2300, 64, 1, 900, 129, 256, 0, 500]
+    q, k, v, cu, out = make(lengths, 16, D, pad=40, tail=5)
+    given = torch.empty_like(out)
+    launch(q, k, v, cu, 0.1, given, config)
+    tickets = torch.zeros(2, dtype=torch.int32, device="cuda")
+    for _ in range(4):
+        out.fill_(NAN)
+        launch(q, k, v, cu, 0.1, out, config, tickets)
+        live = int(cu[-1])
+        assert torch.equal(out[:live], given[:live])
+        assert out[live:].isnan().all()
+        assert tickets.tolist() == [0, 0]
+    check(q, k, v, cu, out, 0.1)
+
+
+@pytest.mark.gpu
+def test_tickets_of_the_caller(needs_hopper):
+    q, k, v, cu, out = make([2000, 16, 3000], 16)
+    tickets = torch.zeros(2, dtype=torch.int32, device="cuda")
+    varlen_attention(
+        q, k, v, cu, max_seqlen=3000, scale=0.1, out=out, backend="hopper", tickets=tickets
+    )
+    check(q, k, v, cu, out, 0.1)
+    assert tickets.tolist() == [0, 0]
+    for bad in (torch.zeros(3, dtype=torch.int32, device="cuda"), tickets.long(), tickets.cpu()):
+        with pytest.raises(ValueError, match=r"tickets must be int32 \[2\] on cuda"):
+            varlen_attention_hopper(q, k, v, cu, scale=0.1, out=out, tickets=bad)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("drawn", [False, True], ids=["given", "drawn"])
+@pytest.mark.parametrize("config", CONFIGS, ids=config_name)
+def test_replay_with_another_layout(config, drawn, needs_hopper):
     """A graph captured for one layout serves smaller and larger ones, through cu_seqlens alone."""
     T, S = 3000, 12
     q, k, v, cu, out = make([250] * S, 16, 72)
+    tickets = torch.zeros(2, dtype=torch.int32, device="cuda") if drawn else None
 
     def run():
-        launch(q, k, v, cu, 0.1, out, config)
+        launch(q, k, v, cu, 0.1, out, config, tickets)
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -16,7 +16,7 @@ from vitgraph.kernels.compiled import inspect
 kernel = pytest.importorskip("vitgraph.kernels.attention_hopper_kernel")
 
 
-def inspect_attention(D, config: LaunchConfig, dtype="bf16"):
+def inspect_attention(D, config: LaunchConfig, dtype="bf16", *, drawn=False):
     first, second = split_head_dim(D)
 
     def descriptor(rows, columns):
@@ -36,6 +36,10 @@ def inspect_attention(D, config: LaunchConfig, dtype="bf16"):
         "STAGES": config.num_stages,
         "num_warps": 4,
     }
+    if drawn:
+        signature["tickets_ptr"] = "*i32"
+    else:
+        constexprs["tickets_ptr"] = None
     for name, rows in (("q", ROWS), ("k", config.block_n), ("v", config.block_n)):
         signature[f"{name}0"] = descriptor(rows, first)
         if second:
@@ -74,13 +78,16 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("drawn", [False, True], ids=["given", "drawn"])
 @pytest.mark.parametrize(("D", "config", "dtype"), CASES)
-def test_attention(D, config, dtype):
-    info = inspect_attention(D, config, dtype)
+def test_attention(D, config, dtype, drawn):
+    info = inspect_attention(D, config, dtype, drawn=drawn)
     first, second = split_head_dim(D)
     # a barrier that is initialised and never used shares its memory with other data
     turns = config.groups if config.groups > 1 else 0
-    assert info.ptx.count("mbarrier.init") == 2 + 3 * config.num_stages + turns
+    mail = 4 if drawn else 0
+    assert info.ptx.count("mbarrier.init") == 2 + 3 * config.num_stages + turns + mail
+    assert info.ptx.count("atom.") == (2 if drawn else 0)
     assert info.spill_bytes == 0
     assert info.count("LDL") == info.count("STL") == 0
     assert info.shared_bytes * config.programs_per_sm <= 227 << 10

@@ -223,7 +223,8 @@ def test_layout(window, clips):
         {
             "grid_ptr": "*i32", "inv_freq_ptr": "*fp32", "cu_seqlens_ptr": "*i32",
             "cu_window_seqlens_ptr": "*i32", "position_ptr": "*i32", "source_ptr": "*i32",
-            "cos_ptr": "*fp32", "sin_ptr": "*fp32", "live_ptr": "*i32", "num_items": "i32",
+            "cos_ptr": "*fp32", "sin_ptr": "*fp32", "live_ptr": "*i32",
+            "tickets_ptr": "*i32", "num_items": "i32",
             "num_rows": "i32", "num_frames": "i32", "num_windows": "i32",
         },
         {

@@ -37,7 +37,7 @@ def test_matches_definition(grids, window, slack, device):
     sizes = capacities(grids, window, slack)
     got = layout(table, inv_freq, **sizes, merge=2, window=window)
     want = layout_ref(table, inv_freq.double(), **sizes, merge=2, window=window)
-    names = ["cu_seqlens", "position", "source", "live"]
+    names = ["cu_seqlens", "position", "source", "live", "tickets"]
     for name in [*names, "cu_window_seqlens"] if window else names:
         assert torch.equal(getattr(got, name), getattr(want, name)), name
     for name in ("cos", "sin"):
@@ -54,7 +54,7 @@ def test_segments_of_whole_items(grids, slack, device):
     sizes = capacities(grids, 0, slack) | {"num_frames": len(grids) + slack}
     got = layout(table, inv_freq, **sizes, merge=1, clips=True)
     want = layout_ref(table, inv_freq, **sizes, merge=1, window=0, clips=True)
-    for name in ("cu_seqlens", "position", "source", "live"):
+    for name in ("cu_seqlens", "position", "source", "live", "tickets"):
         assert torch.equal(getattr(got, name), getattr(want, name)), name
     sizes = torch.tensor([0] + [t * h * w for t, h, w in grids] + [0] * slack)
     assert got.cu_seqlens.tolist() == sizes.cumsum(0).tolist()
@@ -67,7 +67,7 @@ def test_blocks_of_one_patch_are_row_by_row(device):
     sizes = {"num_rows": 70, "num_frames": 6, "num_windows": 0}
     got = layout(table, inv_freq, **sizes, merge=1)
     want = layout_ref(table, inv_freq, **sizes, merge=1, window=0)
-    for name in ("cu_seqlens", "position", "source", "live"):
+    for name in ("cu_seqlens", "position", "source", "live", "tickets"):
         assert torch.equal(getattr(got, name), getattr(want, name)), name
     assert got.position[7:9].tolist() == [[1, 0, 5, 7], [1, 1, 5, 7]]
     assert got.live_tokens.tolist() == got.live_rows.tolist() == [60]

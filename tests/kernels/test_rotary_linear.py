@@ -204,9 +204,9 @@ def test_kernel(T, H, D, K, has_bias, dtype, hopper):
     # one rounding instead of two, and angles that are as good
     for part in range(3):
         assert_as_accurate(out[:, part], two[:, part], oracle[:, part], factor=1.02)
-    assert rel_rms(out[:, :2], oracle[:, :2]) < (0.9 if T > 1 else 1.0) * rel_rms(
-        two[:, :2], oracle[:, :2]
-    )
+    if T > 1:  # the first patch is not turned
+        ours, theirs = (rel_rms(y[1:, :2], oracle[1:, :2]) for y in (out, two))
+        assert ours < 0.9 * theirs
 
 
 @pytest.mark.gpu
