@@ -231,10 +231,10 @@ class LongSegments:
     num_rows: int = 0
 
 
-# Measured on an H200 with 16 heads, by head dim. Below, hopper takes down to 0.6 of fa4's time; in
-# one segment of 16,384 rows fa4 takes 6, 11 and 16 % less. At 72 the two are about even in one
-# segment of 3,000 to 4,000 rows.
-_LONG = {64: LongSegments(6144), 72: LongSegments(2304, 6144), 80: LongSegments(2304)}
+# Measured on an H200 with 16 heads, by head dim, tiles of hopper drawn. Below, hopper takes down to
+# 0.5 of fa4's time; in one segment of 16,384 rows fa4 takes 5, 12 and 15 % less. At 72 the two are
+# about even in one segment of 3,000 to 4,000 rows, at 80 in mixes of 1,300 to 1,800.
+_LONG = {64: LongSegments(6144), 72: LongSegments(2304, 6144), 80: LongSegments(1700)}
 _LONG_ELSEWHERE = LongSegments(8192)  # at head dims that were not measured
 
 

@@ -126,12 +126,14 @@ def launch(
     *,
     activation: str | None = None,
     is_gated: bool = False,
+    rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
     config: FewRowsConfig,
 ) -> None:
     """Launch on checked operands: 16-bit, 16-byte aligned rows, on compute capability 9.0.
 
     `out` is [M, N] of x's dtype ([M, N / 2] when gated) if `config.splits` is 1 and it has two
-    dimensions; else [splits, M, N] fp32, contiguous, for sums without bias or activation.
+    dimensions; else [splits, M, N] fp32, contiguous, for sums without bias or activation. With
+    `rotation`, position and turns of rotary_linear.py, pairs of columns are turned.
     """
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -154,6 +156,7 @@ def launch(
         blocks(weight, head // 2 if is_gated else head, BLOCK_K),
         blocks(weight, block_n - head, BLOCK_K) if block_n > head else None,
         bias,
+        *(rotation or (None, None)),
         None if is_partial else blocks(out, block_m, STORE_N),
         out if is_partial else None,
         live_rows, M, N, K, config.splits,

@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .activation import apply_activation
 from .gluon_pdl import wait_for_previous
+from .gluon_rope import load_place, rotate
 from .gluon_tiles import add_bias, columns, load_async, store_async
 
 
@@ -79,7 +80,7 @@ def _produce(
 
 @gluon.jit
 def _store_rounded(
-    parts, bias_ptr, out, N, start_m, start_n, buffers,
+    parts, bias_ptr, row, column, turns_ptr, out, N, start_m, start_n, buffers,
     LAYOUT: gl.constexpr, ACTIVATION: gl.constexpr, IS_GATED: gl.constexpr,
 ):  # fmt: skip
     PARTS: gl.constexpr = len(parts) // 2 if IS_GATED else len(parts)
@@ -90,6 +91,8 @@ def _store_rounded(
     for i in gl.static_range(PARTS):
         first = start_n + i * WIDTH
         y = add_bias(gl.convert_layout(parts[i], LAYOUT), bias_ptr, first, N, LAYOUT)
+        if turns_ptr is not None:
+            y = rotate(y, row, column, turns_ptr, first, N, LAYOUT)
         y = apply_activation(y, ACTIVATION)
         if IS_GATED:
             up = gl.convert_layout(parts[PARTS + i], LAYOUT)
@@ -114,7 +117,7 @@ def _store_partial(acc, out_ptr, M, N, start_m, start_n):
 
 @gluon.jit
 def _consume(
-    bias_ptr, out, partial_ptr, live_ptr, M, N, start_m, start_n, steps,
+    bias_ptr, position_ptr, turns_ptr, out, partial_ptr, live_ptr, M, N, start_m, start_n, steps,
     x_ring, weight_ring, tail_ring, buffers, empty, x_full, weight_full,
     ACTIVATION: gl.constexpr, IS_GATED: gl.constexpr, HAS_TAIL: gl.constexpr,
     NUM_WARPS: gl.constexpr,
@@ -127,6 +130,8 @@ def _consume(
     TAIL_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, TAIL, 16])
     wait_for_previous()
     if start_m < _num_live(live_ptr, M):
+        row = load_place(position_ptr, start_m, M, 0, BLOCK_M, HEAD_LAYOUT)
+        column = load_place(position_ptr, start_m, M, 1, BLOCK_M, HEAD_LAYOUT)
         acc = gl.zeros([BLOCK_M, HEAD], gl.float32, HEAD_LAYOUT)
         tail = acc
         if HAS_TAIL:
@@ -163,7 +168,7 @@ def _consume(
             else:
                 parts = columns(acc, HEAD // WIDTH)
             _store_rounded(
-                parts, bias_ptr, out, N, start_m, start_n, buffers,
+                parts, bias_ptr, row, column, turns_ptr, out, N, start_m, start_n, buffers,
                 PART_LAYOUT, ACTIVATION, IS_GATED,
             )  # fmt: skip
 
@@ -174,6 +179,8 @@ def gemm_few_rows_kernel(
     weight,  # [N, K] descriptor, blocks of HEAD rows (half of it when gated)
     weight_tail,  # the same by blocks of TAIL rows, or None
     bias_ptr,  # [N] or None
+    position_ptr,  # [M, 4] int32, first row and column of the patches, or None
+    turns_ptr,  # [2, N / 2] fp32 with `position_ptr`
     out,  # [M, N] descriptor (half as wide when gated), or None
     partial_ptr,  # [splits, M, N] fp32, or None
     live_ptr,  # [1] int32 or None
@@ -228,7 +235,8 @@ def gemm_few_rows_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                bias_ptr, out, partial_ptr, live_ptr, M, N, start_m, start_n, steps,
+                bias_ptr, position_ptr, turns_ptr, out, partial_ptr, live_ptr,
+                M, N, start_m, start_n, steps,
                 x_ring, weight_ring, tail_ring, buffers, empty, x_full, weight_full,
                 ACTIVATION, IS_GATED, HAS_TAIL, num_warps,
             )),

@@ -402,7 +402,8 @@ def launch(
 
     With `is_gated`, weight is [2 F, K] and out [M, F]; the activation is that of the gate. x and
     weight are of 16 bits, or fp8 with `scales` of their rows [M] and [N]; out is of 16 bits, or fp8
-    with the `out_scale` [M] of its rows.
+    with the `out_scale` [M] of its rows. With `rotation`, position and turns of rotary_linear.py,
+    pairs of columns are turned.
     """
     block_m, block_n = config.block_m, config.block_n
     block_k = BLOCK_K_BYTES // x.element_size()

@@ -8,9 +8,10 @@ depend on the order of a head's elements, and a tile of the product always holds
 
 `backend="hopper"` is one kernel (gemm_hopper.py): it computes the angles from the places of the
 patches (gluon_rope.py), rounds once, and costs hardly more than the product; the pass over q and k
-that it saves costs an eighth of both. `backend="library"` is `linear` with a pass of rope.py behind
-it. `backend="auto"` takes the first by the measurements of gemm_tuning.py, under `ROTATED`.
-Rows past the live ones: as `linear` leaves them.
+that it saves costs an eighth of both. `backend="few_rows"` is that of gemm_few_rows.py, likewise.
+`backend="library"` is `linear` with a pass of rope.py behind it. `backend="auto"` takes the second
+where `linear` would, the first by the measurements of gemm_tuning.py under `ROTATED`, or else the
+third. Rows past the live ones: as `linear` leaves them.
 
 CPU tensors are computed by plain PyTorch operations.
 """
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .few_rows_tuning import FewRowsConfig
 from .gemm import check_arguments, hopper_reason, is_aligned
 from .gemm import cost as gemm_cost
 from .gemm_tuning import ROTATED, SQUARE, HopperConfig, hopper_tile
@@ -28,7 +30,7 @@ from .rope import rope_, rope_ref
 from .rows import ceil_div, num_sms
 from .tables import tuning
 
-BACKENDS = ("auto", "library", "hopper")
+BACKENDS = ("auto", "library", "hopper", "few_rows")
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,16 @@ def cost(T: int, H: int, D: int, K: int, dtype: torch.dtype) -> Cost:
 
 def rotating_tile(
     M: int, N: int, K: int, dtype: torch.dtype, device: torch.device
-) -> HopperConfig | None:
+) -> HopperConfig | FewRowsConfig | None:
     """The tile by which "auto" rotates in the epilogue; None where it takes two kernels.
 
     Raises:
         ValueError: the user's table for this GPU is damaged.
     """
-    backend, _ = choose_backend(M, N, K, dtype, device, None, has_residual=False)
-    if device.type != "cuda" or backend == "few_rows" or hopper_reason(device, dtype) is not None:
+    _, tile = choose_backend(M, N, K, dtype, device, None, has_residual=False)
+    if isinstance(tile, FewRowsConfig):
+        return tile
+    if device.type != "cuda" or hopper_reason(device, dtype) is not None:
         return None
     return hopper_tile(M, N, K, ROTATED, False, num_sms(device), tuning(device).table)
 
@@ -111,10 +115,10 @@ def rotary_linear(
         rotation: of T patches.
         out: [T, 3, H, D], contiguous.
         live_rows: int32 [1] on the device; rows from there on are of no interest.
-        backend: "auto", "library" or "hopper".
+        backend: "auto", "library", "hopper" or "few_rows".
 
     Raises:
-        ValueError: shapes disagree, a tensor is not contiguous, an unknown backend, or the kernel
+        ValueError: shapes disagree, a tensor is not contiguous, an unknown backend, or a kernel
             where it cannot run.
         TypeError: dtypes or devices disagree.
     """
@@ -125,16 +129,16 @@ def rotary_linear(
     check_arguments("rotary_linear", x, weight, bias, None, None, flat, live_rows)
     (M, K), N = x.shape, len(weight)
     tile = None
-    if backend == "hopper":
+    if backend in ("hopper", "few_rows"):
         if reason := hopper_reason(x.device, x.dtype):
-            raise ValueError(f"rotary_linear: backend='hopper' cannot run here: {reason}")
+            raise ValueError(f"rotary_linear: backend={backend!r} cannot run here: {reason}")
         if K == 0 or not is_aligned(x, weight, flat):
             raise ValueError(
-                "rotary_linear: backend='hopper' needs columns to sum over, and rows that start at "
-                f"multiples of 16 bytes, got x {tuple(x.shape)} and strides {x.stride()}, "
-                f"{weight.stride()} and {flat.stride()}; use 'auto'"
+                f"rotary_linear: backend={backend!r} needs columns to sum over, and rows that "
+                f"start at multiples of 16 bytes, got x {tuple(x.shape)} and strides "
+                f"{x.stride()}, {weight.stride()} and {flat.stride()}; use 'auto'"
             )
-        tile = SQUARE
+        tile = SQUARE if backend == "hopper" else FewRowsConfig(64, 128, num_stages=8)
     elif backend == "auto" and is_aligned(x, weight, flat):
         tile = rotating_tile(M, N, K, x.dtype, x.device)
     if tile is None:
@@ -143,13 +147,18 @@ def rotary_linear(
         return rope_(out, rotation.cos, rotation.sin, live_rows, neighbours=True)
     if M == 0:
         return out
+    angles = rotation.position, rotation.turns
+    if isinstance(tile, FewRowsConfig):
+        from . import gemm_few_rows
+
+        gemm_few_rows.launch(x, weight, bias, flat, live_rows, rotation=angles, config=tile)
+        return out
     from .gemm_hopper import launch
 
     tiles = ceil_div(M, tile.block_m) * ceil_div(N, tile.block_n)
     launch(
         x, weight, bias, flat, live_rows,
-        activation=None, rotation=(rotation.position, rotation.turns), config=tile,
-        programs=min(num_sms(x.device), tiles),
+        activation=None, rotation=angles, config=tile, programs=min(num_sms(x.device), tiles),
     )  # fmt: skip
     return out
 

@@ -4,7 +4,7 @@ import pytest
 from vitgraph.kernels import gemm_few_rows
 from vitgraph.kernels.compiled import inspect
 from vitgraph.kernels.few_rows_tuning import TABLE, FewRowsConfig
-from vitgraph.kernels.gemm_tuning import GATED, RESIDUAL
+from vitgraph.kernels.gemm_tuning import GATED, RESIDUAL, ROTATED
 
 kernel_module = pytest.importorskip("vitgraph.kernels.gemm_few_rows_kernel")
 gl = kernel_module.gl
@@ -14,6 +14,8 @@ LAUNCHES = {
     *((tile, epilogue) for (_, _, epilogue), tiles in TABLE.items() for _, tile in tiles),
     *((FewRowsConfig(64, 64, 6), name) for name in ("", "gelu_tanh", "gelu_erf", "quick_gelu")),
     (FewRowsConfig(64, 64, 6), "silu"),
+    # products that rotate take the tiles of those that do not
+    *((t, ROTATED) for (N, K, name), ts in TABLE.items() for _, t in ts if N == 3 * K and not name),
     (FewRowsConfig(64, 128, 4), GATED),
 }
 
@@ -39,13 +41,16 @@ def inspect_few_rows(tile: FewRowsConfig, epilogue: str):
         "live_ptr": "*i32",
         **dict.fromkeys(("M", "N", "K", "splits"), "i32"),
     }
-    activation = "silu" if is_gated else "" if is_partial else epilogue
+    is_rotated = epilogue == ROTATED
+    activation = "silu" if is_gated else "" if is_partial or is_rotated else epilogue
     constexprs = {
         "ACTIVATION": activation, "IS_GATED": is_gated, "STAGES": tile.num_stages,
         "num_warps": m // 16,
     }  # fmt: skip
     for name, is_given, kind in (
         ("bias_ptr", not is_partial, "*bf16"),
+        ("position_ptr", is_rotated, "*i32"),
+        ("turns_ptr", is_rotated, "*fp32"),
         ("out", not is_partial, descriptor(m, gemm_few_rows.STORE_N)),
         ("partial_ptr", is_partial, "*fp32"),
         ("weight_tail", n > head, descriptor(n - head, k)),

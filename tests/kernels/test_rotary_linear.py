@@ -126,7 +126,7 @@ def test_when_it_is_taken(h200, monkeypatch):
     # a product of few rows goes first, whatever the table says
     few = FewRowsConfig(64, 64, num_stages=6)
     monkeypatch.setattr(module, "choose_backend", lambda *args, **options: ("few_rows", few))
-    assert tile(1000) is None
+    assert tile(1000) == few
 
 
 def test_other_gpus_take_two_kernels(h200, monkeypatch):
@@ -154,6 +154,7 @@ SMALL = operands(4, 2, 8, 16, torch.float32, "cpu")
         ({"live_rows": torch.ones(1)}, ValueError, "live_rows must be one int32"),
         ({"backend": "cublas"}, ValueError, "backend='cublas' is not one of"),
         ({"backend": "hopper"}, ValueError, "cannot run here: .* device is cpu"),
+        ({"backend": "few_rows"}, ValueError, "'few_rows' cannot run here"),
     ],
 )
 def test_bad_arguments(change, error, message):
@@ -194,11 +195,12 @@ def hopper():
         (70, 1, 8, 24),
     ],
 )
-def test_kernel(T, H, D, K, has_bias, dtype, hopper):
+@pytest.mark.parametrize("backend", ["hopper", "few_rows"])
+def test_kernel(T, H, D, K, has_bias, dtype, backend, hopper):
     (x, weight, bias), rotation = operands(T, H, D, K, dtype, CUDA, side=56)
     bias = bias if has_bias else None
     out = empty(T, H, D, dtype, CUDA)
-    rotary_linear(x, weight, bias, rotation, out=out, backend="hopper")
+    rotary_linear(x, weight, bias, rotation, out=out, backend=backend)
     two = rotary_linear(x, weight, bias, rotation, out=torch.empty_like(out), backend="library")
     oracle = oracle_of(x, weight, bias, rotation)
     # one rounding instead of two, and angles that are as good
@@ -227,27 +229,29 @@ def test_kernel_far_from_the_origin(hopper):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("backend", "block"), [("hopper", SQUARE.block_m), ("few_rows", 64)])
 @pytest.mark.parametrize("live", [0, 1, 128, 129, 700, 900])
-def test_kernel_with_live_rows(live, hopper):
+def test_kernel_with_live_rows(live, backend, block, hopper):
     (x, weight, bias), rotation = operands(800, 4, 72, 96, BF16, CUDA)
     live_rows = torch.tensor([live], dtype=torch.int32, device=CUDA)
     x[min(live, 800) :] = 0
     out = empty(800, 4, 72, BF16, CUDA)
-    rotary_linear(x, weight, bias, rotation, out=out, live_rows=live_rows, backend="hopper")
-    whole = rotary_linear(x, weight, bias, rotation, out=torch.empty_like(out), backend="hopper")
-    written = min(-(-live // SQUARE.block_m) * SQUARE.block_m, 800)
+    rotary_linear(x, weight, bias, rotation, out=out, live_rows=live_rows, backend=backend)
+    whole = rotary_linear(x, weight, bias, rotation, out=torch.empty_like(out), backend=backend)
+    written = min(-(-live // block) * block, 800)
     assert torch.equal(out[:written], whole[:written])
     assert out[written:].isnan().all()
 
 
 @pytest.mark.gpu
-def test_kernel_starts_early_and_is_replayed(hopper):
+@pytest.mark.parametrize("backend", ["hopper", "few_rows"])
+def test_kernel_starts_early_and_is_replayed(backend, hopper):
     (x, weight, bias), rotation = operands(300, 16, 72, 1152, BF16, CUDA)
     out = empty(300, 16, 72, BF16, CUDA)
-    eager = rotary_linear(x, weight, bias, rotation, out=out, backend="hopper").clone()
+    eager = rotary_linear(x, weight, bias, rotation, out=out, backend=backend).clone()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph), kernel_chain():
-        rotary_linear(x, weight, bias, rotation, out=out, backend="hopper")
+        rotary_linear(x, weight, bias, rotation, out=out, backend=backend)
     for _ in range(3):
         out.fill_(NAN)
         graph.replay()
