@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels import activation, attention, gated_linear, linear, norm, patch_embed, rope, swiglu
+from ..kernels import rotary_linear as rotary
 from ..kernels import window_attention as windows
 from ..kernels.roofline import Cost
 
@@ -101,6 +102,27 @@ def _rope_ref(qkv, cos, sin):
 
 def _rope(qkv, cos, sin):
     return rope.rope_(qkv, cos, sin)[:, :2].flatten(1, 2)
+
+
+def _rotary_inputs(dims: Dims, draw: Draw) -> tuple[Any, ...]:
+    T, H, D = dims["T"], dims["H"], dims["D"]
+    K, N = H * D, 3 * H * D
+    index = torch.arange(T, device=draw.device)
+    position = torch.stack([index // 64, index % 64, 0 * index, 0 * index], 1).int()
+    inv_freq = 1e4 ** -(torch.arange(D // 4, device=draw.device) / (D // 4))
+    angle = (position[:, :2, None] * inv_freq).flatten(1)
+    places = position, rotary.turns_of(inv_freq, H), angle.cos(), angle.sin()
+    return draw(T, K), draw(N, K, scale=K**-0.5), draw(N, scale=0.1), *places
+
+
+def _rotary_ref(x, weight, bias, position, turns, cos, sin):
+    return rotary.rotary_linear_ref(x, weight, bias, cos, sin)
+
+
+def _rotary(x, weight, bias, position, turns, cos, sin, backend):
+    out = x.new_empty(len(x), 3, len(weight) // (6 * cos.shape[1]), 2 * cos.shape[1])
+    rotation = rotary.Rotation(position, turns, cos, sin)
+    return rotary.rotary_linear(x, weight, bias, rotation, out=out, backend=backend)
 
 
 def _linear_inputs(dims: Dims, draw: Draw) -> tuple[Any, ...]:
@@ -255,6 +277,23 @@ _CASES = [
         _rope_inputs, _rope_ref,
         lambda d, dtype: rope.cost(d["T"], d["H"], d["D"], dtype),
         {"eager": _rope_ref, "vitgraph": _rope},
+    ),
+    Case(
+        "rotary_linear",
+        {
+            f"{tower} T={T}": {"T": T, "H": 16, "D": D}
+            for T in (208, 784, 4096, 16384)
+            for tower, D in (("qwen3-vl-8b", 72), ("qwen2-vl-7b", 80))
+        },
+        _rotary_inputs, _rotary_ref,
+        lambda d, dtype: rotary.cost(d["T"], d["H"], d["D"], d["H"] * d["D"], dtype),
+        {
+            "eager": _rotary_ref,
+            **{
+                name: partial(_rotary, backend=name)
+                for name in ("library", "hopper", "few_rows", "auto")
+            },
+        },
     ),
     Case(
         "swiglu",

@@ -5,7 +5,7 @@ graphs, median of interleaved rounds, the kernel of gemm_hopper.py against cuBLA
 that cuBLAS needs after it, at 784, 1568, 3136, 6272, 8192, 16384, 32768 and 65536 rows (a quarter
 of these in layers on merged patches; InternViT-6B from 3136 on). The table names the faster tile
 from the first of these on at which it is no slower than cuBLAS with all rows live; with fewer live
-rows it gains, as cuBLAS computes them all.
+rows it gains, as cuBLAS computes them all. (Products that rotate: 2026-11-22.)
 
 To extend it: add (first M, tile) to the entries of a shape, in ascending order of M; None as the
 tile names the library. A new tile goes into `SHIPPED` as well, which is what the tests go through.

@@ -23,6 +23,7 @@ from vitgraph.encoder import (
 from vitgraph.encoder.cli import app
 from vitgraph.kernels.bounded_fp8 import bound_norms
 from vitgraph.kernels.quantize import quantize_ref
+from vitgraph.kernels.testing import rel_rms
 
 MEAN, WORST = 0.999, 0.99
 SIZES = {
@@ -215,7 +216,9 @@ def test_saved_model_embedder_command_line_and_swap(build, batch, tmp_path):
     assert encoder.precision == "fp8"
     assert not torch.equal(want, native)
     with torch.no_grad(), swap_vision_tower(model, precision="fp8", graphs=False) as swapped:
-        assert torch.equal(model.vision_model(**args).pooler_output, want)
+        # not bit for bit: sums on a CPU depend on where their operands lie
+        got = model.vision_model(**args).pooler_output
+        assert rel_rms(got, want) < 0.1 * rel_rms(native, want)
         model.to(torch.bfloat16)
         half = {**args, "pixel_values": args["pixel_values"].bfloat16()}
         model.vision_model(**half)
