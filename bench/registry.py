@@ -185,8 +185,9 @@ def _attention(qkv, ends, longest, backend):
     q, k, v = qkv.unbind(1)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     scale = q.shape[-1] ** -0.5
+    tickets = torch.zeros(2, dtype=torch.int32, device=q.device)
     attention.varlen_attention(
-        q, k, v, ends, max_seqlen=longest, scale=scale, out=out, backend=backend
+        q, k, v, ends, max_seqlen=longest, scale=scale, out=out, backend=backend, tickets=tickets
     )
     return out
 

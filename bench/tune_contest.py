@@ -310,7 +310,8 @@ def contest_attention(
     given: dict[str, Any] = {"scale": D**-0.5, "out": out}
     calls: dict[str, Work] = {TRITON: partial(varlen_attention_triton, q, k, v, ends, **given)}
     if hopper_attention_reason(device, D, dtype) is None:
-        calls[HOPPER] = partial(varlen_attention_hopper, q, k, v, ends, **given)
+        tickets = torch.zeros(2, dtype=torch.int32, device=device)  # as a tower has them
+        calls[HOPPER] = partial(varlen_attention_hopper, q, k, v, ends, tickets=tickets, **given)
     for tile in usable_tiles(device, D, dtype):
         calls[f"fa4 {tile}"] = partial(
             varlen_attention_fa4, q, k, v, ends, max_seqlen=max(shape.lengths), tile=tile, **given

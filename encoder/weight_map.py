@@ -111,8 +111,12 @@ def neighbour_rule(rule: Rule, num_heads: int) -> Rule:
     half = rows // num_heads // 2
     pairs = tuple(place for i in range(half) for place in (i, i + half))
     if len(rule.sources) == 1:
-        qk = tuple(start + i for start in range(0, 2 * rows, 2 * half) for i in pairs)
-        return replace(rule, row_orders=((*qk, *range(2 * rows, 3 * rows)),))
+        qk = [start + i for start in range(0, 2 * rows, 2 * half) for i in pairs]
+        run = rule.row_orders[0] if rule.row_orders else (0,)
+        before = [start + i for start in range(0, 3 * rows, len(run)) for i in run]
+        return replace(
+            rule, row_orders=(tuple(before[i] for i in [*qk, *range(2 * rows, 3 * rows)]),)
+        )
     before = rule.row_orders or ((), (), ())
     qk = tuple(tuple(order[i] for i in pairs) if order else pairs for order in before[:2])
     return replace(rule, row_orders=(*qk, before[2]))

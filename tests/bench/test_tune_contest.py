@@ -336,7 +336,10 @@ def test_attention_against_its_definition(monkeypatch):
     assert outcome.err_ratio["triton"] <= 2
     ours = tune_contest.varlen_attention_triton
     monkeypatch.setattr(tune_contest, "hopper_attention_reason", lambda *args: None)
-    monkeypatch.setattr(tune_contest, "varlen_attention_hopper", ours)
+    monkeypatch.setattr(
+        tune_contest, "varlen_attention_hopper",
+        lambda *operands, tickets, **options: ours(*operands, **options),
+    )  # fmt: skip
     good, bad = Tile(64, 112, True), Tile(128, 128, True)
     monkeypatch.setattr(tune_contest, "usable_tiles", lambda *args: (good, bad))
 

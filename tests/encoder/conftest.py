@@ -20,6 +20,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransforme
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeVisionModel
 from vitgraph.encoder import forward, fp8, glm_merger, image_forward, stream
+from vitgraph.kernels import rotary_linear
 
 IDS = {
     "image_token_id": 500,
@@ -317,7 +318,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> Products:
     watched = Products()
     for module in (fp8, stream):
         monkeypatch.setattr(module, "linear_fp8", watched.linear_fp8)
-    for module in (forward, glm_merger, image_forward, stream):
+    for module in (forward, glm_merger, image_forward, stream, rotary_linear):
         monkeypatch.setattr(module, "linear", watched.linear)
     for module in (forward, image_forward):
         monkeypatch.setattr(module, "varlen_attention", watched.attention)

@@ -10,6 +10,8 @@ import vitgraph.bench.towers_config as towers
 from vitgraph.capture import RungLimits
 from vitgraph.encoder import VisionEncoder, forward, glm_merger, stream
 from vitgraph.kernels import linear as native
+from vitgraph.kernels import rotary_linear
+from vitgraph.kernels.gemm_tuning import SQUARE
 
 GRIDS = [(1, 4, 6), (2, 2, 4)]
 LIVE = 40
@@ -27,7 +29,9 @@ def rows_read(live_rows, total):
     return min(total, -(-int(live_rows) // TILE) * TILE)
 
 
-def partial_linear(x, weight, bias=None, *, live_rows, residual=None, out=None, activation=None):
+def partial_linear(
+    x, weight, bias=None, *, live_rows, residual=None, out=None, activation=None, backend="auto"
+):
     read = rows_read(live_rows, len(x))
     assert x[:read].isfinite().all()
     y = forward_linear(x[:read], weight, bias, activation=activation)
@@ -55,22 +59,26 @@ forward_linear = forward.linear
 forward_attention = forward.varlen_attention
 
 
-@pytest.mark.parametrize("mixed", [False, True], ids=["tiles", "tiles-and-library"])
-def test_padding_stays_finite(encoder, mixed, monkeypatch, poison_empty):
+@pytest.mark.parametrize("by_tiles", ["all", "all but into the stream", "q, k and v"])
+def test_padding_stays_finite(encoder, by_tiles, monkeypatch, poison_empty):
     rows = torch.Generator().manual_seed(0)
     pixels = torch.full((LIMITS.max_patches, encoder.spec.patch_values), torch.nan)
     pixels[:LIVE] = torch.randn(LIVE, encoder.spec.patch_values, generator=rows)
     want = encoder.eager_forward(pixels[:LIVE], GRIDS)
 
     def linear(x, weight, bias=None, **options):
-        # products into the stream by the library, the others by tiles
-        by_library = mixed and options.get("residual") is not None
+        into_stream = options.get("residual") is not None
+        by_library = by_tiles == "q, k and v" or (by_tiles != "all" and into_stream)
         return (library_linear if by_library else partial_linear)(x, weight, bias, **options)
 
     for module in (forward, stream, glm_merger):
         monkeypatch.setattr(module, "linear", linear)
+    # of the product that rotates, whose tile is chosen apart from that of others
+    monkeypatch.setattr(rotary_linear, "linear", partial_linear)
+    monkeypatch.setattr(forward, "rotating_tile", lambda *_: SQUARE)
     monkeypatch.setattr(forward, "varlen_attention", checked_attention)
-    monkeypatch.setattr(native, "choose_backend", lambda *_, **__: ("hopper", None))
+    backend = "library" if by_tiles == "q, k and v" else "hopper"
+    monkeypatch.setattr(native, "choose_backend", lambda *_, **__: (backend, None))
     poison_empty()
     grid = torch.tensor([*GRIDS, (0, 0, 0)], dtype=torch.int32)
     outputs = {
@@ -83,6 +91,6 @@ def test_padding_stays_finite(encoder, mixed, monkeypatch, poison_empty):
         torch.testing.assert_close(got, value, rtol=1e-4, atol=1e-4)
     if encoder.spec.merger != "glm":
         assert outputs["last_hidden_state"].isfinite().all()
-    if encoder.spec.merger != "none":
+    if encoder.spec.merger != "none" and by_tiles != "q, k and v":
         # 10 live tokens, one tile
         assert outputs["pooler_output"][TILE:].isnan().all()

@@ -105,7 +105,7 @@ def test_the_towers_of_that_test_are_not_blind():
     rows = pixels(native)
     want = native.eager_forward(rows, GRIDS)
     assert cosines(encoder.eager_forward(rows, GRIDS), want)[0] >= MEAN
-    encoder.weights.inv_freq.zero_()
+    encoder.weights.inv_freq.zero_()  # what a CPU rotates by; kernels read `turns`
     assert cosines(encoder.eager_forward(rows, GRIDS), want)[0] < MEAN
     encoder = VisionEncoder.from_hf(hf, precision="fp8")
     encoder.weights.fp8.blocks[5].up.scale.mul_(2)

@@ -156,8 +156,8 @@ def test_pairs_of_q_and_k_become_neighbours(num_sources, has_orders):
     order = (1, 3, 0, 2, 5, 7, 4, 6) if has_orders else ()
     names = ("qkv",) if num_sources == 1 else ("q", "k", "v")
     rule = Rule("blocks.0.qkv.weight", names, (3 * H * D // num_sources, K))
-    if has_orders and num_sources == 3:
-        rule = replace(rule, row_orders=(order, order, ()))
+    if has_orders:
+        rule = replace(rule, row_orders=(order, order, ()) if num_sources == 3 else (order,))
     source = dict(zip(names, torch.randn(3 * H * D, K).chunk(num_sources), strict=True))
     new = neighbour_rule(rule, H)
     before, after = (r.pack(source).view(3, H, D, K) for r in (rule, new))

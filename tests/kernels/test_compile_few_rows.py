@@ -3,7 +3,7 @@
 import pytest
 from vitgraph.kernels import gemm_few_rows
 from vitgraph.kernels.compiled import inspect
-from vitgraph.kernels.few_rows_tuning import TABLE, FewRowsConfig
+from vitgraph.kernels.few_rows_tuning import TABLE, FewRowsConfig, shipped_few_rows
 from vitgraph.kernels.gemm_tuning import GATED, RESIDUAL, ROTATED
 
 kernel_module = pytest.importorskip("vitgraph.kernels.gemm_few_rows_kernel")
@@ -14,8 +14,8 @@ LAUNCHES = {
     *((tile, epilogue) for (_, _, epilogue), tiles in TABLE.items() for _, tile in tiles),
     *((FewRowsConfig(64, 64, 6), name) for name in ("", "gelu_tanh", "gelu_erf", "quick_gelu")),
     (FewRowsConfig(64, 64, 6), "silu"),
-    # products that rotate take the tiles of those that do not
-    *((t, ROTATED) for (N, K, name), ts in TABLE.items() for _, t in ts if N == 3 * K and not name),
+    # products that rotate take the tiles of those that do not, of a user's table too
+    *((tile, ROTATED) for tile in shipped_few_rows("", 1152)),
     (FewRowsConfig(64, 128, 4), GATED),
 }
 

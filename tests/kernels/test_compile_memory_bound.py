@@ -208,7 +208,7 @@ def test_zero_padding():
     info = inspect(
         zero_padding._zero_padding_kernel,
         {"x_ptr": "*u8", "live_ptr": "*i32", "T": "i32", "row_bytes": "i32"},
-        {"BLOCK": zero_padding.BLOCK, "PDL": False},
+        {"BLOCK": zero_padding.BLOCK},
         divisible=["row_bytes"],
     )
     assert info.spill_bytes == 0

@@ -15,7 +15,6 @@ from vitgraph.kernels import (
     residual,
     rope,
     window_attention,
-    zero_padding,
 )
 from vitgraph.kernels.compiled import inspect
 from vitgraph.kernels.pdl import FEW_ROWS, kernel_chain, pdl_options, starts_early
@@ -146,9 +145,9 @@ def inspect_rope(early):
     )  # fmt: skip
 
 
-def inspect_rope_by_units(early):
+def inspect_rope_units(kernel, early):
     return inspect(
-        rope._rope_units_kernel,
+        kernel,
         {
             "qkv_ptr": "*bf16", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "live_ptr": "*i32",
             "T": "i32", "num_angles": "i32",
@@ -156,6 +155,14 @@ def inspect_rope_by_units(early):
         {"HEADS": 32, "HALF": 36, "UNIT": 4, "BLOCK": rope.UNITS, "PDL": early},
         num_warps=8, launch_pdl=early,
     )  # fmt: skip
+
+
+def inspect_rope_by_units(early):
+    return inspect_rope_units(rope._rope_units_kernel, early)
+
+
+def inspect_rope_of_neighbours(early):
+    return inspect_rope_units(rope._rope_neighbours_kernel, early)
 
 
 def inspect_norm_fp8(early):
@@ -184,15 +191,6 @@ def inspect_activation(early):
             "BLOCK_F": activation.BLOCK_F, "PDL": early,
         },
         divisible=["F", "stride_xt"], launch_pdl=early,
-    )  # fmt: skip
-
-
-def inspect_zero_padding(early):
-    return inspect(
-        zero_padding._zero_padding_kernel,
-        {"x_ptr": "*u8", "live_ptr": "*i32", "T": "i32", "row_bytes": "i32"},
-        {"BLOCK": zero_padding.BLOCK, "PDL": early},
-        divisible=["row_bytes"], launch_pdl=early,
     )  # fmt: skip
 
 
@@ -252,12 +250,12 @@ def test_a_norm_in_fp8_reads_its_vectors_alone_before_it_waits():
     assert info.spill_bytes == 0
 
 
-ROPES = [inspect_rope, inspect_rope_by_units]
+ROPES = [inspect_rope, inspect_rope_by_units, inspect_rope_of_neighbours]
 
 
 @pytest.mark.parametrize(
     "inspect_kernel",
-    [inspect_residual, *ROPES, inspect_activation, inspect_window, inspect_zero_padding],
+    [inspect_residual, *ROPES, inspect_activation, inspect_window],
 )
 def test_nothing_is_touched_before_the_wait(inspect_kernel):
     info = inspect_kernel(True)
@@ -271,7 +269,7 @@ def test_nothing_is_touched_before_the_wait(inspect_kernel):
     "inspect_kernel",
     [
         inspect_norm, inspect_norm_fp8, inspect_residual, *ROPES, inspect_activation,
-        inspect_window, inspect_zero_padding,
+        inspect_window,
     ],
 )  # fmt: skip
 def test_outside_a_chain_nothing_is_waited_for(inspect_kernel):
