@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .captured import ONLY_VARIANT
 from .cost import Costs, Load
 from .dispatch import Dispatcher
+from .graph import BudgetGraphMetadata, Recording
 from .packing import CHEAPER, LIMITS, Batch, exceeded, room_of, total_of
 from .protocol import (
     BufferSpec,
@@ -19,9 +21,31 @@ from .protocol import (
     SupportsEncoderCudaGraph,
 )
 from .rows import RowOffsets, Run, runs_of
-from .staging import Grid, live_views, table_for
+from .staging import GRID, PIXELS, Grid, PixelCopies, live_views, pixel_copies, table_for
 
 _REMEMBERED = 1024  # plans
+
+
+@dataclass(frozen=True)
+class PreparedReplay:
+    """A batch on one rung and slot: what its replays need, found once.
+
+    The device waits for all that comes before a replay, and the fewer steps there are the better:
+    after other work of the host each costs several times what it does in a loop.
+
+    Attributes:
+        graph: the rung's graphs and buffers in this slot.
+        recording: the one of them for these items.
+        name: of its range in a profile.
+        table: the grid table that `graph` reads; None if the encoder stages its inputs itself.
+        pixels: where rows of the call's pixels go.
+    """
+
+    graph: BudgetGraphMetadata
+    recording: Recording
+    name: str
+    table: torch.Tensor | None
+    pixels: PixelCopies
 
 
 @dataclass(frozen=True)
@@ -33,8 +57,12 @@ class PlannedBatch:
     rung: RungLimits | None
     reasons: Counter[str]
     load: Load
-    _tables: dict[int, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
-    _variants: dict[RungLimits, str] = field(default_factory=dict, repr=False, compare=False)
+    # by token budget and slot
+    _prepared: dict[tuple[int, int], PreparedReplay] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+    # by token budget
+    _variants: dict[int, str] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -58,16 +86,38 @@ class PlannedBatch:
         """The rows of the grid table that belong to this batch."""
         return [row for run in self.runs for row in grid[slice(*run)]]
 
-    def table(self, grid: Sequence[Grid], destination: torch.Tensor) -> torch.Tensor:
-        """`rows(grid)` as the table that `destination` takes; made once for each of its lengths."""
-        table = self._tables.get(len(destination))
-        if table is None:
-            table = self._tables[len(destination)] = table_for(destination, self.rows(grid))
-        return table
+    def prepared(
+        self,
+        slot: int,
+        graph: BudgetGraphMetadata,
+        grid: Sequence[Grid],
+        offsets: RowOffsets,
+        varied: RecordsVariants | None,
+    ) -> PreparedReplay:
+        """What a replay of `graph` in slot number `slot` needs; the same object every time.
 
-    def variant(self, encoder: RecordsVariants, rung: RungLimits) -> str:
+        Raises:
+            ValueError: `varied`, the encoder if it records variants, names one that it has not.
+        """
+        key = graph.limits.token_budget, slot
+        prepared = self._prepared.get(key)
+        if prepared is None:
+            variant = ONLY_VARIANT if varied is None else self._variant(varied, graph.limits)
+            table = None
+            if GRID in graph.inputs:
+                table = table_for(graph.inputs[GRID], self.rows(grid))
+            prepared = self._prepared[key] = PreparedReplay(
+                graph,
+                graph.recordings[variant],
+                f"vitgraph.replay[{graph.limits.token_budget}]",
+                table,
+                pixel_copies(graph.inputs[PIXELS], offsets, self.runs),
+            )
+        return prepared
+
+    def _variant(self, encoder: RecordsVariants, rung: RungLimits) -> str:
         """Which graph of `rung` serves these items; asked once for each rung."""
-        variant = self._variants.get(rung)
+        variant = self._variants.get(rung.token_budget)
         if variant is None:
             variant, known = encoder.variant_of(rung, self.items), encoder.variants(rung)
             if variant not in known:
@@ -75,7 +125,7 @@ class PlannedBatch:
                     f"execute: {type(encoder).__name__}.variant_of is {variant!r} for the rung of "
                     f"{rung.token_budget} tokens, recorded as {', '.join(known)}; name one of these"
                 )
-            self._variants[rung] = variant
+            self._variants[rung.token_budget] = variant
         return variant
 
 

@@ -2,12 +2,12 @@
 
 import threading
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 
 from .calls import PlannedBatch, PlannedCall, Planner
-from .captured import ONLY_VARIANT, CapturedLadder
+from .captured import CapturedLadder
 from .cost import AssumedCosts, Costs
 from .protocol import (
     Pruning,
@@ -131,7 +131,7 @@ class Executor:
         names: Collection[str] | None,
     ) -> dict[str, torch.Tensor]:
         """See `EncoderCudaGraphManager.execute`."""
-        with self.lock, _no_grad(), self._on_device():
+        with self.lock, self._context(pixel_values, out):
             self._begin("execute")
             grid, call = self._plan(pixel_values, grid_thw, pruning)
             if pruning is not None and KEEP not in self._input_specs:
@@ -159,7 +159,7 @@ class Executor:
         pruning: Pruning | None,
     ) -> Lease:
         """See `EncoderCudaGraphManager.lease`."""
-        with self.lock, _no_grad(), self._on_device():
+        with self.lock, self._context(pixel_values):
             ladder = self._begin("lease")
             grid, call = self._plan(pixel_values, grid_thw, pruning)
             if pruning is not None and KEEP not in self._input_specs:
@@ -180,7 +180,7 @@ class Executor:
 
         For measurements: does what `execute` would.
         """
-        with self.lock, _no_grad(), self._on_device():
+        with self.lock, self._context(pixel_values):
             self._begin("run_on")
             assert self._planner is not None
             grid = grid_rows(grid)
@@ -188,7 +188,7 @@ class Executor:
             self._check(pixel_values, call)
             wanted = self._wanted(None, None)
             if rung is None:
-                packed = self._encoder.eager_forward(pixel_values, grid)
+                packed = self._eagerly(pixel_values, grid)
                 return live_views(packed, self._output_specs, wanted, call.offsets)
             packed, slot = self._replay(rung, call.batches[0], call, pixel_values, grid, None)
             return copy_views(call.sources(slot, packed, self._output_specs))
@@ -226,13 +226,19 @@ class Executor:
             self.stats.count_replay(batch.rung, batch.load)
             return outputs, index
         with span(f"vitgraph.eager[{','.join(batch.reasons)}]", self._nvtx):
-            outputs = self._encoder.eager_forward(
+            outputs = self._eagerly(
                 gather_pixels(pixel_values, call.offsets, batch.runs),
                 batch.rows(grid),
                 select_pruning(pruning, call.offsets, batch.runs),
             )
         self.stats.count_eager(batch.reasons)
         return outputs, None
+
+    def _eagerly(
+        self, pixel_values: torch.Tensor, grid: Sequence[Grid], pruning: Pruning | None = None
+    ) -> Mapping[str, torch.Tensor]:
+        with torch.no_grad():
+            return self._encoder.eager_forward(pixel_values, grid, pruning)
 
     def _replay(
         self,
@@ -248,25 +254,25 @@ class Executor:
         assert ladder is not None
         index = ladder.ring.next()
         slot = ladder.ring.slots[index]
-        graph = ladder.rungs[rung].graphs[index]
+        prepared = batch.prepared(
+            index, ladder.rungs[rung].graphs[index], grid, call.offsets, self._varied
+        )
+        graph, table = prepared.graph, prepared.table
         graph.check_addresses()
         with span("vitgraph.stage", self._nvtx), self._staging(slot, pixel_values):
             if self._stage is not None:
                 for name, value in self._stage(batch.rows(grid), rung).items():
                     graph.inputs[name].copy_(value, non_blocking=True)
-            else:
-                destination = graph.inputs[GRID]
-                table = batch.table(grid, destination)
-                if slot.table is not table:  # else it is there from the last call of this layout
-                    slot.table = None
-                    destination.copy_(table, non_blocking=True)
-                    slot.table = table
+            elif slot.table is not table:  # else it is there from the last call of this layout
+                assert table is not None
+                slot.table = None
+                graph.inputs[GRID].copy_(table, non_blocking=True)
+                slot.table = table
             if KEEP in graph.inputs:
                 stage_pruning(graph.inputs, pruning, call.offsets, batch.runs)
-            stage_pixels(graph.inputs[PIXELS], pixel_values, call.offsets, batch.runs)
-        variant = ONLY_VARIANT if self._varied is None else batch.variant(self._varied, rung)
-        with span(f"vitgraph.replay[{rung.token_budget}]", self._nvtx):
-            graph.recordings[variant].replay()
+            stage_pixels(prepared.pixels, pixel_values)
+        with span(prepared.name, self._nvtx):
+            prepared.recording.replay()
         if self._copy_stream is not None:
             slot.mark_replayed()
         return graph.outputs, index
@@ -324,7 +330,7 @@ class Executor:
         for batch in call.batches:
             packed, _ = self._run(batch, call, pixel_values, grid, pruning)
             outputs.update(packed)
-        return outputs or self._encoder.eager_forward(pixel_values, [], pruning)
+        return outputs or self._eagerly(pixel_values, [], pruning)
 
     def _scatter(
         self,
@@ -346,7 +352,7 @@ class Executor:
             raise RuntimeError(f"{operation}: nothing is captured; call capture() first")
         if self._encoder.device.type == "cuda":
             # asked for in every call: the handle costs less than the object
-            handle = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
+            handle = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
             if handle != self._last_handle:
                 stream = torch.cuda.current_stream()
                 if self._last_stream is not None and stream != self._last_stream:
@@ -354,14 +360,20 @@ class Executor:
                 self._last_stream, self._last_handle = stream, handle
         return self.ladder
 
-    def _on_device(self) -> AbstractContextManager[object]:
-        """The encoder's device as the current one; nothing to do where it is that already."""
+    def _context(
+        self, pixel_values: torch.Tensor, out: Mapping[str, torch.Tensor] | None = None
+    ) -> AbstractContextManager[object]:
+        """The encoder's device as the current one, without gradients where there could be any.
+
+        Mostly nothing to do: what replays read and write has none, and the device waits meanwhile.
+        """
         device = self._encoder.device
-        if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        elsewhere = device.type == "cuda" and torch._C._cuda_getDevice() != device.index
+        differentiable = self._stage is not None or out is not None or pixel_values.requires_grad
+        if not elsewhere and not (differentiable and torch.is_grad_enabled()):
             return _NOTHING
-        return torch.cuda.device(device)
-
-
-def _no_grad() -> AbstractContextManager[object]:
-    """No gradients, at no cost where the caller records none."""
-    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
+        stack = ExitStack()
+        stack.enter_context(torch.no_grad())
+        if elsewhere:
+            stack.enter_context(torch.cuda.device(device))
+        return stack

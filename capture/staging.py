@@ -138,21 +138,35 @@ def stage_table(destination: torch.Tensor, rows: Sequence[Any] | torch.Tensor) -
     destination.copy_(table_for(destination, rows), non_blocking=True)
 
 
-def stage_pixels(
-    destination: torch.Tensor, pixel_values: torch.Tensor, offsets: RowOffsets, runs: Sequence[Run]
-) -> None:
-    """Copy the pixel rows of `runs`, packed, to the leading rows; later rows stay as they are.
+# leading rows of a static buffer, and which rows of the pixels of a call they take; None for all
+PixelCopies = tuple[tuple[torch.Tensor, slice | None], ...]
+
+
+def pixel_copies(
+    destination: torch.Tensor, offsets: RowOffsets, runs: Sequence[Run]
+) -> PixelCopies:
+    """Where the pixel rows of `runs` go, packed, in the leading rows of `destination`."""
+    copies: list[tuple[torch.Tensor, slice | None]] = []
+    row = 0
+    with torch.inference_mode(False):  # written outside of it too
+        for run in runs:
+            first, count = offsets.span("patches", run)
+            whole = count == offsets.total("patches")
+            rows = None if whole else slice(first, first + count)
+            copies.append((destination[row : row + count], rows))
+            row += count
+    return tuple(copies)
+
+
+def stage_pixels(copies: PixelCopies, pixel_values: torch.Tensor) -> None:
+    """Copy the pixel rows of a call to where they go; later rows stay as they are.
 
     A non-blocking copy casts on the destination's device. It is safe from pageable memory as well,
     which CUDA reads before the call returns.
     """
-    row = 0
-    for run in runs:
-        first, count = offsets.span("patches", run)
-        whole = count == pixel_values.shape[0]
-        source = pixel_values if whole else pixel_values[first : first + count]
-        destination[row : row + count].copy_(source, non_blocking=True)
-        row += count
+    for destination, rows in copies:
+        source = pixel_values if rows is None else pixel_values[rows]
+        destination.copy_(source, non_blocking=True)
 
 
 def gather_pixels(

@@ -25,16 +25,10 @@ def parse_grids(grid_thw: torch.Tensor | Sequence[Any], spec: EncoderSpec) -> li
         ValueError: not [N, 3], a side that is not positive, or not a multiple of the merge size, or
             more frames than the tower has positions for, or than an image has.
     """
-    if isinstance(grid_thw, torch.Tensor):
-        if grid_thw.is_floating_point() or grid_thw.dtype == torch.bool:
-            raise TypeError(f"grid_thw: dtype {grid_thw.dtype} must be an integer type")
-        if grid_thw.ndim != 2 or grid_thw.shape[1] != 3:
-            raise ValueError(
-                f"grid_thw: shape {list(grid_thw.shape)} must be [items, 3]: (t, h, w) in patches"
-            )
-        rows = grid_thw.tolist()
-    else:
-        rows = list(grid_thw)
+    table = grid_thw if isinstance(grid_thw, torch.Tensor) else None
+    rows = list(grid_thw) if table is None else table.tolist()
+    if table is not None and (table.ndim == 0 or not rows):
+        _check_table(table)
     grids = []
     merge = spec.merge_size
     most = 1 if spec.images_only else spec.frame_positions or sys.maxsize
@@ -46,6 +40,8 @@ def parse_grids(grid_thw: torch.Tensor | Sequence[Any], spec: EncoderSpec) -> li
             if plain and t <= most and not (h % merge or w % merge):
                 grids.append((t, h, w))
                 continue
+        if table is not None:
+            _check_table(table)
         try:
             t, h, w = (operator.index(n) for n in row)
         except TypeError as error:
@@ -72,6 +68,20 @@ def parse_grids(grid_thw: torch.Tensor | Sequence[Any], spec: EncoderSpec) -> li
             )
         grids.append((t, h, w))
     return grids
+
+
+def _check_table(grid_thw: torch.Tensor) -> None:
+    """Refuse a tensor whose rows are not three integers; those that are plain show it themselves.
+
+    Raises:
+        TypeError, ValueError: as `parse_grids`.
+    """
+    if grid_thw.is_floating_point() or grid_thw.dtype == torch.bool:
+        raise TypeError(f"grid_thw: dtype {grid_thw.dtype} must be an integer type")
+    if grid_thw.ndim != 2 or grid_thw.shape[1] != 3:
+        raise ValueError(
+            f"grid_thw: shape {list(grid_thw.shape)} must be [items, 3]: (t, h, w) in patches"
+        )
 
 
 def pixel_rows(pixel_values: torch.Tensor, spec: EncoderSpec) -> torch.Tensor:

@@ -21,9 +21,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .centred import load_centred, load_vector
 from .dispatch import use_reference
 from .launch import launch_kernel
-from .partials import add_partials_ref, check_partials, load_stream, num_partials
+from .partials import add_partials_ref, check_partials, num_partials
 from .pdl import pdl_options, wait_for_previous
 from .roofline import Cost
 
@@ -100,15 +101,6 @@ def cost(T: int, D: int, dtype: torch.dtype) -> Cost:
 
 
 @triton.jit
-def load_vector(ptr, d, D):
-    """Columns d of a vector [1, D] in fp32; 0.0 where there is none."""
-    values = 0.0
-    if ptr is not None:
-        values = tl.load(ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-    return values
-
-
-@triton.jit
 def _store(y, weight, bias, y_ptr, row_start, live, in_rows, d, D):
     """Scale and shift columns d of normalised rows, and write them."""
     y = tl.where(live, y * weight + bias, 0.0).to(y_ptr.dtype.element_ty)
@@ -149,32 +141,17 @@ def _norm_kernel(
     in_rows = (r < T)[:, None]
     # int64 before the multiply: T * D passes 2**31 at 1.9M rows of width 1152
     start = r[:, None].to(tl.int64) * D
-    plane = T.to(tl.int64) * D
-    is_read = live & (d < D)[None, :]
-    x = load_stream(x_ptr, partials_ptr, start + d[None, :], is_read, plane, SPLITS) + offset
-    total = tl.sum(x, axis=1)
-    rest_d, rest = d, x  # of no meaning without a second block
-    if REST > 0:
-        rest_d = BLOCK_D + tl.arange(0, REST)
-        is_read = live & (rest_d < D)[None, :]
-        at = start + rest_d[None, :]
-        rest = load_stream(x_ptr, partials_ptr, at, is_read, plane, SPLITS)
-        rest += load_vector(offset_ptr, rest_d, D)
-        total += tl.sum(rest, axis=1)
-    mean = total[:, None] / D
-    if not IS_RMS:
-        x = tl.where((d < D)[None, :], x - mean, 0.0)
-    squares = tl.sum(x * x, axis=1)
-    if REST > 0:
-        if not IS_RMS:
-            rest = tl.where((rest_d < D)[None, :], rest - mean, 0.0)
-        squares += tl.sum(rest * rest, axis=1)
+    x, rest, _, squares = load_centred(
+        x_ptr, partials_ptr, offset, offset_ptr, start, live, T.to(tl.int64) * D, D,
+        IS_RMS, SPLITS, BLOCK_D, REST,
+    )  # fmt: skip
     scale = (1.0 / tl.sqrt(squares / D + eps))[:, None]
     if destination_ptr is not None:
         row = tl.load(destination_ptr + r, mask=r < T, other=0)
         start = row[:, None].to(tl.int64) * D
     _store(x * scale, weight, bias, y_ptr, start, live, in_rows, d, D)
     if REST > 0:
+        rest_d = BLOCK_D + tl.arange(0, REST)
         rest_weight = load_vector(weight_ptr, rest_d, D)
         rest_bias = load_vector(bias_ptr, rest_d, D)
         _store(rest * scale, rest_weight, rest_bias, y_ptr, start, live, in_rows, rest_d, D)

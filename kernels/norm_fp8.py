@@ -14,9 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .centred import load_centred, load_vector
 from .dispatch import use_reference
 from .launch import launch_kernel
-from .norm import MAX_D, blocks, config, load_vector, norm_ref
+from .norm import MAX_D, blocks, config, norm_ref
 from .pdl import pdl_options, wait_for_previous
 from .quantize import (
     FP8,
@@ -100,27 +101,13 @@ def _norm_fp8_kernel(
     row = r[:, None].to(tl.int64)
     start = row * D
     q_row = q_ptr + row * stride_qt
-    x = tl.load(x_ptr + start + d[None, :], mask=live & (d < D)[None, :], other=0.0)
-    x = x.to(tl.float32) + offset
-    total = tl.sum(x, axis=1)
-    rest_d, rest = d, x  # of no meaning without a second block
-    if REST > 0:
-        rest_d = BLOCK_D + tl.arange(0, REST)
-        at = start + rest_d[None, :]
-        rest = tl.load(x_ptr + at, mask=live & (rest_d < D)[None, :], other=0.0)
-        rest = rest.to(tl.float32) + load_vector(offset_ptr, rest_d, D)
-        total += tl.sum(rest, axis=1)
-    mean = total[:, None] / D
-    if not IS_RMS:
-        x = tl.where((d < D)[None, :], x - mean, 0.0)
-    squares = tl.sum(x * x, axis=1)
-    if REST > 0:
-        if not IS_RMS:
-            rest = tl.where((rest_d < D)[None, :], rest - mean, 0.0)
-        squares += tl.sum(rest * rest, axis=1)
+    x, rest, _, squares = load_centred(
+        x_ptr, None, offset, offset_ptr, start, live, 0, D, IS_RMS, 0, BLOCK_D, REST
+    )
     root = (1.0 / tl.sqrt(squares / D + eps))[:, None]
     v = tl.where(live, x * root * weight + bias, 0.0)
     amax = tl.max(tl.abs(v), axis=1)
+    rest_d = BLOCK_D + tl.arange(0, REST if REST > 0 else BLOCK_D)
     if REST > 0:
         rest = rest * root * load_vector(weight_ptr, rest_d, D)
         rest = tl.where(live, rest + load_vector(bias_ptr, rest_d, D), 0.0)

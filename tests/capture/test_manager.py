@@ -96,6 +96,38 @@ def test_in_inference_mode(encoder, rerun_recorder, pixels_for):
     assert_same(manager.execute(pixels, [IMAGE]), inside)
 
 
+def buffers_of(manager):
+    (slot,) = manager.ladder.ring.slots
+    return [*slot.inputs.values(), *slot.outputs.values()]
+
+
+@pytest.mark.parametrize("name", ["one", "several", "two replays", "eager only", "eager between"])
+def test_no_gradients(encoder, manager, pixels_for, name):
+    grid = LAYOUTS[name]
+    pixels = pixels_for(grid)
+    expected = encoder.eager_forward(pixels, grid)
+    given = pixels.clone().requires_grad_()
+    got = manager.execute(given, grid)
+    assert_same(got, expected)
+    with manager.lease(given, grid) as lease:
+        leased = list(lease.outputs.values())
+    for out in ({n: torch.empty_like(t).requires_grad_() for n, t in got.items()}, None):
+        kept = manager.execute(pixels, grid, out=out)
+        assert all(tensor.is_leaf for tensor in kept.values())
+    assert not any(t.requires_grad for t in (*got.values(), *leased, *buffers_of(manager)))
+    assert torch.is_grad_enabled()
+
+
+def test_no_gradients_of_eager_weights(encoder, manager, pixels_for, monkeypatch):
+    weight, forward = torch.ones(1, requires_grad=True), encoder.eager_forward
+    monkeypatch.setattr(
+        encoder, "eager_forward", lambda pixels, *args: forward(pixels * weight, *args)
+    )
+    for name in ("eager only", "eager between"):
+        got = manager.execute(pixels_for(LAYOUTS[name]), LAYOUTS[name])
+        assert not any(tensor.requires_grad for tensor in got.values())
+
+
 def test_stats(manager, pixels_for):
     grid = LAYOUTS["eager between"]
     manager.execute(pixels_for(grid), grid)

@@ -23,6 +23,17 @@ class EagerRecorder:
 
 
 @pytest.fixture
+def manager_of():
+    def build(encoder):
+        config = {"token_budgets": [16, 32]}
+        manager = EncoderCudaGraphManager(encoder, config, recorder=EagerRecorder())
+        manager.capture()
+        return manager
+
+    return build
+
+
+@pytest.fixture
 def staging_encoder(fake_encoder):
     class StagingEncoder(fake_encoder):
         """The grid of every frame as (h, w), and how many frames there are."""
@@ -57,12 +68,9 @@ def staging_encoder(fake_encoder):
     return StagingEncoder
 
 
-def test_tables_of_its_own(staging_encoder, pixels_for):
+def test_tables_of_its_own(staging_encoder, manager_of, pixels_for):
     encoder = staging_encoder()
-    manager = EncoderCudaGraphManager(
-        encoder, {"token_budgets": [16, 32]}, recorder=EagerRecorder()
-    )
-    manager.capture()
+    manager = manager_of(encoder)
     grid = [(1, 4, 6), (2, 4, 4), (1, 6, 8), (1, 8, 8)]  # two replays
     pixels = pixels_for(grid)
     got = manager.execute(pixels, grid)
@@ -71,6 +79,27 @@ def test_tables_of_its_own(staging_encoder, pixels_for):
     assert manager.stats()["misses"] == 0
     assert sorted(item for items, _ in encoder.staged for item in items) == sorted(grid)
     assert len(encoder.staged) == 2
+
+
+def test_no_gradients_of_what_it_stages(staging_encoder, manager_of, pixels_for):
+    """A table may be made of weights, such as positions."""
+    encoder = staging_encoder()
+    specs, stage, forward = encoder.input_specs, encoder.stage, encoder.graph_forward
+    weight = torch.ones(1, requires_grad=True)
+    encoder.input_specs = lambda limits: specs(limits) | {
+        "weights": BufferSpec((limits.max_frames, 1), torch.float32, "frames")
+    }
+    encoder.stage = lambda grid, limits: stage(grid, limits) | {
+        "weights": weight.expand(limits.max_frames, 1) * 2
+    }
+    encoder.graph_forward = lambda inputs, outputs, limits: forward(
+        {name: inputs[name] for name in ("pixel_values", "frames", "count")}, outputs, limits
+    )
+    manager = manager_of(encoder)
+    got = manager.execute(pixels_for([(1, 4, 4)]), [(1, 4, 4)])
+    (slot,) = manager.ladder.ring.slots
+    assert (slot.inputs["weights"][: manager.rungs[0].max_frames] == 2).all()
+    assert not any(tensor.requires_grad for tensor in (*slot.inputs.values(), *got.values()))
 
 
 def test_pixels_are_not_optional(staging_encoder):

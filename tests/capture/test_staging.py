@@ -153,12 +153,19 @@ def test_copies_of_views():
 def test_pixels_are_packed_cast_and_later_rows_left():
     source = torch.arange(48, dtype=torch.float64).view(24, 2)
     buffer = torch.full((32, 2), -1.0)
-    staging.stage_pixels(buffer, source, OFFSETS, [(0, 1), (2, 3)])
+    staging.stage_pixels(staging.pixel_copies(buffer, OFFSETS, [(0, 1), (2, 3)]), source)
     assert torch.equal(buffer[:8], source[:8].float())
     assert torch.equal(buffer[8:20], source[12:].float())
     assert (buffer[20:] == -1).all()
     gathered = staging.gather_pixels(source, OFFSETS, [(0, 1), (2, 3)])
     assert torch.equal(gathered.float(), buffer[:20])
+    # all rows are taken as they are, and from whatever mode they are written in
+    with torch.inference_mode():
+        copies = staging.pixel_copies(buffer, OFFSETS, [(0, 3)])
+    assert [rows for _, rows in copies] == [None]
+    staging.stage_pixels(copies, source)
+    assert torch.equal(buffer[:24], source.float())
+    assert not copies[0][0].is_inference()
 
 
 def test_scattered_rows_go_home():

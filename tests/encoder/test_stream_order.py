@@ -86,5 +86,5 @@ def test_reads_on_another_stream():
         written = Written(x.device, [x])
     with torch.cuda.stream(reader):
         written.order_reads()
-        total = x.sum()
-    assert total.item() == x.numel()
+        total = x.sum().item()  # waits for this stream alone
+    assert total == x.numel()
