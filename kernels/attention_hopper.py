@@ -16,8 +16,10 @@ whoever is early takes what nobody has begun. Which program computes a tile chan
 A head dim is one power-of-two block of columns or two: 72 and 80 are 64 + 16. What TMA reads past
 the head dim or past the first or last row is zero.
 
-The last step of a segment ends at the segment's last row and masks the rows that other steps
-cover, so that no row past a segment is read as k or v. Where a segment is shorter than a step,
+The last step of a segment, which comes first, ends at the segment's last row and masks the rows
+that other steps cover, so that no row past a segment is read as k or v. If half a step holds the
+rows that are left, two or three groups compute that half alone, and a group of the last tile whose
+rows of q are all past the segment computes nothing. Where a segment is shorter than a step,
 that step begins in rows before the segment: they are masked, and cleared in v. What other rows
 hold (NaN included) therefore cannot reach the output.
 
@@ -42,6 +44,7 @@ ROWS = 64  # rows of q that a group of four warps computes
 LOG2E = 1.4426950408889634
 MAX_HEAD_DIM = 128
 DTYPES = (torch.float16, torch.bfloat16)
+SHARED_BYTES = 227 << 10  # of a multiprocessor
 # by number of groups: the registers of a multiprocessor over the warps of a program
 MAX_REGISTERS = {1: 128, 2: 168, 3: 128}
 
@@ -88,6 +91,31 @@ def launch_config(head_dim: int, num_rows: int, num_heads: int, num_sms: int) ->
     if head_dim > 96:  # three stages of 128 rows would not fit
         return LaunchConfig(groups=2, block_n=64, num_stages=4)
     return LaunchConfig(groups=2, block_n=128, num_stages=3)
+
+
+def _looks_ahead(config: LaunchConfig, head_dim: int) -> bool:
+    """Whether groups have registers for more than one step and one tile at a time.
+
+    A single group shares its multiprocessor with other programs instead.
+    """
+    is_narrow = config.block_n < 128 or sum(split_head_dim(head_dim)) <= 80
+    return config.groups > 1 and is_narrow
+
+
+def q_buffers(config: LaunchConfig, head_dim: int) -> int:
+    """Tiles of q that a program holds: 2 where there is room, so that loads run ahead of a tile."""
+    first, second = split_head_dim(head_dim)
+    rows_q = config.groups * ROWS
+    loaded = 2 * config.num_stages * config.block_n + 2 * rows_q
+    # results go through a tile of the first columns; 1 KiB is for barriers and alignment
+    used = 2 * (loaded * (first + second) + rows_q * first) + 1024
+    has_room = used * config.programs_per_sm <= SHARED_BYTES
+    return 2 if has_room and _looks_ahead(config, head_dim) else 1
+
+
+def short_step(config: LaunchConfig, head_dim: int) -> int:
+    """Rows of k and v that the last step of a segment computes if they hold what is left, or 0."""
+    return config.block_n // 2 if _looks_ahead(config, head_dim) else 0
 
 
 @functools.cache
@@ -162,6 +190,7 @@ def launch(
         out, cu_seqlens, num_segments, scale * LOG2E,
         tickets if tiles > programs else None,
         D=head_dim, HEADS=num_heads, GROUPS=config.groups, STAGES=config.num_stages,
+        Q_BUFFERS=q_buffers(config, head_dim), TAIL=short_step(config, head_dim),
         num_warps=4, maxnreg=MAX_REGISTERS[config.groups], launch_pdl=starts_early(q),
     )  # fmt: skip
 

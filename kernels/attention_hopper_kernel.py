@@ -6,10 +6,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
+from .attention_hopper_steps import (
+    clear_rows,
+    partial_sums,
+    row_max,
+    scale_rows,
+    start_scores,
+    start_values,
+    store_rows,
+    wait_values,
+)
 from .attention_schedule import barrier, next_tile, posted_tile, return_tickets, walk
 from .gluon_pdl import wait_for_previous
 
@@ -31,6 +40,7 @@ def _produce(
     D0: gl.constexpr = k0_ring.shape[3]
     D1: gl.constexpr = k1_ring.shape[3] if SPLIT else 0
     V1: gl.constexpr = v1_ring.shape[3] if SPLIT else 0
+    Q_BUFFERS: gl.constexpr = q0_tiles.shape[0] // GROUPS
     wait_for_previous()
     last = gl.load(cu_ptr + num_segments)
     segment = 0
@@ -61,13 +71,15 @@ def _produce(
             if SPLIT:
                 _load(k1, [row, head, D0], arrived, k1_ring.index(stage))
             if i == 0:
-                mbarrier.wait(q_empty.index(0), (lap & 1) ^ 1)
-                arrived = q_full.index(0)
+                place = lap & (Q_BUFFERS - 1)
+                mbarrier.wait(q_empty.index(place), ((lap >> (Q_BUFFERS - 1)) & 1) ^ 1)
+                arrived = q_full.index(place)
                 mbarrier.expect(arrived, ROWS_Q * (D0 + D1) * 2)
                 for g in gl.static_range(GROUPS):
-                    _load(q0, [row_q + g * ROWS_G, head, 0], arrived, q0_tiles.index(g))
+                    rows = row_q + g * ROWS_G
+                    _load(q0, [rows, head, 0], arrived, q0_tiles.index(place * GROUPS + g))
                     if SPLIT:
-                        _load(q1, [row_q + g * ROWS_G, head, D0], arrived, q1_tiles.index(g))
+                        _load(q1, [rows, head, D0], arrived, q1_tiles.index(place * GROUPS + g))
             arrived = v_full.index(stage)
             mbarrier.expect(arrived, BLOCK_N * (D0 + V1) * 2)
             _load(v0, [row, head, 0], arrived, v0_ring.index(stage))
@@ -84,78 +96,12 @@ def _produce(
 
 
 @gluon.jit
-def _matrix(ring, stage):
-    """One stage of a ring [STAGES, rows, 1, columns] as a matrix."""
-    return ring.index(stage).reshape([ring.shape[1], ring.shape[3]])
-
-
-@gluon.jit
-def _start_scores(q0_tiles, q1_tiles, k0_ring, k1_ring, stage, S_LAYOUT: gl.constexpr,
-                  GROUP: gl.constexpr, SPLIT: gl.constexpr):  # fmt: skip
-    BLOCK_N: gl.constexpr = k0_ring.shape[1]
-    ROWS_G: gl.constexpr = q0_tiles.shape[1]
-    scores = gl.zeros([ROWS_G, BLOCK_N], gl.float32, S_LAYOUT)
-    k = _matrix(k0_ring, stage).permute((1, 0))
-    scores = warpgroup_mma(_matrix(q0_tiles, GROUP), k, scores, use_acc=False, is_async=True)
-    if SPLIT:
-        k = _matrix(k1_ring, stage).permute((1, 0))
-        scores = warpgroup_mma(_matrix(q1_tiles, GROUP), k, scores, is_async=True)
-    return scores
-
-
-@gluon.jit
-def _partial_sums(p):
-    """Sums over the columns that one thread holds, [R, 8]: the threads are left for the end."""
-    return gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 8]), 1)
-
-
-@gluon.jit
-def _row_max(scores):
-    """Maximum of every row, in the layout of its rows, by short chains within a thread."""
-    LAYOUT: gl.constexpr = gl.SliceLayout(1, scores.type.layout)
-    parts = scores.reshape([scores.shape[0], 4, scores.shape[1] // 32, 8])
-    return gl.convert_layout(gl.max(gl.max(gl.max(parts, 2), 1), 1), LAYOUT, assert_trivial=True)
-
-
-@gluon.jit
-def _clear_rows(ring, stage, num_rows, NUM_WARPS: gl.constexpr):
-    """Zero the first rows of a stage. Groups may do so at the same time: they write the same."""
-    WIDTH: gl.constexpr = ring.shape[3]
-    COLUMNS: gl.constexpr = WIDTH // 8
-    LAYOUT: gl.constexpr = gl.BlockedLayout(
-        [1, 8], [32 // COLUMNS, COLUMNS], [NUM_WARPS, 1], [1, 0]
-    )
-    part = _matrix(ring, stage)
-    rows = gl.arange(0, ring.shape[1], layout=gl.SliceLayout(1, LAYOUT))
-    values = part.load(LAYOUT)
-    part.store(gl.where((rows >= num_rows)[:, None], values, 0.0))
-
-
-@gluon.jit
-def _store_rows(base, rows, num_rows, x, STRIDE: gl.constexpr, FIRST: gl.constexpr,
-                END: gl.constexpr, NUM_WARPS: gl.constexpr):  # fmt: skip
-    """Write x [R, WIDTH] to columns FIRST.. of rows `rows`.. of `base`, clipped at END."""
-    WIDTH: gl.constexpr = x.shape[1]
-    COLUMNS: gl.constexpr = WIDTH // 8
-    LAYOUT: gl.constexpr = gl.BlockedLayout(
-        [1, 8], [32 // COLUMNS, COLUMNS], [NUM_WARPS, 1], [1, 0]
-    )
-    y = gl.convert_layout(x.to(base.dtype.element_ty), LAYOUT)
-    offs_m = rows + gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, LAYOUT))
-    cols = FIRST + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
-    mask = (offs_m < num_rows)[:, None]
-    if FIRST + WIDTH > END:
-        mask = mask & (cols < END)[None, :]
-    gl.store(base + offs_m[:, None] * STRIDE + cols[None, :], y, mask=mask)
-
-
-@gluon.jit
 def _consume(
     out_ptr, cu_ptr, num_segments, scale_log2,
     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
     q_empty, q_full, empty, k_full, v_full, turn, tickets_ptr, mail, mail_empty, mail_full,
     D: gl.constexpr, HEADS: gl.constexpr, GROUPS: gl.constexpr, SPLIT: gl.constexpr,
-    NUM_WARPS: gl.constexpr, GROUP: gl.constexpr,
+    TAIL: gl.constexpr, NUM_WARPS: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = k0_ring.shape[0]
     BLOCK_N: gl.constexpr = k0_ring.shape[1]
@@ -168,9 +114,13 @@ def _consume(
     O1_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         [3, 0], [NUM_WARPS, 1], [16, V1 if SPLIT else D0, 16]
     )
+    Q_BUFFERS: gl.constexpr = q0_tiles.shape[0] // GROUPS
+    T_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [NUM_WARPS, 1], [16, TAIL if TAIL else BLOCK_N, 16]
+    )
     M_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
-    P1_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O1_LAYOUT, 2)
+    SUM_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, 8, 16])
+    L_LAYOUT: gl.constexpr = gl.SliceLayout(1, SUM_LAYOUT)
     dtype: gl.constexpr = k0_ring.dtype
 
     wait_for_previous()
@@ -192,94 +142,134 @@ def _consume(
         head = (tile - first) // tiles_q
         row_q = (tile - first) % tiles_q * ROWS_Q + GROUP * ROWS_G
         steps = gl.cdiv(length, BLOCK_N)
+        q_place = lap & (Q_BUFFERS - 1)
+        q_tile = q_place * GROUPS + GROUP
 
-        # the step that ends at the segment's end: rows that belong to the one before are masked
-        stage = step % STAGES
-        mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
-        mbarrier.wait(q_full.index(0), lap & 1)
-        scores = _start_scores(q0_tiles, q1_tiles, k0_ring, k1_ring, stage, S_LAYOUT, GROUP, SPLIT)
-        scores = warpgroup_mma_wait(0, deps=(scores,))
-        cols = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S_LAYOUT))
-        covered = steps * BLOCK_N - length
-        scores = gl.where((cols >= covered)[None, :], scores, float("-inf"))
-        m = _row_max(scores) * scale_log2
-        p = gl.exp2(scores * scale_log2 - m[:, None])
-        l = _partial_sums(p)
-        L_LAYOUT: gl.constexpr = gl.SliceLayout(1, l.type.layout)  # pyright: ignore[reportAttributeAccessIssue]
-        p = p.to(dtype)
-        acc = gl.zeros([ROWS_G, D0], gl.float32, O_LAYOUT)
-        acc1 = acc
-        if SPLIT:
-            acc1 = gl.zeros([ROWS_G, V1], gl.float32, O1_LAYOUT)
-
-        mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
-        for _ in range(1, steps):
-            later = step + 1
-            k_stage = later % STAGES
-            mbarrier.wait(k_full.index(k_stage), (later // STAGES) & 1)
-            if GROUPS > 1:
-                mbarrier.wait(turn.index(GROUP), (turns & 1) ^ (1 if GROUP == 0 else 0))
-            scores = _start_scores(
-                q0_tiles, q1_tiles, k0_ring, k1_ring, k_stage, S_LAYOUT, GROUP, SPLIT
-            )
-            p0 = gl.convert_layout(p, P_LAYOUT, assert_trivial=True)
-            acc = warpgroup_mma(p0, _matrix(v0_ring, stage), acc, is_async=True)
-            if SPLIT:
-                p1 = gl.convert_layout(p, P1_LAYOUT, assert_trivial=True)
-                acc1 = warpgroup_mma(p1, _matrix(v1_ring, stage), acc1, is_async=True)
-            if GROUPS > 1:
-                mbarrier.arrive(turn.index((GROUP + 1) % GROUPS))
-            scores = warpgroup_mma_wait(2 if SPLIT else 1, deps=(scores,))
-            m_new = gl.maximum(m, _row_max(scores) * scale_log2)
-            p_new = gl.exp2(scores * scale_log2 - m_new[:, None])
-            alpha = gl.exp2(m - m_new)
-            l *= gl.convert_layout(alpha, L_LAYOUT, assert_trivial=True)[:, None]
-            l += _partial_sums(p_new)
-            p_new = p_new.to(dtype)
-            m = m_new
-            mbarrier.wait(v_full.index(k_stage), (later // STAGES) & 1)
-            # waiting for l as well keeps the softmax above from being moved below the wait
-            if SPLIT:
-                acc, acc1, l, _p0 = warpgroup_mma_wait(0, deps=(acc, acc1, l, p0))
-            else:
-                acc, l, _p0 = warpgroup_mma_wait(0, deps=(acc, l, p0))
-            mbarrier.arrive(empty.index(stage))
-            p = p_new
-            acc *= gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]
-            if SPLIT:
-                acc1 *= gl.convert_layout(alpha, gl.SliceLayout(1, O1_LAYOUT))[:, None]
-            step = later
-            stage = k_stage
-            turns += 1
-        # the last products with q are done
-        mbarrier.arrive(q_empty.index(0))
-
-        if length < BLOCK_N:
-            # p is 0 for the rows before the segment, but 0 * NaN would not be
-            _clear_rows(v0_ring, stage, covered, NUM_WARPS)
-            if SPLIT:
-                _clear_rows(v1_ring, stage, covered, NUM_WARPS)
-            fence_async_shared()
-            barrier()
-        p0 = gl.convert_layout(p, P_LAYOUT, assert_trivial=True)
-        acc = warpgroup_mma(p0, _matrix(v0_ring, stage), acc, is_async=True)
-        if SPLIT:
-            p1 = gl.convert_layout(p, P1_LAYOUT, assert_trivial=True)
-            acc1 = warpgroup_mma(p1, _matrix(v1_ring, stage), acc1, is_async=True)
-            acc, acc1 = warpgroup_mma_wait(0, deps=(acc, acc1))
+        # rows of k and v in the last step, which ends at the segment's last row and comes first
+        rest = length - (steps - 1) * BLOCK_N
+        is_short = (rest <= TAIL) & (steps > 1)
+        whole_steps = steps - is_short.to(gl.int32)
+        if (row_q >= length) & (GROUPS > 1):
+            # none of its rows are left: it only keeps in step with the other groups
+            mbarrier.wait(q_full.index(q_place), (lap >> (Q_BUFFERS - 1)) & 1)
+            for i in range(0, steps):
+                mbarrier.wait(k_full.index(step % STAGES), (step // STAGES) & 1)
+                if GROUPS > 1:  # noqa: SIM102 (one `if` would be taken at run time)
+                    if i > steps - whole_steps:
+                        mbarrier.wait(turn.index(GROUP), (turns & 1) ^ (1 if GROUP == 0 else 0))
+                        mbarrier.arrive(turn.index((GROUP + 1) % GROUPS))
+                        turns += 1
+                mbarrier.arrive(empty.index(step % STAGES))
+                step += 1
+            mbarrier.arrive(q_empty.index(q_place))
         else:
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(empty.index(stage))
-        step += 1
+            stage = step % STAGES
+            mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
+            mbarrier.wait(q_full.index(q_place), (lap >> (Q_BUFFERS - 1)) & 1)
+            acc = gl.zeros([ROWS_G, D0], gl.float32, O_LAYOUT)
+            acc1 = acc
+            if SPLIT:
+                acc1 = gl.zeros([ROWS_G, V1], gl.float32, O1_LAYOUT)
+            m = gl.zeros([ROWS_G], gl.float32, M_LAYOUT)
+            l = gl.zeros([ROWS_G, 8], gl.float32, SUM_LAYOUT)
+            covered = BLOCK_N - rest
+            if TAIL > 0:  # noqa: SIM102 (as above)
+                if is_short:
+                    scores = start_scores(
+                        q0_tiles, q1_tiles, k0_ring, k1_ring, stage, T_LAYOUT, TAIL, q_tile, SPLIT
+                    )
+                    scores = warpgroup_mma_wait(0, deps=(scores,))
+                    cols = gl.arange(0, TAIL, layout=gl.SliceLayout(0, T_LAYOUT))
+                    scores = gl.where((cols >= TAIL - rest)[None, :], scores, float("-inf"))
+                    short_m = row_max(scores) * scale_log2
+                    p = gl.exp2(scores * scale_log2 - short_m[:, None])
+                    l = partial_sums(p, SUM_LAYOUT)
+                    m = gl.convert_layout(short_m, M_LAYOUT, assert_trivial=True)
+                    mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
+                    acc, acc1, _p0 = start_values(
+                        p.to(dtype), v0_ring, v1_ring, stage, acc, acc1, TAIL, SPLIT
+                    )
+                    acc, acc1 = wait_values(acc, acc1, SPLIT)
+                    mbarrier.arrive(empty.index(stage))
+                    step += 1
+                    stage = step % STAGES
+                    covered = 0
+                    mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
 
-        inverse = 1.0 / gl.convert_layout(gl.sum(l, 1), M_LAYOUT, assert_trivial=True)
-        # int64 before the multiply: T * H * D may pass 2**31
-        base = out_ptr + begin.to(gl.int64) * (HEADS * D) + head * D
-        scaled = acc * gl.convert_layout(inverse, gl.SliceLayout(1, O_LAYOUT))[:, None]
-        _store_rows(base, row_q, length, scaled, HEADS * D, 0, D, NUM_WARPS)
-        if SPLIT:
-            scaled = acc1 * gl.convert_layout(inverse, gl.SliceLayout(1, O1_LAYOUT))[:, None]
-            _store_rows(base, row_q, length, scaled, HEADS * D, D0, D, NUM_WARPS)
+            scores = start_scores(
+                q0_tiles, q1_tiles, k0_ring, k1_ring, stage, S_LAYOUT, BLOCK_N, q_tile, SPLIT
+            )
+            scores = warpgroup_mma_wait(0, deps=(scores,))
+            # rows that belong to the step before are masked
+            cols = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S_LAYOUT))
+            scores = gl.where((cols >= covered)[None, :], scores, float("-inf"))
+            m_new = row_max(scores) * scale_log2
+            if TAIL > 0:  # noqa: SIM102 (as above)
+                if is_short:
+                    m_new = gl.maximum(m, m_new)
+                    alpha = gl.exp2(m - m_new)
+                    l *= gl.convert_layout(alpha, L_LAYOUT, assert_trivial=True)[:, None]
+                    acc, acc1 = scale_rows(acc, acc1, alpha, SPLIT)
+            m = m_new
+            p = gl.exp2(scores * scale_log2 - m[:, None])
+            l += partial_sums(p, SUM_LAYOUT)
+            p = p.to(dtype)
+
+            mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
+            for _ in range(1, whole_steps):
+                later = step + 1
+                k_stage = later % STAGES
+                mbarrier.wait(k_full.index(k_stage), (later // STAGES) & 1)
+                if GROUPS > 1:
+                    mbarrier.wait(turn.index(GROUP), (turns & 1) ^ (1 if GROUP == 0 else 0))
+                scores = start_scores(
+                    q0_tiles, q1_tiles, k0_ring, k1_ring, k_stage, S_LAYOUT, BLOCK_N, q_tile, SPLIT
+                )
+                acc, acc1, p0 = start_values(p, v0_ring, v1_ring, stage, acc, acc1, BLOCK_N, SPLIT)
+                if GROUPS > 1:
+                    mbarrier.arrive(turn.index((GROUP + 1) % GROUPS))
+                scores = warpgroup_mma_wait(2 if SPLIT else 1, deps=(scores,))
+                m_new = gl.maximum(m, row_max(scores) * scale_log2)
+                p_new = gl.exp2(scores * scale_log2 - m_new[:, None])
+                alpha = gl.exp2(m - m_new)
+                l *= gl.convert_layout(alpha, L_LAYOUT, assert_trivial=True)[:, None]
+                l += partial_sums(p_new, SUM_LAYOUT)
+                p_new = p_new.to(dtype)
+                m = m_new
+                mbarrier.wait(v_full.index(k_stage), (later // STAGES) & 1)
+                # waiting for l as well keeps the softmax above from being moved below the wait
+                if SPLIT:
+                    acc, acc1, l, _p0 = warpgroup_mma_wait(0, deps=(acc, acc1, l, p0))
+                else:
+                    acc, l, _p0 = warpgroup_mma_wait(0, deps=(acc, l, p0))
+                mbarrier.arrive(empty.index(stage))
+                p = p_new
+                acc, acc1 = scale_rows(acc, acc1, alpha, SPLIT)
+                step = later
+                stage = k_stage
+                turns += 1
+            # the last products with q are done
+            mbarrier.arrive(q_empty.index(q_place))
+
+            if length < BLOCK_N:
+                # p is 0 for the rows before the segment, but 0 * NaN would not be
+                clear_rows(v0_ring, stage, covered, NUM_WARPS)
+                if SPLIT:
+                    clear_rows(v1_ring, stage, covered, NUM_WARPS)
+                fence_async_shared()
+                barrier()
+            acc, acc1, _p0 = start_values(p, v0_ring, v1_ring, stage, acc, acc1, BLOCK_N, SPLIT)
+            acc, acc1 = wait_values(acc, acc1, SPLIT)
+            mbarrier.arrive(empty.index(stage))
+            step += 1
+
+            inverse = 1.0 / gl.convert_layout(gl.sum(l, 1), M_LAYOUT, assert_trivial=True)
+            acc, acc1 = scale_rows(acc, acc1, inverse, SPLIT)
+            # int64 before the multiply: T * H * D may pass 2**31
+            base = out_ptr + begin.to(gl.int64) * (HEADS * D) + head * D
+            store_rows(base, row_q, length, acc, HEADS * D, 0, D, NUM_WARPS)
+            if SPLIT:
+                store_rows(base, row_q, length, acc1, HEADS * D, D0, D, NUM_WARPS)
 
         tile = posted_tile(tile, lap, tickets_ptr, mail, mail_empty, mail_full, NUM_WARPS)
         lap += 1
@@ -305,6 +295,8 @@ def attention_hopper_kernel(
     HEADS: gl.constexpr,
     GROUPS: gl.constexpr,
     STAGES: gl.constexpr,
+    Q_BUFFERS: gl.constexpr,
+    TAIL: gl.constexpr,  # rows that a short last step computes; 0 for none
     num_warps: gl.constexpr,
 ):
     """Attention of every segment; grid: any number of programs, which share out the tiles."""
@@ -313,21 +305,21 @@ def attention_hopper_kernel(
     BLOCK_N: gl.constexpr = k0.block_shape[0]
     D0: gl.constexpr = k0.block_shape[2]
     dtype: gl.constexpr = k0.dtype
-    q0_tiles = gl.allocate_shared_memory(dtype, [GROUPS, ROWS_G, 1, D0], q0.layout)
+    q0_tiles = gl.allocate_shared_memory(dtype, [Q_BUFFERS * GROUPS, ROWS_G, 1, D0], q0.layout)
     k0_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, 1, D0], k0.layout)
     v0_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, 1, D0], v0.layout)
     if SPLIT:
         D1: gl.constexpr = k1.block_shape[2]
         V1: gl.constexpr = v1.block_shape[2]
-        q1_tiles = gl.allocate_shared_memory(dtype, [GROUPS, ROWS_G, 1, D1], q1.layout)
+        q1_tiles = gl.allocate_shared_memory(dtype, [Q_BUFFERS * GROUPS, ROWS_G, 1, D1], q1.layout)
         k1_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, 1, D1], k1.layout)
         v1_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, 1, V1], v1.layout)
     else:
         q1_tiles = q0_tiles
         k1_ring = k0_ring
         v1_ring = v0_ring
-    q_empty = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    q_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [Q_BUFFERS, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_BUFFERS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -348,8 +340,9 @@ def attention_hopper_kernel(
         for i in gl.static_range(2):
             mbarrier.init(mail_empty.index(i), count=GROUPS)
             mbarrier.init(mail_full.index(i), count=1)
-    mbarrier.init(q_empty.index(0), count=GROUPS)
-    mbarrier.init(q_full.index(0), count=1)
+    for i in gl.static_range(Q_BUFFERS):
+        mbarrier.init(q_empty.index(i), count=GROUPS)
+        mbarrier.init(q_full.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(empty.index(i), count=GROUPS)
         mbarrier.init(k_full.index(i), count=1)
@@ -367,7 +360,7 @@ def attention_hopper_kernel(
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
                     q_empty, q_full, empty, k_full, v_full, turn,
                     tickets_ptr, mail, mail_empty, mail_full,
-                    D, HEADS, GROUPS, SPLIT, num_warps, 0,
+                    D, HEADS, GROUPS, SPLIT, TAIL, num_warps, 0,
                 )),
                 (_produce, (
                     q0, q1, k0, k1, v0, v1, cu_ptr, num_segments,
@@ -388,14 +381,14 @@ def attention_hopper_kernel(
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
                     q_empty, q_full, empty, k_full, v_full, turn,
                     tickets_ptr, mail, mail_empty, mail_full,
-                    D, HEADS, GROUPS, SPLIT, num_warps, 0,
+                    D, HEADS, GROUPS, SPLIT, TAIL, num_warps, 0,
                 )),
                 (_consume, (
                     out_ptr, cu_ptr, num_segments, scale_log2,
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
                     q_empty, q_full, empty, k_full, v_full, turn,
                     tickets_ptr, mail, mail_empty, mail_full,
-                    D, HEADS, GROUPS, SPLIT, num_warps, 1,
+                    D, HEADS, GROUPS, SPLIT, TAIL, num_warps, 1,
                 )),
                 (_produce, (
                     q0, q1, k0, k1, v0, v1, cu_ptr, num_segments,
@@ -416,21 +409,21 @@ def attention_hopper_kernel(
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
                     q_empty, q_full, empty, k_full, v_full, turn,
                     tickets_ptr, mail, mail_empty, mail_full,
-                    D, HEADS, GROUPS, SPLIT, num_warps, 0,
+                    D, HEADS, GROUPS, SPLIT, TAIL, num_warps, 0,
                 )),
                 (_consume, (
                     out_ptr, cu_ptr, num_segments, scale_log2,
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
                     q_empty, q_full, empty, k_full, v_full, turn,
                     tickets_ptr, mail, mail_empty, mail_full,
-                    D, HEADS, GROUPS, SPLIT, num_warps, 1,
+                    D, HEADS, GROUPS, SPLIT, TAIL, num_warps, 1,
                 )),
                 (_consume, (
                     out_ptr, cu_ptr, num_segments, scale_log2,
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
                     q_empty, q_full, empty, k_full, v_full, turn,
                     tickets_ptr, mail, mail_empty, mail_full,
-                    D, HEADS, GROUPS, SPLIT, num_warps, 2,
+                    D, HEADS, GROUPS, SPLIT, TAIL, num_warps, 2,
                 )),
                 (_produce, (
                     q0, q1, k0, k1, v0, v1, cu_ptr, num_segments,

@@ -86,12 +86,12 @@ def test_no_gradients_of_what_it_stages(staging_encoder, manager_of, pixels_for)
     encoder = staging_encoder()
     specs, stage, forward = encoder.input_specs, encoder.stage, encoder.graph_forward
     weight = torch.ones(1, requires_grad=True)
-    encoder.input_specs = lambda limits: specs(limits) | {
-        "weights": BufferSpec((limits.max_frames, 1), torch.float32, "frames")
-    }
-    encoder.stage = lambda grid, limits: stage(grid, limits) | {
-        "weights": weight.expand(limits.max_frames, 1) * 2
-    }
+    encoder.input_specs = lambda limits: (
+        specs(limits) | {"weights": BufferSpec((limits.max_frames, 1), torch.float32, "frames")}
+    )
+    encoder.stage = lambda grid, limits: (
+        stage(grid, limits) | {"weights": weight.expand(limits.max_frames, 1) * 2}
+    )
     encoder.graph_forward = lambda inputs, outputs, limits: forward(
         {name: inputs[name] for name in ("pixel_values", "frames", "count")}, outputs, limits
     )

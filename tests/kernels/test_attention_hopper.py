@@ -9,6 +9,8 @@ from vitgraph.kernels.attention_hopper import (
     LaunchConfig,
     launch,
     launch_config,
+    q_buffers,
+    short_step,
     split_head_dim,
     varlen_attention_hopper,
 )
@@ -46,7 +48,8 @@ def test_split_head_dim(D, expected):
 def shared_bytes(D, config):
     """Of q, k and v, and of the tiles that are stored, one a group."""
     first, second = split_head_dim(D)
-    loaded = config.groups * ROWS + 2 * config.num_stages * config.block_n
+    rows_q = q_buffers(config, D) * config.groups * ROWS
+    loaded = rows_q + 2 * config.num_stages * config.block_n
     return 2 * (loaded * (first + second) + config.groups * ROWS * first)
 
 
@@ -75,6 +78,24 @@ def test_a_config_fits(D, num_rows, num_heads):
 )
 def test_config_by_width_and_number_of_tiles(head_dim, num_rows, num_heads, config):
     assert launch_config(head_dim, num_rows, num_heads, num_sms=132) == config
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "config", "buffers", "rows"),
+    [
+        (72, PAIR, 2, 64),
+        (80, PAIR, 2, 64),
+        (88, PAIR, 1, 0),  # no registers
+        (96, PAIR, 1, 0),
+        (128, LaunchConfig(2, 64, 4), 2, 32),
+        (128, LaunchConfig(2, 64, 5), 1, 32),  # no shared memory
+        (64, LaunchConfig(1, 128, 3, 2), 1, 0),  # one group
+        (128, LaunchConfig(1, 64, 4), 1, 0),
+    ],
+)
+def test_what_a_program_has_room_for(head_dim, config, buffers, rows):
+    assert q_buffers(config, head_dim) == buffers
+    assert short_step(config, head_dim) == rows
 
 
 def test_reasons(monkeypatch):
@@ -248,6 +269,27 @@ def test_segments_are_independent(length, config, needs_hopper):
     q, k, v, out = (x[200 : 200 + length] for x in (q, k, v, out))
     one = torch.tensor([0, length], dtype=torch.int32, device="cuda")
     check(q, k, v, one, out, 0.2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [None, *CONFIGS], ids=lambda c: c and config_name(c))
+@pytest.mark.parametrize("D", [64, 72, 96, 128])
+def test_ends_of_segments(D, config, needs_hopper):
+    """Every kind of last tile and last step: whole, half, one row, and groups without any."""
+    if config is None or shared_bytes(D, config) * config.programs_per_sm > 226 << 10:
+        config = launch_config(D, 5000, 16, 132)
+    rests = (1, 16, 31, 32, 33, 63, 64, 65, 96, 127, 128, 129, 160, 191)
+    lengths = [first + rest for first in (0, 128, 192, 640) for rest in rests]
+    q, k, v, cu, out = make(lengths, 2, D, pad=30)
+    launch(q, k, v, cu, 0.2, out, config)
+    check(q, k, v, cu, out, 0.2)
+    for begin, end in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True):
+        one = torch.tensor([begin, end], dtype=torch.int32, device="cuda")
+        alone = torch.full_like(out, NAN)
+        launch(q, k, v, one, 0.2, alone, config)
+        assert torch.equal(alone[begin:end], out[begin:end])
+        assert alone[:begin].isnan().all()
+        assert alone[end:].isnan().all()
 
 
 @pytest.mark.gpu

@@ -9,6 +9,8 @@ from vitgraph.kernels.attention_hopper import (
     LaunchConfig,
     box,
     launch_config,
+    q_buffers,
+    short_step,
     split_head_dim,
 )
 from vitgraph.kernels.compiled import inspect
@@ -34,6 +36,8 @@ def inspect_attention(D, config: LaunchConfig, dtype="bf16", *, drawn=False):
         "HEADS": 16,
         "GROUPS": config.groups,
         "STAGES": config.num_stages,
+        "Q_BUFFERS": q_buffers(config, D),
+        "TAIL": short_step(config, D),
         "num_warps": 4,
     }
     if drawn:
@@ -86,7 +90,8 @@ def test_attention(D, config, dtype, drawn):
     # a barrier that is initialised and never used shares its memory with other data
     turns = config.groups if config.groups > 1 else 0
     mail = 4 if drawn else 0
-    assert info.ptx.count("mbarrier.init") == 2 + 3 * config.num_stages + turns + mail
+    loads = 2 * q_buffers(config, D) + 3 * config.num_stages
+    assert info.ptx.count("mbarrier.init") == loads + turns + mail
     assert info.ptx.count("atom.") == (2 if drawn else 0)
     assert info.spill_bytes == 0
     assert info.count("LDL") == info.count("STL") == 0
