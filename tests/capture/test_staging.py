@@ -131,7 +131,10 @@ def test_tables_are_whole_and_leave_their_destination_alone(shape, rows, expecte
     assert (destination == 7).all()
 
 
-def test_copies_of_views():
+@pytest.mark.parametrize("at_once", [True, False])
+def test_copies_of_views(at_once, monkeypatch):
+    if not at_once:
+        monkeypatch.setattr(staging, "_MANY_BYTES", 0)
     static = {"a": torch.randn(4, 3), "b": torch.randn(4, 2).half(), "c": torch.arange(4)}
     views = {name: buffer[:2] for name, buffer in static.items()}
     before = {name: view.clone() for name, view in views.items()}

@@ -1,7 +1,12 @@
 import pytest
 import torch
 from vitgraph.kernels.layout import layout_ref
-from vitgraph.kernels.patch_embed import patch_embed, patch_embed_op, patch_embed_ref
+from vitgraph.kernels.patch_embed import (
+    choose_backend,
+    patch_embed,
+    patch_embed_op,
+    patch_embed_ref,
+)
 from vitgraph.kernels.testing import assert_as_accurate
 
 GRID = torch.tensor([[1, 4, 6], [2, 2, 10], [1, 2, 2]], dtype=torch.int32)
@@ -45,10 +50,70 @@ def test_matches_oracle(P, D, side, sampling, dtype, device):
     assert_as_accurate(patch_embed(*args, **extra), eager, oracle, factor=factor)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("P", "D", "side", "sampling"),
+    [(24, 16, 4, "bilinear_corners"), (1176, 40, 0, "bilinear"), (48, 72, 16, "bicubic")],
+)
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no-bias"])
+def test_by_the_library(P, D, side, sampling, dtype, has_bias, device):
+    (pixels, weight, bias), extra = arguments(P, D, side, dtype, device)
+    bias = bias if has_bias else None
+    extra |= {"sampling": sampling, "source": None}
+    eager = patch_embed_ref(pixels, weight, bias, **extra)
+    exact = extra | ({"table": extra["table"].double()} if side else {})
+    wide = (pixels.double(), weight.double(), None if bias is None else bias.double())
+    x = patch_embed(pixels, weight, bias, **extra, backend="library")
+    assert_as_accurate(x, eager, patch_embed_ref(*wide, **exact))
+    with pytest.raises(ValueError, match="takes rows in the order of the pixels; use 'triton'"):
+        patch_embed(
+            pixels, weight, bias, **extra | {"source": extra["position"][:, 0]}, backend="library"
+        )
+
+
+def test_where_the_library_is_taken():
+    def backend(T=512, P=1536, D=1152, dtype=torch.bfloat16, device="cuda", has_source=False):
+        return choose_backend(T, P, D, dtype, torch.device(device), has_source=has_source)
+
+    assert backend() == backend(dtype=torch.float16) == "library"
+    assert backend(T=511) == backend(P=588) == backend(D=1150) == "triton"
+    assert backend(dtype=torch.float32) == backend(device="cpu") == "triton"
+    assert backend(has_source=True) == "triton"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("live", [0, 1, 600, 703, 704])
+def test_many_rows(live):
+    """Of which "auto" takes the library on a GPU: NaN past the live rows reaches nothing."""
+    g = torch.Generator().manual_seed(live)
+    make = lambda *s: torch.randn(*s, generator=g).to("cuda", torch.bfloat16)  # noqa: E731
+    pixels, weight, bias, table = make(704, 1536), make(64, 1536), make(64), make(81, 64)
+    grid = torch.tensor([[1, 22, 32]], dtype=torch.int32)
+    plan = layout_ref(
+        grid, torch.ones(1), num_rows=704, num_frames=1, num_windows=1, merge=2, window=4
+    )
+    extra = {"table": table, "position": plan.position.cuda()}
+    clean = patch_embed(pixels, weight, bias, **extra)
+    assert torch.equal(clean, patch_embed(pixels, weight, bias, **extra, backend="library"))
+    oracle = patch_embed_ref(
+        pixels.double(), weight.double(), bias.double(), **extra | {"table": table.double()}
+    )
+    eager = patch_embed_ref(pixels, weight, bias, **extra)
+    for backend in ("library", "triton"):
+        x = patch_embed(pixels, weight, bias, **extra, backend=backend)
+        assert_as_accurate(x, eager, oracle)
+    pixels[live:] = float("nan")
+    live_rows = torch.tensor([live], dtype=torch.int32, device="cuda")
+    x = patch_embed(pixels, weight, bias, **extra, live_rows=live_rows)
+    assert torch.equal(x[:live], clean[:live])
+    assert (x[live:] == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["triton", "library"])
 @pytest.mark.parametrize("live", [0, 1, 24, 68])
-def test_padding_is_zero_and_stale_pixels_are_not_read(live, device):
+def test_padding_is_zero_whatever_stale_pixels_hold(live, backend, device):
     args, extra = arguments(24, 16, 4, torch.float32, device, padding=12)
-    extra["source"] = None
+    extra |= {"source": None, "backend": backend}
     clean = patch_embed(*args, **extra)
     args[0][live:] = float("nan")
     live_rows = torch.tensor([live], dtype=torch.int32, device=device)
@@ -69,6 +134,11 @@ def test_padding_is_zero_and_stale_pixels_are_not_read(live, device):
 def test_bad_arguments(pixels, weight, table, message):
     with pytest.raises(ValueError, match=message):
         patch_embed(pixels, weight, table=table)
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="backend='cublas' is not one of"):
+        patch_embed(torch.zeros(4, 8), torch.zeros(6, 8), backend="cublas")
 
 
 @pytest.mark.parametrize("check", ["test_schema", "test_faketensor"])
