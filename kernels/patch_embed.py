@@ -10,11 +10,11 @@ the table is resampled as positions.py says. A convolution whose stride is its k
 Products accumulate in fp32. Padding is finite whatever stale pixel rows hold.
 
 `backend="triton"` is one kernel, rounded once, which does not read stale rows.
-`backend="library"` is cuBLAS, then the positions by `add_positions_` (a second rounding, as in
-Hugging Face's towers), then zeros over the padding. It takes 16 bits without `source`.
-`backend="auto"` is "library" where rows start at multiples of 16 bytes, from `MIN_LIBRARY_ROWS`
-on: on an H200 it takes 0.4 to 0.8 of the time from 784 to 65,536 rows of 1176 and 1536
-values, and as long at 196.
+`backend="library"` is cuBLAS, then zeros over the padding; not with `source` or `table`.
+`backend="auto"` is "library" where it can be, in 16 bits with rows at multiples of 16 bytes, from
+`MIN_LIBRARY_ROWS` on: on an H200 0.4 to 0.6 of the time from 784 to 65,536 rows of 1176 values, and
+nine tenths at 196. With positions added behind it, it takes 0.6 to 0.8 of the time too, but their
+second rounding raised the error of whole towers of Qwen3-VL-8B by a tenth.
 
 Compute-bound: 2*T*P*D FLOP, under 1 % of a tower.
 """
@@ -28,7 +28,7 @@ import triton.language as tl
 from .dispatch import use_reference
 from .launch import launch_kernel
 from .linear import linear
-from .positions import add_positions_, check_table, sample_table, sample_table_ref
+from .positions import check_table, sample_table, sample_table_ref
 from .roofline import Cost
 from .zero_padding import zero_padding_
 
@@ -59,11 +59,11 @@ def config(T: int, dtype: torch.dtype, sampling: str = "bilinear_corners") -> Pa
 
 
 def choose_backend(
-    T: int, P: int, D: int, dtype: torch.dtype, device: torch.device, *, has_source: bool
+    T: int, P: int, D: int, dtype: torch.dtype, device: torch.device, *, is_plain: bool
 ) -> str:
-    """What "auto" stands for; a pure function of what a captured graph fixes."""
+    """What "auto" stands for, of what a captured graph fixes; plain is without source and table."""
     is_library = (
-        device.type == "cuda" and dtype.itemsize == 2 and not has_source
+        device.type == "cuda" and dtype.itemsize == 2 and is_plain
         and T >= MIN_LIBRARY_ROWS and P % 8 == 0 and D % 8 == 0
     )  # fmt: skip
     return "library" if is_library else "triton"
@@ -171,17 +171,18 @@ def patch_embed(
         backend: "auto", "library" or "triton".
 
     Raises:
-        ValueError: a shape, layout, `sampling` or `backend` that is not as above, or `source` with
-            "library".
+        ValueError: a shape, layout, `sampling` or `backend` that is not as above, or `source` or
+            `table` with "library".
     """
     T, P = pixels.shape
     D = weight.shape[0]
     if backend not in BACKENDS:
         raise ValueError(f"patch_embed: backend={backend!r} is not one of {BACKENDS}")
-    if backend == "library" and source is not None:
+    is_plain = source is None and table is None
+    if backend == "library" and not is_plain:
         raise ValueError(
-            "patch_embed: backend='library' takes rows in the order of the pixels; use 'triton' "
-            "with source"
+            "patch_embed: backend='library' neither reorders rows nor adds positions; use 'triton' "
+            "with source or table"
         )
     if weight.shape != (D, P) or not (pixels.is_contiguous() and weight.is_contiguous()):
         raise ValueError(
@@ -197,14 +198,9 @@ def patch_embed(
             sampling=sampling, num_live=num_live,
         )  # fmt: skip
     if backend == "auto":
-        backend = choose_backend(
-            T, P, D, weight.dtype, pixels.device, has_source=source is not None
-        )
+        backend = choose_backend(T, P, D, weight.dtype, pixels.device, is_plain=is_plain)
     if backend == "library":
-        x = linear(pixels, weight, bias, backend="library")
-        if table is not None and position is not None:
-            add_positions_(x, table, position, sampling, live_rows)
-        return zero_padding_(x, live_rows)
+        return zero_padding_(linear(pixels, weight, bias, backend="library"), live_rows)
     x = torch.empty(T, D, dtype=weight.dtype, device=pixels.device)
     if T == 0:
         return x
