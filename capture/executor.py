@@ -236,7 +236,7 @@ class Executor:
 
     def _eagerly(
         self, pixel_values: torch.Tensor, grid: Sequence[Grid], pruning: Pruning | None = None
-    ) -> Mapping[str, torch.Tensor]:
+    ) -> dict[str, torch.Tensor]:
         with torch.no_grad():
             return self._encoder.eager_forward(pixel_values, grid, pruning)
 

@@ -1,6 +1,8 @@
 """What a manager does besides plain calls, on the CPU: `rerun_recorder` repeats recorded work."""
 
+import gc
 import threading
+import weakref
 from functools import partial
 
 import pytest
@@ -420,3 +422,17 @@ def test_evict(encoder, manager, pixels_for):
     )
     with pytest.raises(RuntimeError, match="16 tokens is the only one"):
         manager.evict()
+
+
+def test_an_evicted_rung_is_let_go(manager, pixels_for):
+    """What its replays were prepared with goes with it, in every slot."""
+    for _ in range(3):
+        manager.execute(pixels_for([IMAGE]), [IMAGE])
+    manager.run_on(manager.rungs[1], pixels_for([IMAGE]), [IMAGE])
+    ladder = manager.ladder
+    gone = [weakref.ref(g) for rung in manager.rungs[:2] for g in ladder.rungs[rung].graphs]
+    del ladder
+    manager.evict(16)
+    manager.evict(64)
+    gc.collect()  # the recordings of this test are closures
+    assert [graph() for graph in gone] == [None] * len(gone)
