@@ -93,8 +93,12 @@ class PlannedBatch:
         grid: Sequence[Grid],
         offsets: RowOffsets,
         varied: RecordsVariants | None,
+        *,
+        has_table: bool,
     ) -> PreparedReplay:
         """What a replay of `graph` in slot number `slot` needs; the same object every time.
+
+        `has_table` is false where the encoder fills its inputs itself, whatever it calls them.
 
         Raises:
             ValueError: `varied`, the encoder if it records variants, names one that it has not.
@@ -104,7 +108,7 @@ class PlannedBatch:
         if prepared is None:
             variant = ONLY_VARIANT if varied is None else self._variant(varied, graph.limits)
             table = None
-            if GRID in graph.inputs:
+            if has_table:
                 table = table_for(graph.inputs[GRID], self.rows(grid))
             prepared = self._prepared[key] = PreparedReplay(
                 graph,

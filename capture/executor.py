@@ -168,7 +168,9 @@ class Executor:
             names = self._names
             if len(call.batches) == 1:
                 packed, slot = self._run(call.batches[0], call, pixel_values, grid, pruning)
-                views = live_views(packed, self._output_specs, names, call.offsets)
+                # what writes gradients into the buffers of later calls is refused by torch
+                with torch.no_grad():
+                    views = live_views(packed, self._output_specs, names, call.offsets)
                 return Lease(None, views) if slot is None else ladder.ring.lease(slot, views)
             results = self._empty(names, call)
             return Lease(None, self._scatter(results, call, pixel_values, grid, pruning))
@@ -255,8 +257,9 @@ class Executor:
         index = ladder.ring.next()
         slot = ladder.ring.slots[index]
         prepared = batch.prepared(
-            index, ladder.rungs[rung].graphs[index], grid, call.offsets, self._varied
-        )
+            index, ladder.rungs[rung].graphs[index], grid, call.offsets, self._varied,
+            has_table=self._stage is None,
+        )  # fmt: skip
         graph, table = prepared.graph, prepared.table
         graph.check_addresses()
         with span("vitgraph.stage", self._nvtx), self._staging(slot, pixel_values):

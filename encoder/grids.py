@@ -26,9 +26,10 @@ def parse_grids(grid_thw: torch.Tensor | Sequence[Any], spec: EncoderSpec) -> li
             more frames than the tower has positions for, or than an image has.
     """
     table = grid_thw if isinstance(grid_thw, torch.Tensor) else None
-    rows = list(grid_thw) if table is None else table.tolist()
-    if table is not None and (table.ndim == 0 or not rows):
+    # of one with three columns, rows show by themselves whether they are integers
+    if table is not None and (table.ndim != 2 or table.shape[1] != 3 or not len(table)):
         _check_table(table)
+    rows = list(grid_thw) if table is None else table.tolist()
     grids = []
     merge = spec.merge_size
     most = 1 if spec.images_only else spec.frame_positions or sys.maxsize

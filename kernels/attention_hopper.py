@@ -18,10 +18,10 @@ the head dim or past the first or last row is zero.
 
 The last step of a segment, which comes first, ends at the segment's last row and masks the rows
 that other steps cover, so that no row past a segment is read as k or v. If half a step holds the
-rows that are left, two or three groups compute that half alone, and a group of the last tile whose
-rows of q are all past the segment computes nothing. Where a segment is shorter than a step,
-that step begins in rows before the segment: they are masked, and cleared in v. What other rows
-hold (NaN included) therefore cannot reach the output.
+rows that are left, two groups compute that half alone, where they have the registers, and a group
+of the last tile whose rows of q are all past the segment computes nothing. Where a segment is
+shorter than a step, that step begins in rows before the segment: they are masked, and cleared in v.
+What other rows hold (NaN included) therefore cannot reach the output.
 
 Written in Gluon (`triton.experimental.gluon`), which has no interpreter: it runs on the GPU or not
 at all.
@@ -94,12 +94,12 @@ def launch_config(head_dim: int, num_rows: int, num_heads: int, num_sms: int) ->
 
 
 def _looks_ahead(config: LaunchConfig, head_dim: int) -> bool:
-    """Whether groups have registers for more than one step and one tile at a time.
+    """Whether two groups have registers for more than one kind of step and one tile at a time.
 
-    A single group shares its multiprocessor with other programs instead.
+    A single group shares its multiprocessor with other programs instead, and three have fewer.
     """
     is_narrow = config.block_n < 128 or sum(split_head_dim(head_dim)) <= 80
-    return config.groups > 1 and is_narrow
+    return config.groups == 2 and is_narrow
 
 
 def q_buffers(config: LaunchConfig, head_dim: int) -> int:

@@ -33,7 +33,7 @@ def load_centred(
     BLOCK_D: tl.constexpr,
     REST: tl.constexpr,  # width of the second block of a row, or 0
 ):
-    """The two blocks of rows minus their mean, or as they are with `IS_RMS`; mean; squares.
+    """The two blocks of rows minus their mean, or as they are with `IS_RMS`; sums of squares.
 
     Columns past D are zero. Without a second block its place is taken by the first.
     """
@@ -47,16 +47,15 @@ def load_centred(
         at = start + rest_d[None, :]
         rest = load_stream(x_ptr, partials_ptr, at, is_read, plane, SPLITS)
         rest += load_vector(offset_ptr, rest_d, D)
-    mean = tl.zeros_like(tl.sum(x, axis=1))
     if not IS_RMS:
         total = tl.sum(x, axis=1)
         if REST > 0:
             total += tl.sum(rest, axis=1)
-        mean = total / D
-        x = tl.where((d < D)[None, :], x - mean[:, None], 0.0)
+        mean = total[:, None] / D
+        x = tl.where((d < D)[None, :], x - mean, 0.0)
         if REST > 0:
-            rest = tl.where((rest_d < D)[None, :], rest - mean[:, None], 0.0)
+            rest = tl.where((rest_d < D)[None, :], rest - mean, 0.0)
     squares = tl.sum(x * x, axis=1)
     if REST > 0:
         squares += tl.sum(rest * rest, axis=1)
-    return x, rest, mean, squares
+    return x, rest, squares

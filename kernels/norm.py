@@ -141,7 +141,7 @@ def _norm_kernel(
     in_rows = (r < T)[:, None]
     # int64 before the multiply: T * D passes 2**31 at 1.9M rows of width 1152
     start = r[:, None].to(tl.int64) * D
-    x, rest, _, squares = load_centred(
+    x, rest, squares = load_centred(
         x_ptr, partials_ptr, offset, offset_ptr, start, live, T.to(tl.int64) * D, D,
         IS_RMS, SPLITS, BLOCK_D, REST,
     )  # fmt: skip

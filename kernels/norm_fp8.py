@@ -101,7 +101,7 @@ def _norm_fp8_kernel(
     row = r[:, None].to(tl.int64)
     start = row * D
     q_row = q_ptr + row * stride_qt
-    x, rest, _, squares = load_centred(
+    x, rest, squares = load_centred(
         x_ptr, None, offset, offset_ptr, start, live, 0, D, IS_RMS, 0, BLOCK_D, REST
     )
     root = (1.0 / tl.sqrt(squares / D + eps))[:, None]

@@ -118,6 +118,19 @@ def test_no_gradients(encoder, manager, pixels_for, name):
     assert torch.is_grad_enabled()
 
 
+def test_a_lease_takes_no_gradients(encoder, manager, pixels_for):
+    """Written in place, they would hang on the buffers of all later calls."""
+    pixels, weight = pixels_for([IMAGE]), torch.ones(1, requires_grad=True)
+    with manager.lease(pixels, [IMAGE]) as lease:
+        kept = lease.outputs["pooler_output"]
+        with pytest.raises(RuntimeError, match="no_grad mode"):
+            kept.mul_(weight)
+        kept.mul_(2)  # anything else is the reader's business
+    got = manager.execute(pixels, [IMAGE])
+    assert_same(got, encoder.eager_forward(pixels, [IMAGE]))
+    assert not any(tensor.requires_grad for tensor in (*got.values(), *buffers_of(manager)))
+
+
 def test_no_gradients_of_eager_weights(encoder, manager, pixels_for, monkeypatch):
     weight, forward = torch.ones(1, requires_grad=True), encoder.eager_forward
     monkeypatch.setattr(

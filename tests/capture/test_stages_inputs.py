@@ -81,6 +81,28 @@ def test_tables_of_its_own(staging_encoder, manager_of, pixels_for):
     assert len(encoder.staged) == 2
 
 
+def test_an_input_may_be_called_grid(staging_encoder, manager_of, pixels_for):
+    """It is the encoder's own, of any shape."""
+    encoder = staging_encoder()
+    specs, stage, forward = encoder.input_specs, encoder.stage, encoder.graph_forward
+    encoder.input_specs = lambda limits: (
+        specs(limits) | {"grid": BufferSpec((limits.max_frames, 4), torch.int32, "frames")}
+    )
+    encoder.stage = lambda grid, limits: (
+        stage(grid, limits) | {"grid": torch.full((limits.max_frames, 4), 9, dtype=torch.int32)}
+    )
+    encoder.graph_forward = lambda inputs, outputs, limits: forward(
+        {name: inputs[name] for name in ("pixel_values", "frames", "count")}, outputs, limits
+    )
+    manager, grid = manager_of(encoder), [(1, 4, 4)]
+    pixels = pixels_for(grid)
+    expected = encoder.eager_forward(pixels, grid)
+    got = manager.execute(pixels, grid)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    (slot,) = manager.ladder.ring.slots
+    assert (slot.inputs["grid"][: manager.rungs[0].max_frames] == 9).all()
+
+
 def test_no_gradients_of_what_it_stages(staging_encoder, manager_of, pixels_for):
     """A table may be made of weights, such as positions."""
     encoder = staging_encoder()

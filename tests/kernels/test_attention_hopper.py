@@ -90,6 +90,7 @@ def test_config_by_width_and_number_of_tiles(head_dim, num_rows, num_heads, conf
         (128, LaunchConfig(2, 64, 4), 2, 32),
         (128, LaunchConfig(2, 64, 5), 1, 32),  # no shared memory
         (64, LaunchConfig(1, 128, 3, 2), 1, 0),  # one group
+        (72, LaunchConfig(3, 64, 4), 1, 0),  # three have fewer registers
         (128, LaunchConfig(1, 64, 4), 1, 0),
     ],
 )
