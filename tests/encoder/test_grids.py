@@ -36,7 +36,12 @@ def test_grids_in_any_form(spec, grids):
     ("grids", "error", "message"),
     [
         (torch.ones(1, 3), TypeError, "must be an integer type"),
+        (torch.ones(1, 3, dtype=torch.bool), TypeError, "must be an integer type"),
+        (torch.ones(0, 3), TypeError, "must be an integer type"),
         (torch.ones(3, dtype=torch.int64), ValueError, r"shape \[3\] must be \[items, 3\]"),
+        (torch.tensor(3), ValueError, r"shape \[\] must be \[items, 3\]"),
+        (torch.ones(0, 2, dtype=torch.int64), ValueError, r"shape \[0, 2\] must be"),
+        (torch.ones(2, 1, 3, dtype=torch.int64), ValueError, r"shape \[2, 1, 3\] must be"),
         ([(1, 4, 4), (1, 4)], ValueError, r"grid_thw\[1\] = \(1, 4\) must be three integers"),
         ([(1, 4, 4, 4)], ValueError, "must be three integers"),
         ([5], TypeError, r"grid_thw\[0\] = 5 must be three integers"),
@@ -51,3 +56,10 @@ def test_grids_in_any_form(spec, grids):
 def test_grids_refused(spec, grids, error, message):
     with pytest.raises(error, match=message):
         parse_grids(grids, spec)
+
+
+def test_pixels_in_the_place_of_grids_are_not_read(spec, monkeypatch):
+    """They may be gigabytes, on a GPU."""
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: pytest.fail("was read"))
+    with pytest.raises(TypeError, match="must be an integer type"):
+        parse_grids(torch.zeros(16, 1536), spec)
