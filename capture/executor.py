@@ -168,7 +168,7 @@ class Executor:
             names = self._names
             if len(call.batches) == 1:
                 packed, slot = self._run(call.batches[0], call, pixel_values, grid, pruning)
-                # what writes gradients into the buffers of later calls is refused by torch
+                # torch refuses writes to these that would hang gradients on all later calls
                 with torch.no_grad():
                     views = live_views(packed, self._output_specs, names, call.offsets)
                 return Lease(None, views) if slot is None else ladder.ring.lease(slot, views)

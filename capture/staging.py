@@ -149,13 +149,12 @@ def pixel_copies(
     """Where the pixel rows of `runs` go, packed, in the leading rows of `destination`."""
     copies: list[tuple[torch.Tensor, slice | None]] = []
     row = 0
-    with torch.inference_mode(False):  # written outside of it too
-        for run in runs:
-            first, count = offsets.span("patches", run)
-            whole = count == offsets.total("patches")
-            rows = None if whole else slice(first, first + count)
-            copies.append((destination[row : row + count], rows))
-            row += count
+    for run in runs:
+        first, count = offsets.span("patches", run)
+        whole = count == offsets.total("patches")
+        rows = None if whole else slice(first, first + count)
+        copies.append((destination[row : row + count], rows))
+        row += count
     return tuple(copies)
 
 
