@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .captured import ONLY_VARIANT
+from .captured import ONLY_VARIANT, CapturedLadder
 from .cost import Costs, Load
 from .dispatch import Dispatcher
 from .graph import BudgetGraphMetadata, Recording
@@ -21,7 +21,16 @@ from .protocol import (
     SupportsEncoderCudaGraph,
 )
 from .rows import RowOffsets, Run, runs_of
-from .staging import GRID, PIXELS, Grid, PixelCopies, live_views, pixel_copies, table_for
+from .staging import (
+    GRID,
+    PIXELS,
+    CheckedGrid,
+    Grid,
+    PixelCopies,
+    live_views,
+    pixel_copies,
+    table_for,
+)
 
 _REMEMBERED = 1024  # plans
 
@@ -88,32 +97,34 @@ class PlannedBatch:
 
     def prepared(
         self,
+        ladder: CapturedLadder,
+        rung: RungLimits,
         slot: int,
-        graph: BudgetGraphMetadata,
         grid: Sequence[Grid],
         offsets: RowOffsets,
         varied: RecordsVariants | None,
         *,
         has_table: bool,
     ) -> PreparedReplay:
-        """What a replay of `graph` in slot number `slot` needs; the same object every time.
+        """What a replay on `rung` in slot number `slot` needs; the same object every time.
 
         `has_table` is false where the encoder fills its inputs itself, whatever it calls them.
 
         Raises:
             ValueError: `varied`, the encoder if it records variants, names one that it has not.
         """
-        key = graph.limits.token_budget, slot
+        key = rung.token_budget, slot
         prepared = self._prepared.get(key)
         if prepared is None:
-            variant = ONLY_VARIANT if varied is None else self._variant(varied, graph.limits)
+            graph = ladder.rungs[rung].graphs[slot]
+            variant = ONLY_VARIANT if varied is None else self._variant(varied, rung)
             table = None
             if has_table:
                 table = table_for(graph.inputs[GRID], self.rows(grid))
             prepared = self._prepared[key] = PreparedReplay(
                 graph,
                 graph.recordings[variant],
-                f"vitgraph.replay[{graph.limits.token_budget}]",
+                f"vitgraph.replay[{rung.token_budget}]",
                 table,
                 pixel_copies(graph.inputs[PIXELS], offsets, self.runs),
             )
@@ -172,14 +183,14 @@ class Planner:
         self._plans: OrderedDict[object, PlannedCall] = OrderedDict()
 
     def plan(
-        self, grid: Sequence[Grid], pruning: Pruning | None = None, eager_reason: str | None = None
+        self, grid: CheckedGrid, pruning: Pruning | None = None, eager_reason: str | None = None
     ) -> PlannedCall:
         """The plan for `grid`; `eager_reason` sends all of it to the eager forward.
 
         Raises:
             ValueError: a grid that the encoder refuses.
         """
-        key = (tuple(grid), None if pruning is None else pruning.keep, eager_reason)
+        key = (grid, None if pruning is None else pruning.keep, eager_reason)
         planned = self._plans.get(key)
         if planned is None:
             planned = self._plan(grid, pruning, eager_reason)

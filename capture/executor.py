@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 
-from .calls import PlannedBatch, PlannedCall, Planner
+from .calls import PlannedBatch, PlannedCall, Planner, PreparedReplay
 from .captured import CapturedLadder
 from .cost import AssumedCosts, Costs
 from .protocol import (
@@ -18,12 +18,13 @@ from .protocol import (
     SupportsEncoderCudaGraph,
 )
 from .pruning import KEEP, KEEP_MASK, check_pruning, select_pruning, stage_pruning
-from .ranges import span
+from .ranges import run_marked
 from .rows import limit_of
 from .slots import Lease, Slot
 from .staging import (
     GRID,
     PIXELS,
+    CheckedGrid,
     Grid,
     check_out,
     check_pixels,
@@ -57,6 +58,8 @@ class Executor:
         self.stats = CallStats()
         self.lock = threading.RLock()
         self._encoder = encoder
+        self._device_index = encoder.device.index
+        self._on_cuda = encoder.device.type == "cuda"
         self._nvtx = nvtx
         self._input_specs = encoder.input_specs(largest)
         self._output_specs = encoder.output_specs(largest)
@@ -90,7 +93,7 @@ class Executor:
         with self.lock:
             previous, self.ladder = self.ladder, ladder
             self._planner = Planner(self._encoder, ladder.limits, self.costs, self._kinds)
-            if self._encoder.device.type == "cuda":
+            if self._on_cuda:
                 if self._last_stream is None:
                     self._last_stream = torch.cuda.current_stream(self._encoder.device)
                 if self._copy_stream is None and len(ladder.ring.slots) > 1:
@@ -134,23 +137,9 @@ class Executor:
         with self.lock, self._context(pixel_values, out):
             self._begin("execute")
             grid, call = self._plan(pixel_values, grid_thw, pruning)
-            if pruning is not None and KEEP not in self._input_specs:
-                return self._pruned_eagerly(call, pixel_values, grid, pruning, out, names)
-            wanted = self._wanted(names, out)
-            if out is not None:
-                check_out(out, self._output_specs, call.offsets, self._encoder.device)
-            if len(call.batches) == 1:
-                packed, slot = self._run(call.batches[0], call, pixel_values, grid, pruning)
-                if slot is not None:
-                    views = call.sources(slot, packed, self._output_specs)
-                    if wanted is not self._names:
-                        views = {name: views[name] for name in wanted}
-                    return copy_views(views, out)
-                views = live_views(packed, self._output_specs, wanted, call.offsets)
-                # eager results belong to nobody else
-                return views if out is None else copy_views(views, out)
-            results = self._empty(wanted, call) if out is None else {n: out[n] for n in wanted}
-            return self._scatter(results, call, pixel_values, grid, pruning)
+            results = self._results(call, pixel_values, grid, pruning, out, names)
+            self.stats.count_call(call.offsets.total("tokens"))
+            return results
 
     def lease(
         self,
@@ -162,18 +151,9 @@ class Executor:
         with self.lock, self._context(pixel_values):
             ladder = self._begin("lease")
             grid, call = self._plan(pixel_values, grid_thw, pruning)
-            if pruning is not None and KEEP not in self._input_specs:
-                views = self._pruned_eagerly(call, pixel_values, grid, pruning, None, None)
-                return Lease(None, views)
-            names = self._names
-            if len(call.batches) == 1:
-                packed, slot = self._run(call.batches[0], call, pixel_values, grid, pruning)
-                # torch refuses writes to these that would hang gradients on all later calls
-                with torch.no_grad():
-                    views = live_views(packed, self._output_specs, names, call.offsets)
-                return Lease(None, views) if slot is None else ladder.ring.lease(slot, views)
-            results = self._empty(names, call)
-            return Lease(None, self._scatter(results, call, pixel_values, grid, pruning))
+            lease = self._leased(ladder, call, pixel_values, grid, pruning)
+            self.stats.count_call(call.offsets.total("tokens"))
+            return lease
 
     def run_on(
         self, rung: RungLimits | None, pixel_values: torch.Tensor, grid: Sequence[Grid]
@@ -200,7 +180,7 @@ class Executor:
         pixel_values: torch.Tensor,
         grid_thw: torch.Tensor | Sequence[Sequence[int]],
         pruning: Pruning | None,
-    ) -> tuple[list[Grid], PlannedCall]:
+    ) -> tuple[CheckedGrid, PlannedCall]:
         assert self._planner is not None
         grid = grid_rows(grid_thw)
         unpruned = pruning is not None and KEEP not in self._input_specs
@@ -208,8 +188,56 @@ class Executor:
         if pruning is not None:
             check_pruning(pruning, call.items)
         self._check(pixel_values, call)
-        self.stats.count_call(call.offsets.total("tokens"))
         return grid, call
+
+    def _results(
+        self,
+        call: PlannedCall,
+        pixel_values: torch.Tensor,
+        grid: CheckedGrid,
+        pruning: Pruning | None,
+        out: Mapping[str, torch.Tensor] | None,
+        names: Collection[str] | None,
+    ) -> dict[str, torch.Tensor]:
+        """Outputs of `call` that are the caller's own."""
+        if pruning is not None and KEEP not in self._input_specs:
+            return self._pruned_eagerly(call, pixel_values, grid, pruning, out, names)
+        wanted = self._wanted(names, out)
+        if out is not None:
+            check_out(out, self._output_specs, call.offsets, self._encoder.device)
+        if len(call.batches) == 1:
+            packed, slot = self._run(call.batches[0], call, pixel_values, grid, pruning)
+            if slot is not None:
+                views = call.sources(slot, packed, self._output_specs)
+                if wanted is not self._names:
+                    views = {name: views[name] for name in wanted}
+                return copy_views(views, out)
+            views = live_views(packed, self._output_specs, wanted, call.offsets)
+            # eager results belong to nobody else
+            return views if out is None else copy_views(views, out)
+        results = self._empty(wanted, call) if out is None else {n: out[n] for n in wanted}
+        return self._scatter(results, call, pixel_values, grid, pruning)
+
+    def _leased(
+        self,
+        ladder: CapturedLadder,
+        call: PlannedCall,
+        pixel_values: torch.Tensor,
+        grid: CheckedGrid,
+        pruning: Pruning | None,
+    ) -> Lease:
+        """Outputs of `call` where its replay has left them, if it is one."""
+        if pruning is not None and KEEP not in self._input_specs:
+            views = self._pruned_eagerly(call, pixel_values, grid, pruning, None, None)
+            return Lease(None, views)
+        if len(call.batches) == 1:
+            packed, slot = self._run(call.batches[0], call, pixel_values, grid, pruning)
+            # torch refuses writes to these that would hang gradients on all later calls
+            with torch.no_grad():
+                views = live_views(packed, self._output_specs, self._names, call.offsets)
+            return Lease(None, views) if slot is None else ladder.ring.lease(slot, views)
+        results = self._empty(self._names, call)
+        return Lease(None, self._scatter(results, call, pixel_values, grid, pruning))
 
     def _check(self, pixel_values: torch.Tensor, call: PlannedCall) -> None:
         check_pixels(pixel_values, self._input_specs[PIXELS], call.offsets.total("patches"))
@@ -222,17 +250,23 @@ class Executor:
         grid: Sequence[Grid],
         pruning: Pruning | None,
     ) -> tuple[Mapping[str, torch.Tensor], int | None]:
-        """Outputs of `batch`, packed, and the slot that they lie in: None for eager results."""
+        """Outputs of `batch`, packed, and the slot that they lie in: None for eager results.
+
+        Counters follow the launch of a replay, which does not wait for them.
+        """
         if batch.rung is not None:
             outputs, index = self._replay(batch.rung, batch, call, pixel_values, grid, pruning)
             self.stats.count_replay(batch.rung, batch.load)
             return outputs, index
-        with span(f"vitgraph.eager[{','.join(batch.reasons)}]", self._nvtx):
-            outputs = self._eagerly(
+        outputs = run_marked(
+            f"vitgraph.eager[{','.join(batch.reasons)}]",
+            self._nvtx,
+            lambda: self._eagerly(
                 gather_pixels(pixel_values, call.offsets, batch.runs),
                 batch.rows(grid),
                 select_pruning(pruning, call.offsets, batch.runs),
-            )
+            ),
+        )
         self.stats.count_eager(batch.reasons)
         return outputs, None
 
@@ -257,34 +291,49 @@ class Executor:
         index = ladder.ring.next()
         slot = ladder.ring.slots[index]
         prepared = batch.prepared(
-            index, ladder.rungs[rung].graphs[index], grid, call.offsets, self._varied,
-            has_table=self._stage is None,
-        )  # fmt: skip
-        graph, table = prepared.graph, prepared.table
-        graph.check_addresses()
-        with span("vitgraph.stage", self._nvtx), self._staging(slot, pixel_values):
-            if self._stage is not None:
-                for name, value in self._stage(batch.rows(grid), rung).items():
-                    graph.inputs[name].copy_(value, non_blocking=True)
-            elif slot.table is not table:  # else it is there from the last call of this layout
-                assert table is not None
-                slot.table = None
-                graph.inputs[GRID].copy_(table, non_blocking=True)
-                slot.table = table
-            if KEEP in graph.inputs:
-                stage_pruning(graph.inputs, pruning, call.offsets, batch.runs)
-            stage_pixels(prepared.pixels, pixel_values)
-        with span(prepared.name, self._nvtx):
-            prepared.recording.replay()
+            ladder, rung, index, grid, call.offsets, self._varied, has_table=self._stage is None
+        )
+        prepared.graph.check_buffers()
+
+        def stage() -> None:
+            if self._copy_stream is None or pixel_values.is_cuda:
+                self._fill(slot, prepared, batch, call, pixel_values, grid, pruning)
+                return
+            # beside the replays: the pixels come from the CPU
+            with slot.staging_on(self._copy_stream):
+                self._fill(slot, prepared, batch, call, pixel_values, grid, pruning)
+
+        run_marked("vitgraph.stage", self._nvtx, stage)
+        run_marked(prepared.name, self._nvtx, prepared.recording.replay)
+        # from here on the device has something to do
+        prepared.graph.check_addresses()
         if self._copy_stream is not None:
             slot.mark_replayed()
-        return graph.outputs, index
+        return prepared.graph.outputs, index
 
-    def _staging(self, slot: Slot, pixel_values: torch.Tensor) -> AbstractContextManager[None]:
-        """Where to fill the slot: beside the replays if the pixels come from the CPU."""
-        if self._copy_stream is None or pixel_values.is_cuda:
-            return _NOTHING
-        return slot.staging_on(self._copy_stream)
+    def _fill(
+        self,
+        slot: Slot,
+        prepared: PreparedReplay,
+        batch: PlannedBatch,
+        call: PlannedCall,
+        pixel_values: torch.Tensor,
+        grid: Sequence[Grid],
+        pruning: Pruning | None,
+    ) -> None:
+        """Write the static inputs of `slot` for `batch`."""
+        inputs, table = prepared.graph.inputs, prepared.table
+        if self._stage is not None:
+            for name, value in self._stage(batch.rows(grid), prepared.graph.limits).items():
+                inputs[name].copy_(value, non_blocking=True)
+        elif slot.table is not table:  # else it is there from the last call of this layout
+            assert table is not None
+            slot.table = None
+            inputs[GRID].copy_(table, non_blocking=True)
+            slot.table = table
+        if KEEP in inputs:
+            stage_pruning(inputs, pruning, call.offsets, batch.runs)
+        stage_pixels(prepared.pixels, pixel_values)
 
     def _wanted(
         self, names: Collection[str] | None, out: Mapping[str, torch.Tensor] | None
@@ -353,7 +402,7 @@ class Executor:
         """The ladder that serves a call, which is ordered after the previous call's stream."""
         if self.ladder is None:
             raise RuntimeError(f"{operation}: nothing is captured; call capture() first")
-        if self._encoder.device.type == "cuda":
+        if self._on_cuda:
             # asked for in every call: the handle costs less than the object
             handle = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
             if handle != self._last_handle:
@@ -370,13 +419,14 @@ class Executor:
 
         Mostly nothing to do: what replays read and write has none, and the device waits meanwhile.
         """
-        device = self._encoder.device
-        elsewhere = device.type == "cuda" and torch._C._cuda_getDevice() != device.index
-        differentiable = self._stage is not None or out is not None or pixel_values.requires_grad
-        if not elsewhere and not (differentiable and torch.is_grad_enabled()):
+        elsewhere = self._on_cuda and torch._C._cuda_getDevice() != self._device_index
+        if not elsewhere and not (
+            torch.is_grad_enabled()
+            and (self._stage is not None or out is not None or pixel_values.requires_grad)
+        ):
             return _NOTHING
         stack = ExitStack()
         stack.enter_context(torch.no_grad())
         if elsewhere:
-            stack.enter_context(torch.cuda.device(device))
+            stack.enter_context(torch.cuda.device(self._encoder.device))
         return stack

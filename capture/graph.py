@@ -5,6 +5,7 @@ only `CudaGraphRecorder` touches streams and graphs.
 """
 
 import gc
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -129,21 +130,37 @@ class BudgetGraphMetadata:
     inputs: dict[str, torch.Tensor]
     outputs: dict[str, torch.Tensor]
     addresses: tuple[int, ...] = field(init=False)
+    _recorded: tuple[torch.Tensor, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
-        object.__setattr__(self, "addresses", self._current_addresses())
+        object.__setattr__(self, "_recorded", self._buffers())
+        object.__setattr__(self, "addresses", self._addresses())
+
+    def check_buffers(self) -> None:
+        """Raise RuntimeError if a static buffer was exchanged; the graph would use the old one."""
+        if not all(map(operator.is_, self._buffers(), self._recorded)):
+            raise self._rebound()
 
     def check_addresses(self) -> None:
-        """Raise RuntimeError if a static buffer has moved: the graph would use freed memory."""
-        if self._current_addresses() != self.addresses:
-            raise RuntimeError(
-                f"execute: a static buffer of the rung of {self.limits.token_budget} tokens was "
-                "rebound after capture, so its graph addresses other memory; call capture() again"
-            )
+        """Raise RuntimeError if the memory of a static buffer has moved.
 
-    def _current_addresses(self) -> tuple[int, ...]:
-        buffers = (*self.inputs.values(), *self.outputs.values())
-        return tuple([buffer.data_ptr() for buffer in buffers])
+        That takes more than to put another tensor in its place, and reading addresses takes longer
+        than a call should wait for: this is checked behind a replay, `check_buffers` before it.
+        """
+        if self._addresses() != self.addresses:
+            raise self._rebound()
+
+    def _buffers(self) -> tuple[torch.Tensor, ...]:
+        return (*self.inputs.values(), *self.outputs.values())
+
+    def _addresses(self) -> tuple[int, ...]:
+        return tuple([buffer.data_ptr() for buffer in self._buffers()])
+
+    def _rebound(self) -> RuntimeError:
+        return RuntimeError(
+            f"execute: a static buffer of the rung of {self.limits.token_budget} tokens was "
+            "rebound after capture, so its graph addresses other memory; call capture() again"
+        )
 
 
 @contextmanager

@@ -1,36 +1,38 @@
 """Named ranges on the timelines of torch.profiler and Nsight, free where nobody looks."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch.autograd import profiler
 
 _NOTHING = nullcontext()
 
+Result = TypeVar("Result")
 
-def span(name: str, nvtx: bool) -> AbstractContextManager[object]:
-    """A context manager that marks its block as `name`.
+
+def run_marked(name: str, nvtx: bool, work: Callable[[], Result]) -> Result:
+    """What `work` returns, run in a range `name` if anybody looks.
 
     Args:
         name: as it will be shown.
         nvtx: mark an NVTX range too, where there is a CUDA device.
-
-    Returns:
-        A `record_function` while a profiler is active, else one that does nothing.
+        work: run once.
     """
     # Not record_function alone: it costs microseconds even if nobody records.
     recorded = profiler._is_profiler_enabled
-    if nvtx and torch.cuda.is_available():
-        return _nvtx_range(name, recorded)
-    return profiler.record_function(name) if recorded else _NOTHING
+    if not recorded and not nvtx:
+        return work()
+    shown = _nvtx_range(name) if nvtx and torch.cuda.is_available() else _NOTHING
+    with shown, profiler.record_function(name) if recorded else _NOTHING:
+        return work()
 
 
 @contextmanager
-def _nvtx_range(name: str, recorded: bool) -> Iterator[None]:
+def _nvtx_range(name: str) -> Iterator[None]:
     torch.cuda.nvtx.range_push(name)
     try:
-        with profiler.record_function(name) if recorded else _NOTHING:
-            yield
+        yield
     finally:
         torch.cuda.nvtx.range_pop()

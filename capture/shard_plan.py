@@ -10,7 +10,7 @@ from .protocol import BufferSpec, EncoderItemSpec, Pruning, Rows, SupportsEncode
 from .pruning import check_pruning, select_pruning
 from .rows import RowOffsets, Run, runs_of
 from .sharding import assign
-from .staging import Grid, grid_rows
+from .staging import CheckedGrid, Grid, grid_rows
 
 Gather = bool | Collection[str]
 
@@ -45,7 +45,7 @@ class ShardPlan:
         batch, setup: digests of what was asked for and of how it is shared out, to be compared.
     """
 
-    grid: list[Grid]
+    grid: CheckedGrid
     items: list[EncoderItemSpec]
     shards: list[tuple[int, ...]]
     specs: dict[str, BufferSpec]

@@ -16,6 +16,12 @@ Grid = tuple[int, int, int]
 _MANY_BYTES = 32 << 20
 
 
+class CheckedGrid(tuple[Grid, ...]):
+    """A grid whose rows are plain (t, h, w) triples, each at least 1, as `grid_rows` makes it."""
+
+    __slots__ = ()
+
+
 def allocate(specs: Mapping[str, BufferSpec], device: torch.device) -> dict[str, torch.Tensor]:
     """One zero-filled tensor per spec.
 
@@ -57,13 +63,15 @@ def leading_slices(
     return slices
 
 
-def grid_rows(grid_thw: torch.Tensor | Sequence[Sequence[int]]) -> list[Grid]:
+def grid_rows(grid_thw: torch.Tensor | Sequence[Sequence[int]]) -> CheckedGrid:
     """`grid_thw` as plain (t, h, w) triples. A tensor on the GPU costs a synchronisation.
 
     Raises:
         TypeError: sizes that are not whole numbers.
         ValueError: a shape other than [N, 3], or a size below 1.
     """
+    if type(grid_thw) is CheckedGrid:
+        return grid_thw
     if isinstance(grid_thw, torch.Tensor):
         if grid_thw.numel() and (grid_thw.ndim != 2 or grid_thw.shape[1] != 3):
             raise ValueError(
@@ -95,7 +103,7 @@ def grid_rows(grid_thw: torch.Tensor | Sequence[Sequence[int]]) -> list[Grid]:
                 "empty item"
             )
         rows.append((t, h, w))
-    return rows
+    return CheckedGrid(rows)
 
 
 def check_pixels(pixel_values: torch.Tensor, spec: BufferSpec, patches: int) -> None:
@@ -113,9 +121,10 @@ def check_pixels(pixel_values: torch.Tensor, spec: BufferSpec, patches: int) -> 
             f"execute: pixel_values is {list(pixel_values.shape)}, but grid_thw and the encoder "
             f"ask for {list(expected)}; pass the pixel_values and grid_thw of the same items"
         )
-    if pixel_values.is_floating_point() != spec.dtype.is_floating_point:
+    own = pixel_values.dtype
+    if own is not spec.dtype and own.is_floating_point != spec.dtype.is_floating_point:
         raise TypeError(
-            f"execute: pixel_values is {pixel_values.dtype}, the encoder reads {spec.dtype}; "
+            f"execute: pixel_values is {own}, the encoder reads {spec.dtype}; "
             "preprocess (rescale and normalise) the pixels first"
         )
 

@@ -5,13 +5,15 @@ import sys
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
+from ..capture.staging import CheckedGrid
 from .spec import EncoderSpec
 
 Grid = tuple[int, int, int]
+_REMEMBERED = 1024  # layouts
 PIXEL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -71,6 +73,35 @@ def parse_grids(grid_thw: torch.Tensor | Sequence[Any], spec: EncoderSpec) -> li
     return grids
 
 
+class GridParser:
+    """`parse_grids` for one tower, which knows the tensors that it has accepted by their values.
+
+    A replay waits for this, and what was checked once needs no second look.
+    """
+
+    def __init__(self, spec: EncoderSpec):
+        self._spec = spec
+        self._accepted: dict[object, CheckedGrid] = {}
+
+    def __call__(self, grid_thw: torch.Tensor | Sequence[Any]) -> CheckedGrid:
+        """As `parse_grids`.
+
+        Raises:
+            TypeError, ValueError: as `parse_grids`.
+        """
+        if not isinstance(grid_thw, torch.Tensor) or grid_thw.ndim != 2 or grid_thw.shape[1] != 3:
+            return CheckedGrid(parse_grids(grid_thw, self._spec))
+        # the type too: 1 and 1.0 are equal
+        key = grid_thw.dtype, *map(tuple, grid_thw.tolist())
+        known = self._accepted.get(key)
+        if known is None:
+            known = CheckedGrid(parse_grids(grid_thw, self._spec))
+            if len(self._accepted) >= _REMEMBERED:
+                self._accepted.clear()
+            self._accepted[key] = known
+        return known
+
+
 def _check_table(grid_thw: torch.Tensor) -> None:
     """Refuse a tensor whose rows are not three integers; those that are plain show it themselves.
 
@@ -118,6 +149,31 @@ def check_pixels(
         TypeError: not a floating-point tensor.
         ValueError: the shape does not fit the grids, or a value that was looked at is not finite.
     """
+    width = spec.patch_values
+    expected = sum([t * h * w for t, h, w in grids])
+    # one comparison for nearly all: a replay waits for this
+    fits = isinstance(pixel_values, torch.Tensor) and pixel_values.shape == (expected, width)
+    if not fits or pixel_values.dtype not in PIXEL_DTYPES:
+        _refuse_pixels(pixel_values, len(grids), expected, spec)
+    if check_finite is None:
+        check_finite = pixel_values.is_cpu
+    if check_finite and not bool(torch.isfinite(pixel_values).all()):
+        row = int((~torch.isfinite(pixel_values).all(1)).nonzero()[0])
+        item = bisect_right(list(accumulate(t * h * w for t, h, w in grids)), row)
+        raise ValueError(
+            f"pixel_values: NaN or infinity in row {row} (item {item}, grid {grids[item]}); check "
+            "the image and its normalisation"
+        )
+
+
+def _refuse_pixels(
+    pixel_values: torch.Tensor, num_items: int, expected: int, spec: EncoderSpec
+) -> NoReturn:
+    """Say what is wrong with pixels that are not `expected` rows of floats.
+
+    Raises:
+        TypeError, ValueError: as `check_pixels`.
+    """
     if not isinstance(pixel_values, torch.Tensor) or pixel_values.dtype not in PIXEL_DTYPES:
         kind = pixel_values.dtype if isinstance(pixel_values, torch.Tensor) else type(pixel_values)
         raise TypeError(
@@ -130,18 +186,7 @@ def check_pixels(
             f"{spec.patch_values}]: {spec.in_channels} channels x {spec.temporal_patch_size} "
             f"frames x {spec.patch_size} x {spec.patch_size} pixels"
         )
-    expected = sum([t * h * w for t, h, w in grids])
-    if pixel_values.shape[0] != expected:
-        raise ValueError(
-            f"pixel_values: {pixel_values.shape[0]} rows, but grid_thw describes {expected} "
-            f"patches in {len(grids)} items"
-        )
-    if check_finite is None:
-        check_finite = pixel_values.is_cpu
-    if check_finite and not bool(torch.isfinite(pixel_values).all()):
-        row = int((~torch.isfinite(pixel_values).all(1)).nonzero()[0])
-        item = bisect_right(list(accumulate(t * h * w for t, h, w in grids)), row)
-        raise ValueError(
-            f"pixel_values: NaN or infinity in row {row} (item {item}, grid {grids[item]}); check "
-            "the image and its normalisation"
-        )
+    raise ValueError(
+        f"pixel_values: {pixel_values.shape[0]} rows, but grid_thw describes {expected} "
+        f"patches in {num_items} items"
+    )

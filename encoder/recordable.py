@@ -152,7 +152,7 @@ class RecordableTower:
         """The same kernels on exactly this layout, into new tensors."""
         if pruning is None and self._records_pruning:
             pruning = plan_pruning(self.spec, grid_thw, 0.0, None)
-        return self._eager(pixel_values, list(grid_thw), [], {}, pruning)
+        return self._eager(pixel_values, grid_thw, [], {}, pruning)
 
     def fingerprint(self) -> str:
         """What this tower's speed depends on."""
@@ -182,7 +182,7 @@ class RecordableTower:
     def _eager(
         self,
         pixel_values: torch.Tensor,
-        grids: list[Grid],
+        grids: Sequence[Grid],
         layers: list[int],
         states: dict[int, torch.Tensor],
         pruning: Pruning | None,

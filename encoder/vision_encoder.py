@@ -14,7 +14,7 @@ from .checkpoint import Checkpoint
 from .families import family_of_tower
 from .forward import check_layers
 from .fp8 import Fp8Plan, pick_plan
-from .grids import check_pixels, parse_grids, pixel_rows
+from .grids import GridParser, check_pixels, pixel_rows
 from .holds_graphs import HoldsGraphs
 from .pruning import KEPT_INDEX, check_prunable, plan_pruning
 from .recordable import RecordableTower
@@ -81,6 +81,7 @@ class VisionEncoder(RecordableTower, HoldsGraphs[EncoderCudaGraphManager]):
         self.precision = "native" if plan is None else "fp8"
         self.source = source
         self.revision = revision
+        self._parse_grids = GridParser(spec)
 
     @classmethod
     def from_pretrained(
@@ -214,7 +215,7 @@ class VisionEncoder(RecordableTower, HoldsGraphs[EncoderCudaGraphManager]):
             TypeError, ValueError: what `grids.parse_grids`, `grids.check_pixels` and
                 `pruning.plan_pruning` refuse, or a layer outside the tower.
         """
-        grids = parse_grids(grid_thw, self.spec)
+        grids = self._parse_grids(grid_thw)
         pixel_values = pixel_rows(pixel_values, self.spec)
         check_pixels(pixel_values, grids, self.spec, check_finite)
         wanted = [] if layers == () else check_layers(self.spec, layers)
@@ -278,7 +279,7 @@ class VisionEncoder(RecordableTower, HoldsGraphs[EncoderCudaGraphManager]):
         """
         if not self.spec.window_size:
             return None
-        grids = parse_grids(grid_thw, self.spec)
+        grids = self._parse_grids(grid_thw)
         limits = self._exact_limits(grids)
         plan = layout_ref(
             torch.tensor(grids, dtype=torch.int32).view(-1, 3),

@@ -268,6 +268,16 @@ def test_encoder_may_pop_its_inputs(fake_encoder, rerun_recorder, pixels_for):
 def test_rebound_buffer_is_noticed(manager, pixels_for):
     (graph,) = manager.ladder.rungs[manager.rungs[0]].graphs
     graph.outputs["pooler_output"] = graph.outputs["pooler_output"].clone()
+    before = manager.stats()
+    with pytest.raises(RuntimeError, match="rung of 16 tokens was rebound after capture"):
+        manager.execute(pixels_for([IMAGE]), [IMAGE])
+    assert manager.stats() == before
+
+
+def test_moved_memory_is_noticed(manager, pixels_for):
+    (graph,) = manager.ladder.rungs[manager.rungs[0]].graphs
+    buffer = graph.outputs["pooler_output"]
+    buffer.set_(buffer.clone())
     with pytest.raises(RuntimeError, match="rung of 16 tokens was rebound after capture"):
         manager.execute(pixels_for([IMAGE]), [IMAGE])
 

@@ -3,7 +3,7 @@ import time
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from vitgraph.capture.ranges import span
+from vitgraph.capture.ranges import run_marked
 
 
 class FakeNvtx:
@@ -27,8 +27,8 @@ def nvtx(monkeypatch):
 
 @pytest.mark.parametrize("with_nvtx", [False, True])
 def test_a_profiler_sees_the_range_around_its_work(with_nvtx, nvtx):
-    with profile(activities=[ProfilerActivity.CPU]) as recorded, span("outer", with_nvtx):
-        torch.ones(2).sum()
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        assert run_marked("outer", with_nvtx, lambda: torch.ones(2).sum()) == 2
     (outer,) = [event for event in recorded.events() if event.name == "outer"]
     (inner,) = [event for event in recorded.events() if event.name == "aten::sum"]
     assert outer.time_range.start <= inner.time_range.start
@@ -36,35 +36,29 @@ def test_a_profiler_sees_the_range_around_its_work(with_nvtx, nvtx):
     assert nvtx.calls == (["outer", "pop"] if with_nvtx else [])
 
 
-def test_nothing_is_marked_unasked(nvtx):
-    with span("outer", False):
-        pass
+def test_nothing_is_marked_unasked(nvtx, monkeypatch):
+    monkeypatch.setattr(torch.autograd.profiler, "record_function", nvtx.range_push)
+    assert run_marked("outer", False, lambda: 3) == 3
     assert nvtx.calls == []
-    with profile(activities=[ProfilerActivity.CPU]):
-        pass
-    assert type(span("outer", False)) is type(span("other", False))
-    assert not isinstance(span("outer", False), torch.profiler.record_function)
 
 
 def test_nvtx_ranges_nest_and_close_on_errors(nvtx):
-    with pytest.raises(ZeroDivisionError), span("outer", True), span("inner", True):
-        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        run_marked("outer", True, lambda: run_marked("inner", True, lambda: 1 // 0))
     assert nvtx.calls == ["outer", "inner", "pop", "pop"]
 
 
 def test_no_nvtx_without_a_device(nvtx, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with span("outer", True):
-        pass
+    assert run_marked("outer", True, lambda: 3) == 3
     assert nvtx.calls == []
 
 
-def test_a_span_that_nobody_records_is_cheap():
+def test_a_range_that_nobody_records_is_cheap():
     def microseconds():
         start = time.perf_counter()
         for _ in range(10_000):
-            with span("outer", False):
-                pass
+            run_marked("outer", False, int)
         return (time.perf_counter() - start) * 100
 
     assert min(microseconds() for _ in range(5)) < 1
@@ -72,5 +66,4 @@ def test_a_span_that_nobody_records_is_cheap():
 
 @pytest.mark.gpu
 def test_nvtx_on_a_gpu():
-    with span("outer", True), span("inner", True):
-        torch.ones(2, device="cuda")
+    run_marked("outer", True, lambda: torch.ones(2, device="cuda"))

@@ -62,13 +62,14 @@ def test_refuses_other_names():
 )
 def test_grid_rows(grid):
     rows_found = staging.grid_rows(grid)
-    assert rows_found == [(1, 4, 6), (2, 2, 2)]
+    assert rows_found == ((1, 4, 6), (2, 2, 2))
     assert {type(size) for row in rows_found for size in row} == {int}
+    assert staging.grid_rows(rows_found) is rows_found
 
 
 @pytest.mark.parametrize("grid", [torch.empty(0, 3), torch.empty(0, dtype=torch.int64), []])
 def test_grid_rows_of_nothing(grid):
-    assert staging.grid_rows(grid) == []
+    assert staging.grid_rows(grid) == ()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 from vitgraph.bench.towers_config import build_tower
-from vitgraph.encoder.grids import parse_grids
+from vitgraph.encoder import grids as grids_module
+from vitgraph.encoder.grids import GridParser, parse_grids
 from vitgraph.encoder.vision_encoder import VisionEncoder
 
 
@@ -56,6 +57,40 @@ def test_grids_in_any_form(spec, grids):
 def test_grids_refused(spec, grids, error, message):
     with pytest.raises(error, match=message):
         parse_grids(grids, spec)
+    with pytest.raises(error, match=message):
+        GridParser(spec)(grids)
+
+
+def test_grids_are_checked_once(spec, monkeypatch):
+    parser = GridParser(spec)
+    table = torch.tensor([[1, 4, 6], [2, 2, 2]])
+    first = parser(table)
+    assert first == ((1, 4, 6), (2, 2, 2))
+    monkeypatch.setattr(grids_module, "parse_grids", lambda *_: pytest.fail("checked again"))
+    assert parser(table.clone()) is first
+
+
+def test_grids_that_only_look_like_accepted_ones_are_refused(spec):
+    """1.0 and True are equal to 1, and find what was kept under it."""
+    parser = GridParser(spec)
+    parser(torch.tensor([[1, 2, 2]]))
+    with pytest.raises(TypeError, match="must be an integer type"):
+        parser(torch.tensor([[1.0, 2.0, 2.0]]))
+    with pytest.raises(TypeError, match="must be three integers"):
+        parser([(1.0, 2, 2)])
+    table = torch.tensor([[1, 2, 2]])
+    parser(table)
+    table[0, 1] = 3  # the same tensor with other values
+    with pytest.raises(ValueError, match=r"\(1, 3, 2\): height and width must be multiples"):
+        parser(table)
+
+
+def test_accepted_grids_do_not_pile_up(spec, monkeypatch):
+    monkeypatch.setattr(grids_module, "_REMEMBERED", 4)
+    parser = GridParser(spec)
+    for frames in range(1, 20):
+        assert parser(torch.tensor([[frames, 2, 2]])) == ((frames, 2, 2),)
+        assert len(parser._accepted) <= 4
 
 
 def test_pixels_in_the_place_of_grids_are_not_read(spec, monkeypatch):
