@@ -1,3 +1,6 @@
+from collections import Counter
+from itertools import pairwise
+
 import pytest
 from vitgraph.bench.timing import Effort, TimeBudget, summarise, time_calls
 
@@ -20,8 +23,22 @@ def test_contenders_take_turns_between_synchronisations():
     assert warm_up == list("abc")
     turns = ["".join(measured[i : i + 3]) for i in range(0, len(measured), 3)]
     assert {"".join(sorted(turn)) for turn in turns} == {"abc"}
-    assert len(set(turns)) == 6  # each follows each
     assert {t.samples for t in timings.values()} == {30}
+
+
+@pytest.mark.parametrize("count", range(1, 10))
+def test_each_contender_follows_each_other_one_equally_often(count):
+    names = "abcdefghi"[:count]
+    rounds = 2 * count
+    order = []
+    calls = {name: lambda n=name: order.append(n) for name in names}
+    time_calls(calls, lambda: None, Effort(warmup_s=0.0, rounds=rounds))
+    turns = [order[i : i + count] for i in range(count, len(order), count)]
+    assert all(sorted(turn) == list(names) for turn in turns)
+    pairs = Counter(pair for turn in turns for pair in pairwise(turn))
+    assert pairs == {(a, b): 2 for a in names for b in names if a != b}
+    places = Counter((place, name) for turn in turns for place, name in enumerate(turn))
+    assert set(places.values()) == {2}
 
 
 def test_time_limit_keeps_the_least_rounds():
