@@ -13,6 +13,7 @@ from ..capture.staging import CheckedGrid
 from .spec import EncoderSpec
 
 Grid = tuple[int, int, int]
+_INDICES = (torch.int64, torch.int32)
 _REMEMBERED = 1024  # layouts
 PIXEL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -89,11 +90,14 @@ class GridParser:
         Raises:
             TypeError, ValueError: as `parse_grids`.
         """
-        if not isinstance(grid_thw, torch.Tensor) or grid_thw.ndim != 2 or grid_thw.shape[1] != 3:
+        # of these types alone: 1.0 and True are equal to 1, and pixels may be gigabytes
+        if not isinstance(grid_thw, torch.Tensor) or grid_thw.dtype not in _INDICES:
             return CheckedGrid(parse_grids(grid_thw, self._spec))
-        # the type too: 1 and 1.0 are equal
-        key = grid_thw.dtype, *map(tuple, grid_thw.tolist())
-        known = self._accepted.get(key)
+        try:
+            key = tuple(map(tuple, grid_thw.tolist()))
+            known = self._accepted.get(key)
+        except TypeError:  # not two axes
+            return CheckedGrid(parse_grids(grid_thw, self._spec))
         if known is None:
             known = CheckedGrid(parse_grids(grid_thw, self._spec))
             if len(self._accepted) >= _REMEMBERED:

@@ -9,12 +9,13 @@ windows). `position` [T, 4] int32 holds (row, column, grid height, grid width) o
 the table is resampled as positions.py says. A convolution whose stride is its kernel is this GEMM.
 Products accumulate in fp32. Padding is finite whatever stale pixel rows hold.
 
-`backend="triton"` is one kernel, rounded once, which does not read stale rows.
-`backend="library"` is cuBLAS, then zeros over the padding; not with `source` or `table`.
+`backend="triton"` is one kernel, which does not read stale rows. `backend="library"` is cuBLAS and
+a pass: with a table it leaves the products in fp32, and the pass adds bias and positions; else the
+pass zeroes padding. Both round once. (Positions behind rounded products raised the error of whole
+towers of Qwen3-VL-8B by a tenth.) The library does not take `source`.
 `backend="auto"` is "library" where it can be, in 16 bits with rows at multiples of 16 bytes, from
 `MIN_LIBRARY_ROWS` on: on an H200 0.4 to 0.6 of the time from 784 to 65,536 rows of 1176 values, and
-nine tenths at 196. With positions added behind it, it takes 0.6 to 0.8 of the time too, but their
-second rounding raised the error of whole towers of Qwen3-VL-8B by a tenth.
+nine tenths at 196.
 
 Compute-bound: 2*T*P*D FLOP, under 1 % of a tower.
 """
@@ -34,6 +35,7 @@ from .zero_padding import zero_padding_
 
 BACKENDS = ("auto", "library", "triton")
 MIN_LIBRARY_ROWS = 512
+ADD_T, ADD_D = 16, 128  # tile of the pass that adds positions
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,11 @@ def config(T: int, dtype: torch.dtype, sampling: str = "bilinear_corners") -> Pa
 
 
 def choose_backend(
-    T: int, P: int, D: int, dtype: torch.dtype, device: torch.device, *, is_plain: bool
+    T: int, P: int, D: int, dtype: torch.dtype, device: torch.device, *, has_source: bool
 ) -> str:
-    """What "auto" stands for, of what a captured graph fixes; plain is without source and table."""
+    """What "auto" stands for; a pure function of what a captured graph fixes."""
     is_library = (
-        device.type == "cuda" and dtype.itemsize == 2 and is_plain
+        device.type == "cuda" and dtype.itemsize == 2 and not has_source
         and T >= MIN_LIBRARY_ROWS and P % 8 == 0 and D % 8 == 0
     )  # fmt: skip
     return "library" if is_library else "triton"
@@ -147,6 +149,48 @@ def _patch_embed_kernel(
     tl.store(to, acc.to(x_ptr.dtype.element_ty), mask=(t < T)[:, None] & in_d[None, :])
 
 
+@triton.jit(do_not_specialize=["T"])  # one compilation for all row counts
+def _add_rows_kernel(
+    products_ptr,  # [T, D] fp32
+    bias_ptr,  # [D] or None
+    table_ptr,  # [SIDE * SIDE, D]
+    position_ptr,  # [T, 4]
+    live_ptr,  # [1] or None
+    x_ptr,  # [T, D]
+    T,
+    D,
+    SIDE: tl.constexpr,
+    SAMPLING: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    num_live = T
+    if live_ptr is not None:
+        num_live = tl.load(live_ptr)
+    live = t < num_live
+    in_d = d < D
+    mask = live[:, None] & in_d[None, :]
+    # int64 before the multiply: T * D passes 2**31 at 1.4M rows of width 1536
+    offsets = t[:, None].to(tl.int64) * D + d[None, :]
+    x = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
+    if tl.program_id(1) * BLOCK_T < num_live:
+        x = tl.load(products_ptr + offsets, mask=mask, other=0.0)
+        if bias_ptr is not None:
+            x += tl.load(bias_ptr + d, mask=in_d, other=0.0).to(tl.float32)[None, :]
+        x += sample_table(table_ptr, position_ptr, t, d, D, live, mask, SIDE, SAMPLING)
+        x = tl.where(live[:, None], x, 0.0)
+    tl.store(x_ptr + offsets, x.to(x_ptr.dtype.element_ty), mask=(t < T)[:, None] & in_d[None, :])
+
+
+def _products(pixels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """pixels @ weight^T in fp32, by the library."""
+    if pixels.is_cuda and pixels.dtype.itemsize == 2:
+        return torch.mm(pixels, weight.T, out_dtype=torch.float32)
+    return torch.mm(pixels.float(), weight.float().T)
+
+
 def patch_embed(
     pixels: torch.Tensor,
     weight: torch.Tensor,
@@ -171,18 +215,17 @@ def patch_embed(
         backend: "auto", "library" or "triton".
 
     Raises:
-        ValueError: a shape, layout, `sampling` or `backend` that is not as above, or `source` or
-            `table` with "library".
+        ValueError: a shape, layout, `sampling` or `backend` that is not as above, or `source` with
+            "library".
     """
     T, P = pixels.shape
     D = weight.shape[0]
     if backend not in BACKENDS:
         raise ValueError(f"patch_embed: backend={backend!r} is not one of {BACKENDS}")
-    is_plain = source is None and table is None
-    if backend == "library" and not is_plain:
+    if backend == "library" and source is not None:
         raise ValueError(
-            "patch_embed: backend='library' neither reorders rows nor adds positions; use 'triton' "
-            "with source or table"
+            "patch_embed: backend='library' takes rows in the order of the pixels; use 'triton' "
+            "with source"
         )
     if weight.shape != (D, P) or not (pixels.is_contiguous() and weight.is_contiguous()):
         raise ValueError(
@@ -198,17 +241,26 @@ def patch_embed(
             sampling=sampling, num_live=num_live,
         )  # fmt: skip
     if backend == "auto":
-        backend = choose_backend(T, P, D, weight.dtype, pixels.device, is_plain=is_plain)
-    if backend == "library":
+        has_source = source is not None
+        backend = choose_backend(T, P, D, weight.dtype, pixels.device, has_source=has_source)
+    if backend == "library" and table is None:
         return zero_padding_(linear(pixels, weight, bias, backend="library"), live_rows)
     x = torch.empty(T, D, dtype=weight.dtype, device=pixels.device)
     if T == 0:
+        return x
+    side = 0 if table is None else int(table.shape[0] ** 0.5)
+    if backend == "library":
+        launch_kernel(
+            _add_rows_kernel, (triton.cdiv(D, ADD_D), triton.cdiv(T, ADD_T)),
+            _products(pixels, weight), bias, table, position, live_rows, x, T, D,
+            SIDE=side, SAMPLING=sampling, BLOCK_T=ADD_T, BLOCK_D=ADD_D,
+        )  # fmt: skip
         return x
     launch = config(T, weight.dtype, sampling)
     launch_kernel(
         _patch_embed_kernel, (triton.cdiv(D, launch.BLOCK_D), triton.cdiv(T, launch.BLOCK_T)),
         pixels, weight, bias, source, table, position, live_rows, x, T, D, P=P,
-        SIDE=0 if table is None else int(table.shape[0] ** 0.5), SAMPLING=sampling,
+        SIDE=side, SAMPLING=sampling,
         BLOCK_T=launch.BLOCK_T, BLOCK_D=launch.BLOCK_D, BLOCK_P=launch.BLOCK_P,
         num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip

@@ -131,6 +131,26 @@ def test_patch_embed(T, P, D, side, sampling):
 
 
 @pytest.mark.parametrize("sampling", ["bilinear_corners", "bilinear", "bicubic"])
+def test_positions_added_to_products(sampling):
+    info = inspect(
+        patch_embed._add_rows_kernel,
+        {
+            "products_ptr": "*fp32", "bias_ptr": "*bf16", "table_ptr": "*bf16",
+            "position_ptr": "*i32", "live_ptr": "*i32", "x_ptr": "*bf16", "T": "i32", "D": "i32",
+        },
+        {
+            "SIDE": 48, "SAMPLING": sampling, "BLOCK_T": patch_embed.ADD_T,
+            "BLOCK_D": patch_embed.ADD_D,
+        },
+        divisible=["D"],
+    )  # fmt: skip
+    assert info.spill_bytes == 0
+    # products of four elements at once
+    assert info.count("LDG.E.128") >= 4
+    assert info.count("STG.E.64") + info.count("STG.E.128") >= 1
+
+
+@pytest.mark.parametrize("sampling", ["bilinear_corners", "bilinear", "bicubic"])
 def test_add_positions(sampling):
     info = inspect(
         positions._add_positions_kernel,

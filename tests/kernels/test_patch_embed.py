@@ -51,58 +51,80 @@ def test_matches_oracle(P, D, side, sampling, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("P", "D"), [(24, 16), (1176, 40)])
+@pytest.mark.parametrize(
+    ("P", "D", "side", "sampling"),
+    [
+        (24, 16, 4, "bilinear_corners"),
+        (1176, 40, 0, "bilinear_corners"),
+        (588, 136, 5, "bilinear"),
+        (24, 40, 5, "bicubic"),
+        (48, 72, 16, "bilinear_antialias"),
+    ],
+)
 @pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no-bias"])
-def test_by_the_library(P, D, has_bias, dtype, device):
-    (pixels, weight, bias), extra = arguments(P, D, 4, dtype, device)
+def test_by_the_library(P, D, side, sampling, has_bias, dtype, device):
+    (pixels, weight, bias), extra = arguments(P, D, side, dtype, device)
     bias = bias if has_bias else None
+    source = extra.pop("source")
+    extra["sampling"] = sampling
+    oracle_extra = extra | ({"table": extra["table"].double()} if side else {})
     exact = patch_embed_ref(
-        pixels.double(), weight.double(), None if bias is None else bias.double()
+        pixels.double(), weight.double(), None if bias is None else bias.double(), **oracle_extra
     )
-    x = patch_embed(pixels, weight, bias, backend="library")
-    assert_as_accurate(x, patch_embed_ref(pixels, weight, bias), exact)
-    for given in ({"source": extra["source"]}, {k: extra[k] for k in ("table", "position")}):
-        with pytest.raises(ValueError, match="neither reorders rows nor adds positions; use 'trit"):
-            patch_embed(pixels, weight, bias, **given, backend="library")
+    x = patch_embed(pixels, weight, bias, **extra, backend="library")
+    assert_as_accurate(x, patch_embed_ref(pixels, weight, bias, **extra), exact)
+    # rounded once: as near as the nearest value, but for the error of sums in fp32
+    half_a_step = torch.finfo(dtype).eps * exact.abs() / 2
+    assert (x.double() - exact).abs().le(half_a_step + 1e-5).all()
+    with pytest.raises(ValueError, match="takes rows in the order of the pixels; use 'triton'"):
+        patch_embed(pixels, weight, bias, source=source, backend="library")
 
 
 def test_where_the_library_is_taken():
-    def backend(T=512, P=1536, D=1152, dtype=torch.bfloat16, device="cuda", is_plain=True):
-        return choose_backend(T, P, D, dtype, torch.device(device), is_plain=is_plain)
+    def backend(T=512, P=1536, D=1152, dtype=torch.bfloat16, device="cuda", has_source=False):
+        return choose_backend(T, P, D, dtype, torch.device(device), has_source=has_source)
 
     assert backend() == backend(dtype=torch.float16) == "library"
     assert backend(T=511) == backend(P=588) == backend(D=1150) == "triton"
     assert backend(dtype=torch.float32) == backend(device="cpu") == "triton"
-    assert backend(is_plain=False) == "triton"
+    assert backend(has_source=True) == "triton"
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("has_table", [False, True], ids=["plain", "table"])
 @pytest.mark.parametrize("live", [0, 1, 600, 703, 704])
-def test_many_rows(live):
+def test_many_rows(live, has_table):
     """Of which "auto" takes the library on a GPU: NaN past the live rows reaches nothing."""
     g = torch.Generator().manual_seed(live)
     make = lambda *s: torch.randn(*s, generator=g).to("cuda", torch.bfloat16)  # noqa: E731
-    pixels, weight, bias = make(704, 1176), make(64, 1176), make(64)
-    clean = patch_embed(pixels, weight, bias)
-    assert torch.equal(clean, patch_embed(pixels, weight, bias, backend="library"))
-    oracle = patch_embed_ref(pixels.double(), weight.double(), bias.double())
-    eager = patch_embed_ref(pixels, weight, bias)
+    pixels, weight, bias = make(704, 1176), make(72, 1176), make(72)
+    extra, exact = {}, {}
+    if has_table:
+        r = torch.arange(704, device="cuda")
+        position = torch.stack([r // 32, r % 32, 0 * r + 22, 0 * r + 32], 1).int()
+        extra = {"table": make(81, 72), "position": position}
+        exact = extra | {"table": extra["table"].double()}
+    clean = patch_embed(pixels, weight, bias, **extra)
+    assert torch.equal(clean, patch_embed(pixels, weight, bias, **extra, backend="library"))
+    oracle = patch_embed_ref(pixels.double(), weight.double(), bias.double(), **exact)
+    eager = patch_embed_ref(pixels, weight, bias, **extra)
     for backend in ("library", "triton"):
-        x = patch_embed(pixels, weight, bias, backend=backend)
+        x = patch_embed(pixels, weight, bias, **extra, backend=backend)
         assert_as_accurate(x, eager, oracle)
     pixels[live:] = float("nan")
     live_rows = torch.tensor([live], dtype=torch.int32, device="cuda")
-    x = patch_embed(pixels, weight, bias, live_rows=live_rows)
+    x = patch_embed(pixels, weight, bias, **extra, live_rows=live_rows)
     assert torch.equal(x[:live], clean[:live])
     assert (x[live:] == 0).all()
 
 
 @pytest.mark.parametrize("backend", ["triton", "library"])
+@pytest.mark.parametrize("side", [0, 4], ids=["plain", "table"])
 @pytest.mark.parametrize("live", [0, 1, 24, 68])
-def test_padding_is_zero_whatever_stale_pixels_hold(live, backend, device):
-    args, extra = arguments(24, 16, 4, torch.float32, device, padding=12)
+def test_padding_is_zero_whatever_stale_pixels_hold(live, side, backend, device):
+    args, extra = arguments(24, 16, side, torch.float32, device, padding=12)
     del extra["source"]
-    extra = {"backend": backend} if backend == "library" else extra
+    extra["backend"] = backend
     clean = patch_embed(*args, **extra)
     args[0][live:] = float("nan")
     live_rows = torch.tensor([live], dtype=torch.int32, device=device)
