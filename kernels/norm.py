@@ -47,23 +47,28 @@ class NormConfig:
 def config(T: int, D: int) -> NormConfig:
     """A pure function, by measurement on an H200 at widths of 1024 to 1280.
 
-    From some 2,000 rows on a warp for two rows is fastest, and of very many for one: sums stay
-    within the warp, and the split leaves few of its lanes idle. Fewer rows are spread over more
-    warps; up to 512, by captured towers of 224 and 256 rows, one over four.
+    From some 2,000 rows on a warp for two rows is fastest: sums stay within the warp, and the split
+    leaves few of its lanes idle. Fewer rows are spread over more warps; up to 512, by captured
+    towers of 224 and 256 rows, one over four.
     """
     if D <= 2048:
         if T >= 2048 and D >= 32:
-            return NormConfig(rows=1 if T >= 12288 else 2, num_warps=1, split=True)
+            return NormConfig(rows=2, num_warps=1, split=True)
         return NormConfig(rows=1 if T <= 512 else 2, num_warps=4)
     return NormConfig(rows=1, num_warps=8 if D <= 8192 else 16)
 
 
 def blocks(D: int, launch: NormConfig) -> tuple[int, int]:
-    """Widths of the two blocks of a row; the second is 0 where there is one."""
+    """Widths of the two blocks of a row; the second is 0 where there is one.
+
+    Below 256 columns a thread of the second would hold less than 16 bytes, and its vectors would
+    cost four times as many exchanges between threads as the sums.
+    """
     first = triton.next_power_of_2(D)
     if not launch.split or first == D:
         return first, 0
-    return first // 2, triton.next_power_of_2(D - first // 2)
+    half = first // 2
+    return half, max(triton.next_power_of_2(D - half), min(half, 256))
 
 
 def norm_ref(
@@ -129,9 +134,10 @@ def _norm_kernel(
     PDL: tl.constexpr,
 ):
     d = tl.arange(0, BLOCK_D)
-    weight = load_vector(weight_ptr, d, D)
-    bias = load_vector(bias_ptr, d, D)
     offset = load_vector(offset_ptr, d, D)
+    if PDL:
+        weight = load_vector(weight_ptr, d, D)
+        bias = load_vector(bias_ptr, d, D)
     wait_for_previous(PDL)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     num_live = T
@@ -145,6 +151,9 @@ def _norm_kernel(
         x_ptr, partials_ptr, offset, offset_ptr, start, live, T.to(tl.int64) * D, D,
         IS_RMS, SPLITS, BLOCK_D, REST,
     )  # fmt: skip
+    if not PDL:  # many rows: registers hold more of them meanwhile
+        weight = load_vector(weight_ptr, d, D)
+        bias = load_vector(bias_ptr, d, D)
     scale = (1.0 / tl.sqrt(squares / D + eps))[:, None]
     if destination_ptr is not None:
         row = tl.load(destination_ptr + r, mask=r < T, other=0)

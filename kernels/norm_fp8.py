@@ -83,12 +83,16 @@ def _norm_fp8_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     REST: tl.constexpr,  # width of the second block of a row, or 0
+    # rows of q start at multiples of 8: a thread then writes the columns that it has read of x, and
+    # none are exchanged between threads for stores of 16
+    ALIGNED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     d = tl.arange(0, BLOCK_D)
-    weight = load_vector(weight_ptr, d, D)
-    bias = load_vector(bias_ptr, d, D)
     offset = load_vector(offset_ptr, d, D)
+    if PDL:
+        weight = load_vector(weight_ptr, d, D)
+        bias = load_vector(bias_ptr, d, D)
     wait_for_previous(PDL)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     num_live = T
@@ -104,6 +108,9 @@ def _norm_fp8_kernel(
     x, rest, squares = load_centred(
         x_ptr, None, offset, offset_ptr, start, live, 0, D, IS_RMS, 0, BLOCK_D, REST
     )
+    if not PDL:  # many rows: registers hold more of them meanwhile
+        weight = load_vector(weight_ptr, d, D)
+        bias = load_vector(bias_ptr, d, D)
     root = (1.0 / tl.sqrt(squares / D + eps))[:, None]
     v = tl.where(live, x * root * weight + bias, 0.0)
     amax = tl.max(tl.abs(v), axis=1)
@@ -115,11 +122,17 @@ def _norm_fp8_kernel(
     inverse, scale = row_scales(amax)
     tl.store(scale_ptr + r, scale, mask=r < T)
     q = (v * inverse[:, None]).to(tl.float8e4nv)
-    tl.store(q_row + d[None, :], q, mask=in_rows & (d < D)[None, :])
+    at = q_row + d[None, :]
+    if ALIGNED:
+        at = tl.multiple_of(tl.max_contiguous(at, (1, 8)), (1, 8))
+    tl.store(at, q, mask=in_rows & (d < D)[None, :])
     squares = tl.sum(v * v, axis=1)
     if REST > 0:
         q = (rest * inverse[:, None]).to(tl.float8e4nv)
-        tl.store(q_row + rest_d[None, :], q, mask=in_rows & (rest_d < D)[None, :])
+        at = q_row + rest_d[None, :]
+        if ALIGNED:
+            at = tl.multiple_of(tl.max_contiguous(at, (1, 8)), (1, 8))
+        tl.store(at, q, mask=in_rows & (rest_d < D)[None, :])
         squares += tl.sum(rest * rest, axis=1)
     store_bounds(bound_ptr, norms_ptr, r, T, squares)
 
@@ -183,6 +196,7 @@ def norm_fp8(
         x, weight, bias, offset, live_rows, q, scale, bounds and bounds.norms,
         bounds and bounds.out, T, D, q.stride(0), eps,
         IS_RMS=kind == "rms", ROWS=launch.rows, BLOCK_D=block_d, REST=rest,
+        ALIGNED=q.data_ptr() % 8 == 0 and q.stride(0) % 8 == 0,
         num_warps=launch.num_warps, **pdl_options(x),
     )  # fmt: skip
     return q, scale

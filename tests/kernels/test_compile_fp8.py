@@ -44,7 +44,7 @@ def test_norm_fp8(D, T, is_rms, has_bounds):
         },
         absent | {
             "IS_RMS": is_rms, "ROWS": launch.rows, "BLOCK_D": block_d,
-            "REST": rest, "PDL": False,
+            "REST": rest, "ALIGNED": True, "PDL": False,
         },
         divisible=["D", "stride_qt"],
         num_warps=launch.num_warps,
@@ -52,6 +52,9 @@ def test_norm_fp8(D, T, is_rms, has_bounds):
     assert info.spill_bytes == 0
     if not launch.split:  # else a warp holds two rows in its registers
         assert info.registers <= 72  # seven programs of four warps on a multiprocessor
+    else:  # five to a sum or maximum of each row and block; none for vectors and columns of q
+        results = 3 if is_rms else 4
+        assert info.count("SHFL") <= 5 * results * launch.rows * (2 if rest else 1) + 4
     assert loads(info) >= launch.rows * block_d // (launch.num_warps * 32 * 8)
     assert stores(info) >= 1
     assert CAST in info.ptx

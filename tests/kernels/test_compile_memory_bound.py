@@ -39,6 +39,9 @@ def test_norm(D, T, is_rms):
     assert info.spill_bytes == 0
     assert info.count("LDG.E.128") >= 2
     assert info.count("STG.E.128") >= 1
+    if launch.split:  # five to a sum of each row and block; none for vectors
+        sums = 1 if is_rms else 2
+        assert info.count("SHFL") <= 5 * sums * launch.rows * (2 if rest else 1)
 
 
 @pytest.mark.parametrize("has_norm", [False, True], ids=["plain", "norm"])

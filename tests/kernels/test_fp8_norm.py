@@ -98,9 +98,7 @@ def test_many_rows_are_split():
     """What the tests above take for few rows is what many are launched with."""
     launch = module.config(4096, 1152)
     assert launch == NormConfig(rows=2, num_warps=1, split=True)
-    assert module.blocks(1152, launch) == (1024, 128)
-    assert module.config(12287, 1152) == launch
-    assert module.config(12288, 1152) == NormConfig(rows=1, num_warps=1, split=True)
+    assert module.blocks(1152, launch) == (1024, 256)
 
 
 def test_bounds_are_over_the_norm_of_what_is_written(launch, device):
@@ -120,6 +118,20 @@ def test_bound_changes_nothing_else(launch, device):
     with_bound = norm_fp8(x, weight, bias, 1e-6, kind="layer", offset=offset, bounds=bounds)
     assert torch.equal(bits(plain[0]), bits(with_bound[0]))
     assert torch.equal(plain[1], with_bound[1])
+
+
+@pytest.mark.parametrize(("first", "width"), [(4, 128), (8, 132), (16, 136), (3, 101)])
+def test_rows_of_q_may_start_anywhere(first, width, launch, device):
+    """Eight columns are written at a time where all rows start at multiples of eight."""
+    x, weight, bias, _ = arguments(5, 96, torch.bfloat16, device)
+    want = norm_fp8(x, weight, bias, 1e-6, kind="layer")
+    wide = torch.full((5, width), 13.0, device=device).to(FP8)
+    out = wide[:, first : first + 96], torch.empty(5, device=device)
+    q, scale = norm_fp8(x, weight, bias, 1e-6, kind="layer", out=out)
+    assert torch.equal(q.float(), want[0].float())
+    assert torch.equal(scale, want[1])
+    assert (wide[:, :first].float() == 13).all()
+    assert (wide[:, first + 96 :].float() == 13).all()
 
 
 @pytest.mark.parametrize("live", [0, 1, 4, 7, 50])
