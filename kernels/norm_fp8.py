@@ -90,6 +90,8 @@ def _norm_fp8_kernel(
 ):
     d = tl.arange(0, BLOCK_D)
     offset = load_vector(offset_ptr, d, D)
+    weight = offset
+    bias = offset
     if PDL:
         weight = load_vector(weight_ptr, d, D)
         bias = load_vector(bias_ptr, d, D)
