@@ -151,10 +151,17 @@ class PlannedCall:
     items: tuple[EncoderItemSpec, ...]
     offsets: RowOffsets
     batches: tuple[PlannedBatch, ...]
+    num_patches: int = field(init=False)
+    is_replay: bool = field(init=False)  # one of all items
     # the live rows of static outputs, by slot: made once, as the sources of copies only
     _sources: dict[int, dict[str, torch.Tensor]] = field(
         default_factory=dict, repr=False, compare=False
     )
+
+    def __post_init__(self):
+        object.__setattr__(self, "num_patches", self.offsets.total("patches"))
+        is_replay = len(self.batches) == 1 and self.batches[0].rung is not None
+        object.__setattr__(self, "is_replay", is_replay)
 
     def sources(
         self, slot: int, packed: Mapping[str, torch.Tensor], specs: Mapping[str, BufferSpec]
@@ -190,7 +197,9 @@ class Planner:
         Raises:
             ValueError: a grid that the encoder refuses.
         """
-        key = (grid, None if pruning is None else pruning.keep, eager_reason)
+        key: object = grid
+        if pruning is not None or eager_reason is not None:
+            key = grid, pruning and pruning.keep, eager_reason
         planned = self._plans.get(key)
         if planned is None:
             planned = self._plan(grid, pruning, eager_reason)
@@ -198,6 +207,10 @@ class Planner:
                 self._plans.popitem(last=False)
             self._plans[key] = planned
         return planned
+
+    def known(self, grid: CheckedGrid) -> PlannedCall | None:
+        """The plan for `grid` without pruning, if there is one already."""
+        return self._plans.get(grid)
 
     def _plan(
         self, grid: Sequence[Grid], pruning: Pruning | None, eager_reason: str | None

@@ -18,7 +18,7 @@ from .protocol import (
     SupportsEncoderCudaGraph,
 )
 from .pruning import KEEP, KEEP_MASK, check_pruning, select_pruning, stage_pruning
-from .ranges import run_marked
+from .ranges import is_watched, run_marked
 from .rows import limit_of
 from .slots import Lease, Slot
 from .staging import (
@@ -39,6 +39,7 @@ from .staging import (
 from .stats import CallStats
 
 _NOTHING = nullcontext()
+_PIXELS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _INPUTS = ({PIXELS, GRID}, {PIXELS, GRID, KEEP, KEEP_MASK})
 
 
@@ -81,6 +82,7 @@ class Executor:
                     "its leading axis must have a row for each of them"
                 )
         self._names = tuple(self._output_specs)
+        self._pixel_row = self._input_specs[PIXELS].shape[1:]
         self._kinds: set[Rows] = {"patches", "tokens"}
         self._kinds.update(spec.rows for spec in self._output_specs.values())
         self._planner: Planner | None = None
@@ -190,6 +192,38 @@ class Executor:
         self._check(pixel_values, call)
         return grid, call
 
+    def replay_known(
+        self, pixel_values: torch.Tensor, grid: CheckedGrid
+    ) -> dict[str, torch.Tensor] | None:
+        """See `EncoderCudaGraphManager.replay_known`."""
+        planner = self._planner
+        call = None if planner is None or self._stage is not None else planner.known(grid)
+        if (
+            call is None
+            or not call.is_replay
+            or pixel_values.shape != (call.num_patches, *self._pixel_row)
+            or pixel_values.dtype not in _PIXELS
+        ):
+            return None
+        with self.lock:
+            # another thread may have published another ladder
+            if planner is not self._planner or not self._is_ordinary(pixel_values):
+                return None
+            packed, slot = self._run(call.batches[0], call, pixel_values, grid, None)
+            assert slot is not None
+            self.stats.count_call(call.offsets.total("tokens"))
+            return copy_views(call.sources(slot, packed, self._output_specs))
+
+    def _is_ordinary(self, pixel_values: torch.Tensor) -> bool:
+        """Whether the call before was on this stream, and no context is needed."""
+        if self._on_cuda:
+            device = torch._C._cuda_getDevice()
+            if device != self._device_index:
+                return False
+            if torch._C._cuda_getCurrentRawStream(device) != self._last_handle:
+                return False
+        return not (pixel_values.requires_grad and torch.is_grad_enabled())
+
     def _results(
         self,
         call: PlannedCall,
@@ -295,16 +329,19 @@ class Executor:
         )
         prepared.graph.check_buffers()
 
-        def stage() -> None:
-            if self._copy_stream is None or pixel_values.is_cuda:
-                self._fill(slot, prepared, batch, call, pixel_values, grid, pruning)
-                return
-            # beside the replays: the pixels come from the CPU
-            with slot.staging_on(self._copy_stream):
-                self._fill(slot, prepared, batch, call, pixel_values, grid, pruning)
+        if self._copy_stream is None and not is_watched(self._nvtx):
+            self._fill(slot, prepared, batch, call, pixel_values, grid, pruning)
+            prepared.recording.replay()
+        else:
 
-        run_marked("vitgraph.stage", self._nvtx, stage)
-        run_marked(prepared.name, self._nvtx, prepared.recording.replay)
+            def stage() -> None:
+                # pixels from the CPU are copied beside the replays
+                stream = None if pixel_values.is_cuda else self._copy_stream
+                with _NOTHING if stream is None else slot.staging_on(stream):
+                    self._fill(slot, prepared, batch, call, pixel_values, grid, pruning)
+
+            run_marked("vitgraph.stage", self._nvtx, stage)
+            run_marked(prepared.name, self._nvtx, prepared.recording.replay)
         # from here on the device has something to do
         prepared.graph.check_addresses()
         if self._copy_stream is not None:

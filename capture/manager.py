@@ -17,7 +17,7 @@ from .memory import MemoryProfile, cap_rungs, profile_capture
 from .protocol import Pruning, RungLimits, SupportsEncoderCudaGraph
 from .refit import Refitter
 from .slots import Lease
-from .staging import Grid
+from .staging import CheckedGrid, Grid
 
 
 class EncoderCudaGraphManager:
@@ -249,6 +249,19 @@ class EncoderCudaGraphManager:
                 output that does not exist.
         """
         return self._executor.execute(pixel_values, grid_thw, pruning, out, names)
+
+    def replay_known(
+        self, pixel_values: torch.Tensor, grid: CheckedGrid
+    ) -> dict[str, torch.Tensor] | None:
+        """`execute`, where next to nothing has to be found out before a replay, else None.
+
+        Serves a grid that was planned before, as one replay, with pixels that fit it, on the stream
+        of the call before. The device waits for what stands in front of a replay.
+
+        Raises:
+            RuntimeError: a static buffer has moved since the capture.
+        """
+        return self._executor.replay_known(pixel_values, grid)
 
     def lease(
         self,

@@ -12,6 +12,11 @@ _NOTHING = nullcontext()
 Result = TypeVar("Result")
 
 
+def is_watched(nvtx: bool) -> bool:
+    """Whether `run_marked` would mark anything."""
+    return nvtx or profiler._is_profiler_enabled
+
+
 def run_marked(name: str, nvtx: bool, work: Callable[[], Result]) -> Result:
     """What `work` returns, run in a range `name` if anybody looks.
 

@@ -216,3 +216,50 @@ def test_loaded_in_inference_mode_and_again_outside(build_model, tmp_path):
     made.load_weights(new)
     for name, tensor in VisionEncoder.from_hf(new).weights.tensors.items():
         assert torch.equal(made.weights.tensors[name], tensor), name
+
+
+@pytest.fixture
+def replaying(encoder, rerun_recorder):
+    """The encoder with graphs whose replays run the recorded work again."""
+    manager = EncoderCudaGraphManager(encoder, {"token_budgets": [32]}, recorder=rerun_recorder)
+    manager.capture()
+    encoder.graphs = manager
+    yield encoder
+    encoder.release_graphs()
+
+
+def test_a_layout_seen_before_is_replayed_at_once(replaying, pixels, monkeypatch):
+    grids = torch.tensor(GRIDS)
+    want = replaying(pixels, grids, check_finite=False)
+    monkeypatch.setattr(vision_encoder, "check_pixels", lambda *_: pytest.fail("checked again"))
+    got = replaying(pixels, grids.clone(), check_finite=False)
+    assert torch.equal(got.pooler_output, want.pooler_output)
+    assert torch.equal(got.last_hidden_state, want.last_hidden_state)
+    assert all(map(torch.equal, got.deepstack_features, want.deepstack_features))
+    assert got.tokens_per_item == want.tokens_per_item == (6, 4)
+    assert got.hidden_states == {}
+    assert got.kept_index is None
+    assert replaying.stats()["replays"] == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "error", "message"),
+    [
+        (lambda p: p[1:], {}, ValueError, "39 rows, but grid_thw describes 40 patches"),
+        (lambda p: p.to(torch.uint8), {}, TypeError, "must be a floating-point"),
+        (lambda p: p.to(torch.float8_e4m3fn), {}, TypeError, "must be a floating-point"),
+        (lambda p: p.numpy(), {}, TypeError, "must be a floating-point"),
+        (lambda p: p.fill_(torch.nan), {"check_finite": True}, ValueError, "NaN or infinity"),
+        (lambda p: p.fill_(torch.nan), {"check_finite": None}, ValueError, "NaN or infinity"),
+        (lambda p: p, {"layers": [9]}, ValueError, "outside this tower's blocks"),
+        (lambda p: p, {"pruning_rate": 2.0}, ValueError, "rate = 2.0 is the fraction"),
+        (lambda p: p, {"keep_mask": []}, ValueError, "keep_mask: 0 entries"),
+    ],
+)
+def test_what_a_layout_seen_before_does_not_excuse(
+    replaying, pixels, change, options, error, message
+):
+    replaying(pixels, GRIDS, check_finite=False)
+    with pytest.raises(error, match=message):
+        replaying(change(pixels), GRIDS, **{"check_finite": False, **options})
+    assert replaying.stats()["replays"] == 1
