@@ -105,11 +105,13 @@ def test_a_lease_is_overtaken(make, pixels_for):
     assert not lease.valid
 
 
-def test_an_exchanged_buffer_is_noticed(make, pixels_for):
+def test_an_exchanged_buffer_is_noticed_before_the_replay(make, pixels_for, monkeypatch):
     manager = make()
     manager.execute(pixels_for(KNOWN), KNOWN)
     for rung in manager.ladder.rungs.values():
         rung.graphs[0].outputs["pooler_output"] = torch.zeros(1)
+        for recording in rung.graphs[0].recordings.values():
+            monkeypatch.setattr(recording, "replay", lambda: pytest.fail("was replayed"))
     with pytest.raises(RuntimeError, match="was rebound after capture"):
         manager.replay_known(pixels_for(KNOWN), KNOWN)
 
