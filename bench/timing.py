@@ -157,6 +157,8 @@ def _orders(names: Sequence[str], rounds: int) -> list[list[str]]:
     within a round (https://doi.org/10.1071/CH9490149).
     """
     count = len(names)
+    if not count:
+        return []
     # 0, 1, -1, 2, -2, ..: neighbours differ by each number once
     steps = [(i + 1) // 2 if i % 2 else -(i // 2) for i in range(count)]
     square = [[(step + shift) % count for step in steps] for shift in range(count)]

@@ -30,8 +30,8 @@ from .graph_options import (
 # One H200, bf16, two runs: bench/results/h200/towers.json against towers-plain.json.
 EXTRAS = {
     "fa4": (
-        "on Hopper, long frames: 2048 x 2048 pixels took 102 ms instead of 109 (Qwen3-VL-8B) and "
-        "119 instead of 130 (Qwen2-VL-7B); nothing where windows leave it little, 47 instead of 45 "
+        "on Hopper, long frames: 2048 x 2048 pixels took 99 ms instead of 109 (Qwen3-VL-8B) and "
+        "119 instead of 130 (Qwen2-VL-7B); little where windows leave it little, 44 instead of 45 "
         "(Qwen2.5-VL-7B)"
     ),
     "flash": "no speed by itself: used only with --attention fa2, and not measured here",

@@ -41,6 +41,10 @@ def test_each_contender_follows_each_other_one_equally_often(count):
     assert set(places.values()) == {2}
 
 
+def test_nobody_to_time():
+    assert time_calls({}, lambda: None, Effort(warmup_s=0.0)) == {}
+
+
 def test_time_limit_keeps_the_least_rounds():
     effort = Effort(warmup_s=0.0, rounds=100, min_rounds=4, limit_s=0.0)
     assert time_calls({"a": lambda: None}, lambda: None, effort)["a"].samples == 4
