@@ -3,7 +3,7 @@
 Whole calls are timed from synchronise to synchronise on the host clock, as a caller sees them.
 Kernels are timed by replaying a CUDA graph of many calls between two events: a launch from Python
 costs more than most kernels do. Contenders take turns, so that a change of clocks meets them all,
-in orders in which each follows each other equally often: what ran before shows.
+in orders in which each follows each other about equally often: what ran before shows.
 """
 
 import random

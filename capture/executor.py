@@ -82,7 +82,11 @@ class Executor:
                     "its leading axis must have a row for each of them"
                 )
         self._names = tuple(self._output_specs)
-        self._pixel_row = self._input_specs[PIXELS].shape[1:]
+        pixels = self._input_specs[PIXELS]
+        self._pixel_row = pixels.shape[1:]
+        # of calls that skip the checks; none where the encoder stages its inputs itself
+        is_plain = self._stage is None and pixels.dtype.is_floating_point
+        self._known_dtypes = _PIXELS if is_plain else ()
         self._kinds: set[Rows] = {"patches", "tokens"}
         self._kinds.update(spec.rows for spec in self._output_specs.values())
         self._planner: Planner | None = None
@@ -196,18 +200,16 @@ class Executor:
         self, pixel_values: torch.Tensor, grid: CheckedGrid
     ) -> dict[str, torch.Tensor] | None:
         """See `EncoderCudaGraphManager.replay_known`."""
-        planner = self._planner
-        call = None if planner is None or self._stage is not None else planner.known(grid)
-        if (
-            call is None
-            or not call.is_replay
-            or pixel_values.shape != (call.num_patches, *self._pixel_row)
-            or pixel_values.dtype not in _PIXELS
-        ):
-            return None
         with self.lock:
-            # another thread may have published another ladder
-            if planner is not self._planner or not self._is_ordinary(pixel_values):
+            planner = self._planner
+            call = None if planner is None else planner.known(grid)
+            if (
+                call is None
+                or not call.is_replay
+                or pixel_values.shape != (call.num_patches, *self._pixel_row)
+                or pixel_values.dtype not in self._known_dtypes
+                or not self._is_ordinary(pixel_values)
+            ):
                 return None
             packed, slot = self._run(call.batches[0], call, pixel_values, grid, None)
             assert slot is not None
@@ -343,9 +345,9 @@ class Executor:
             run_marked("vitgraph.stage", self._nvtx, stage)
             run_marked(prepared.name, self._nvtx, prepared.recording.replay)
         # from here on the device has something to do
-        prepared.graph.check_addresses()
         if self._copy_stream is not None:
             slot.mark_replayed()
+        prepared.graph.check_addresses()
         return prepared.graph.outputs, index
 
     def _fill(

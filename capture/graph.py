@@ -138,7 +138,8 @@ class BudgetGraphMetadata:
 
     def check_buffers(self) -> None:
         """Raise RuntimeError if a static buffer was exchanged; the graph would use the old one."""
-        if not all(map(operator.is_, self._buffers(), self._recorded)):
+        buffers, recorded = self._buffers(), self._recorded
+        if len(buffers) != len(recorded) or not all(map(operator.is_, buffers, recorded)):
             raise self._rebound()
 
     def check_addresses(self) -> None:

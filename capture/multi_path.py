@@ -62,8 +62,8 @@ class MultiPathManager:
 
     Attributes:
         managers: the manager of each path, in the order of `encoders`. Their `capture`, `clear`,
-            `execute` and `lease` are for this class alone: nothing orders direct calls on other
-            streams.
+            `execute`, `replay_known` and `lease` are for this class alone: nothing orders direct
+            calls on other streams.
         graph_pool: the memory pool of all graphs; None when nothing is captured.
 
     Raises:

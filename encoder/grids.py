@@ -95,7 +95,8 @@ class GridParser:
             return CheckedGrid(parse_grids(grid_thw, self._spec))
         try:
             key = tuple(map(tuple, grid_thw.tolist()))
-            known = self._accepted.get(key)
+            # without rows nothing says how many columns there are
+            known = self._accepted.get(key) if key else None
         except TypeError:  # not two axes
             return CheckedGrid(parse_grids(grid_thw, self._spec))
         if known is None:

@@ -233,6 +233,7 @@ class VisionEncoder(RecordableTower, HoldsGraphs[EncoderCudaGraphManager]):
         wanted = [] if layers == () else check_layers(self.spec, layers)
         pruning = plan_pruning(self.spec, grids, pruning_rate, keep_mask)
         states: dict[int, torch.Tensor] = {}
+        graphs = self.graphs  # the checks above take their time
         if graphs is not None and not wanted:
             outputs = graphs.execute(pixel_values, grids, pruning=pruning)
         else:

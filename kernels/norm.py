@@ -135,7 +135,7 @@ def _norm_kernel(
 ):
     d = tl.arange(0, BLOCK_D)
     offset = load_vector(offset_ptr, d, D)
-    weight = offset
+    weight = offset  # read below, or behind the sums
     bias = offset
     if PDL:
         weight = load_vector(weight_ptr, d, D)

@@ -36,6 +36,7 @@ from .zero_padding import zero_padding_
 BACKENDS = ("auto", "library", "triton")
 MIN_LIBRARY_ROWS = 512
 ADD_T, ADD_D = 16, 128  # tile of the pass that adds positions
+MAX_ADDED_ROWS = 65535 * ADD_T  # of that pass: CUDA starts no more programs along its second axis
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,19 @@ def config(T: int, dtype: torch.dtype, sampling: str = "bilinear_corners") -> Pa
 
 
 def choose_backend(
-    T: int, P: int, D: int, dtype: torch.dtype, device: torch.device, *, has_source: bool
+    T: int,
+    P: int,
+    D: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    has_source: bool,
+    has_table: bool,
 ) -> str:
     """What "auto" stands for; a pure function of what a captured graph fixes."""
     is_library = (
         device.type == "cuda" and dtype.itemsize == 2 and not has_source
+        and not (has_table and T > MAX_ADDED_ROWS)
         and T >= MIN_LIBRARY_ROWS and P % 8 == 0 and D % 8 == 0
     )  # fmt: skip
     return "library" if is_library else "triton"
@@ -215,8 +224,8 @@ def patch_embed(
         backend: "auto", "library" or "triton".
 
     Raises:
-        ValueError: a shape, layout, `sampling` or `backend` that is not as above, or `source` with
-            "library".
+        ValueError: a shape, layout, `sampling` or `backend` that is not as above, or `source`, or
+            a table and more than `MAX_ADDED_ROWS` rows, with "library".
     """
     T, P = pixels.shape
     D = weight.shape[0]
@@ -226,6 +235,11 @@ def patch_embed(
         raise ValueError(
             "patch_embed: backend='library' takes rows in the order of the pixels; use 'triton' "
             "with source"
+        )
+    if backend == "library" and table is not None and T > MAX_ADDED_ROWS:
+        raise ValueError(
+            f"patch_embed: backend='library' adds positions to at most {MAX_ADDED_ROWS} rows, not "
+            f"{T}; use 'triton'"
         )
     if weight.shape != (D, P) or not (pixels.is_contiguous() and weight.is_contiguous()):
         raise ValueError(
@@ -241,8 +255,10 @@ def patch_embed(
             sampling=sampling, num_live=num_live,
         )  # fmt: skip
     if backend == "auto":
-        has_source = source is not None
-        backend = choose_backend(T, P, D, weight.dtype, pixels.device, has_source=has_source)
+        backend = choose_backend(
+            T, P, D, weight.dtype, pixels.device,
+            has_source=source is not None, has_table=table is not None,
+        )  # fmt: skip
     if backend == "library" and table is None:
         return zero_padding_(linear(pixels, weight, bias, backend="library"), live_rows)
     x = torch.empty(T, D, dtype=weight.dtype, device=pixels.device)

@@ -1,5 +1,7 @@
 """Calls of layouts that were planned before, which skip what need not be found out again."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -57,11 +59,12 @@ def test_what_it_leaves_to_execute(make, pixels_for):
     assert manager.replay_known(pixels.to(torch.float8_e4m3fn), KNOWN) is None
     assert manager.replay_known(pixels.clone().requires_grad_(), KNOWN) is None
     assert manager.replay_known(pixels_for([SMALL]), grid_rows([SMALL])) is None
+    assert manager.stats() == before
     for grid in (grid_rows([IMAGE] * 9), grid_rows([(1, 32, 32)]), grid_rows([])):
         manager.execute(pixels_for(grid), grid)
         before = manager.stats()
         assert manager.replay_known(pixels_for(grid), grid) is None
-    assert manager.stats() == before
+        assert manager.stats() == before
     with torch.no_grad():
         assert manager.replay_known(pixels.clone().requires_grad_(), KNOWN) is not None
 
@@ -79,7 +82,7 @@ def test_another_ladder(make, encoder, pixels_for):
 
 
 def test_a_ladder_published_meanwhile(make, pixels_for):
-    """Between the look at the plan and the lock another thread has put a ladder in place."""
+    """While a call waits for the lock another thread puts a ladder in place."""
     manager = make()
     pixels = pixels_for(KNOWN)
     manager.execute(pixels, KNOWN)
@@ -136,6 +139,37 @@ def test_encoders_that_stage_their_inputs_are_left_to_execute(encoder, rerun_rec
     manager.capture()
     manager.execute(pixels_for(KNOWN), KNOWN)
     assert manager.replay_known(pixels_for(KNOWN), KNOWN) is None
+
+
+def test_floats_are_not_read_as_integers(encoder, rerun_recorder, pixels_for):
+    class Bytes(type(encoder)):
+        def input_specs(self, limits):
+            specs = super().input_specs(limits)
+            return specs | {"pixel_values": replace(specs["pixel_values"], dtype=torch.uint8)}
+
+        def graph_forward(self, inputs, outputs, limits):
+            pixels = inputs["pixel_values"].float()
+            super().graph_forward({**inputs, "pixel_values": pixels}, outputs, limits)
+
+    manager = EncoderCudaGraphManager(Bytes(), {"token_budgets": [64]}, recorder=rerun_recorder)
+    manager.capture()
+    pixels = pixels_for(KNOWN)
+    manager.execute(pixels.to(torch.uint8), KNOWN)
+    assert manager.replay_known(pixels, KNOWN) is None
+    with pytest.raises(TypeError, match=r"torch\.float32, the encoder reads torch\.uint8"):
+        manager.execute(pixels, KNOWN)
+
+
+@pytest.mark.parametrize("place", ["inputs", "outputs"])
+def test_a_buffer_that_is_gone_is_noticed_before_the_replay(make, pixels_for, monkeypatch, place):
+    manager = make()
+    manager.execute(pixels_for(KNOWN), KNOWN)
+    for rung in manager.ladder.rungs.values():
+        getattr(rung.graphs[0], place).popitem()
+        for recording in rung.graphs[0].recordings.values():
+            monkeypatch.setattr(recording, "replay", lambda: pytest.fail("was replayed"))
+    with pytest.raises(RuntimeError, match="was rebound after capture"):
+        manager.replay_known(pixels_for(KNOWN), KNOWN)
 
 
 @pytest.mark.gpu

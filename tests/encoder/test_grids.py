@@ -74,6 +74,10 @@ def test_grids_that_only_look_like_accepted_ones_are_refused(spec):
     """1.0 and True are equal to 1, and find what was kept under it."""
     parser = GridParser(spec)
     parser(torch.tensor([[1, 2, 2]]))
+    assert parser(torch.zeros(0, 3, dtype=torch.int64)) == ()
+    for shape in ((0,), (0, 5), (0, 2, 2)):
+        with pytest.raises(ValueError, match=r"must be \[items, 3\]"):
+            parser(torch.zeros(shape, dtype=torch.int64))
     with pytest.raises(TypeError, match="must be an integer type"):
         parser(torch.tensor([[1.0, 2.0, 2.0]]))
     with pytest.raises(TypeError, match="must be three integers"):

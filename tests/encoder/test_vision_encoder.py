@@ -263,3 +263,16 @@ def test_what_a_layout_seen_before_does_not_excuse(
     with pytest.raises(error, match=message):
         replaying(change(pixels), GRIDS, **{"check_finite": False, **options})
     assert replaying.stats()["replays"] == 1
+
+
+def test_graphs_released_while_pixels_are_checked(replaying, pixels, monkeypatch):
+    """Which takes a while; the call runs eagerly then."""
+    want = replaying(pixels, GRIDS)
+
+    def check(*_):
+        replaying.release_graphs()
+
+    monkeypatch.setattr(vision_encoder, "check_pixels", check)
+    got = replaying(pixels, GRIDS)
+    # other shapes of products
+    torch.testing.assert_close(got.pooler_output, want.pooler_output, rtol=1e-5, atol=1e-5)

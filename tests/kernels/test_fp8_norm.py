@@ -39,12 +39,11 @@ def assert_quantized_alike(got, want):
     assert (step != 0).double().mean() < 0.02
 
 
-@pytest.fixture(params=["by-rule", "split", "row-in-a-warp", "two-rows"])
+@pytest.fixture(params=["by-rule", "split", "two-rows"])
 def launch(request, monkeypatch):
     """How rows lie in a program; few of them, in a program that many would be given."""
     configs = {
         "split": NormConfig(rows=2, num_warps=1, split=True),
-        "row-in-a-warp": NormConfig(rows=1, num_warps=1, split=True),
         "two-rows": NormConfig(rows=2, num_warps=4),
     }
     if request.param in configs:

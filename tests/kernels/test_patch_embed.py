@@ -81,13 +81,36 @@ def test_by_the_library(P, D, side, sampling, has_bias, dtype, device):
 
 
 def test_where_the_library_is_taken():
-    def backend(T=512, P=1536, D=1152, dtype=torch.bfloat16, device="cuda", has_source=False):
-        return choose_backend(T, P, D, dtype, torch.device(device), has_source=has_source)
+    def backend(
+        T=512,
+        P=1536,
+        D=1152,
+        dtype=torch.bfloat16,
+        device="cuda",
+        has_source=False,
+        has_table=False,
+    ):
+        place = torch.device(device)
+        return choose_backend(
+            T, P, D, dtype, place, has_source=has_source, has_table=has_table
+        )  # fmt: skip
 
     assert backend() == backend(dtype=torch.float16) == "library"
     assert backend(T=511) == backend(P=588) == backend(D=1150) == "triton"
     assert backend(dtype=torch.float32) == backend(device="cpu") == "triton"
     assert backend(has_source=True) == "triton"
+    assert backend(has_table=True) == backend(T=65535 * 16, has_table=True) == "library"
+    assert backend(T=65535 * 16 + 1, has_table=True) == "triton"
+    assert backend(T=65535 * 16 + 1) == "library"
+
+
+def test_more_rows_than_a_launch_has():
+    pixels, table = torch.zeros(65535 * 16 + 1, 1), torch.zeros(4, 1)
+    position = torch.zeros(1, 4, dtype=torch.int32)
+    with pytest.raises(ValueError, match="at most 1048560 rows, not 1048561; use 'triton'"):
+        patch_embed(
+            pixels, torch.zeros(1, 1), table=table, position=position, backend="library"
+        )  # fmt: skip
 
 
 @pytest.mark.gpu
