@@ -204,6 +204,7 @@ def _row(
         "ms": timing and timing.ms,
         "ms_p20": timing and timing.p20,
         "ms_p80": timing and timing.p80,
+        "samples": timing and timing.samples,
         "floor_ms": floor and floor.ms,
         "floor_parts": floor
         and {

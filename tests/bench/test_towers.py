@@ -22,8 +22,8 @@ TINY = ("tiny-qwen3-vl", "tiny-qwen2.5-vl", "tiny-qwen2-vl", "tiny-paddleocr")
 WORKLOADS = {"one": ((1, 8, 12),), "mixed": ((1, 4, 6), (2, 10, 18), (1, 2, 2))}
 FAST = Effort(warmup_s=0.0, rounds=2, min_rounds=2)
 KEYS = {
-    "tower", "workload", "provider", "ms", "ms_p20", "ms_p80", "floor_ms", "floor_parts",
-    "patches", "padded_patches", "attention", "replays", "max_err_ratio",
+    "tower", "workload", "provider", "ms", "ms_p20", "ms_p80", "samples", "floor_ms",
+    "floor_parts", "patches", "padded_patches", "attention", "replays", "max_err_ratio",
 }  # fmt: skip
 
 
@@ -61,6 +61,7 @@ def test_what_runs_without_a_gpu(rows):
         if row["provider"] == "hf-eager-sdpa":
             assert row["max_err_ratio"] < 1.01
             assert 0 < row["ms_p20"] <= row["ms"] <= row["ms_p80"]
+            assert row["samples"] == FAST.rounds
             assert row["padded_patches"] == row["patches"]
         elif row["provider"] != "ours-eager":
             assert "CUDA device" in row["reason"]
