@@ -181,7 +181,7 @@ def _add_rows_kernel(
     live = t < num_live
     in_d = d < D
     mask = live[:, None] & in_d[None, :]
-    # int64 before the multiply: T * D passes 2**31 at 1.4M rows of width 1536
+    # int64 before the multiply: T * D passes 2**31 at a million rows of width 2200
     offsets = t[:, None].to(tl.int64) * D + d[None, :]
     x = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
     if tl.program_id(1) * BLOCK_T < num_live:

@@ -176,7 +176,8 @@ def inspect_norm_fp8(early):
             "bound_ptr": "*fp32", "T": "i32", "D": "i32", "stride_qt": "i32", "eps": "fp32",
         },
         {
-            "IS_RMS": False, "ROWS": launch.rows, "BLOCK_D": width, "REST": rest, "PDL": early,
+            "IS_RMS": False, "ROWS": launch.rows, "BLOCK_D": width, "REST": rest,
+            "ALIGNED": True, "PDL": early,
         },
         divisible=["D", "stride_qt"], num_warps=launch.num_warps, launch_pdl=early,
     )  # fmt: skip
