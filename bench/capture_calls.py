@@ -10,6 +10,7 @@ from statistics import mean, median
 import torch
 
 from ..capture import EncoderCudaGraphManager, plan
+from ..capture.captured import ONLY_VARIANT
 from .capture_session import Result, Session, holding, random_layouts
 from .report import number, table
 from .timing import Effort, summarise, time_calls
@@ -178,9 +179,7 @@ def _replays(session: Session, grid: Sequence[Grid]) -> Callable[[], None]:
     manager = session.manager
     items = session.encoder.item_specs(list(grid))
     batches = plan(items, manager.rungs, manager.costs)
-    recordings = [
-        session.recording(b.rung, [items[i] for i in b.indices]) for b in batches if b.rung
-    ]
+    recordings = [session.recording(b.rung) for b in batches if b.rung]
 
     def replay() -> None:
         for recording in recordings:
@@ -242,8 +241,7 @@ def overlap(session: Session) -> Result:
 
         ladder = managers[1].ladder
         assert ladder is not None
-        variant = session.encoder.variant_of(ladder.limits[0], session.encoder.item_specs(grid))
-        recording = ladder.rungs[ladder.limits[0]].graphs[0].recordings[variant]
+        recording = ladder.rungs[ladder.limits[0]].graphs[0].recordings[ONLY_VARIANT]
 
         def replays() -> None:
             for _ in range(_OVERLAPPED_CALLS):

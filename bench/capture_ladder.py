@@ -103,16 +103,13 @@ def live_images(session: Session, rung: RungLimits) -> list[tuple[int, int, int]
 def _live_rows(session: Session, rung: RungLimits) -> list[Result]:
     full = live_images(session, rung)
     layouts = {share: full[: max(1, round(share * len(full)))] for share in LIVE_SHARES}
-    recordings = {
-        share: session.recording(rung, session.encoder.item_specs(grid))
-        for share, grid in layouts.items()
-    }
+    recording = session.recording(rung)
     replays = max(1, _REPLAYED_TOKENS // rung.token_budget)
     times: dict[float, list[float]] = {share: [] for share in LIVE_SHARES}
     for _ in range(session.effort.rounds):
         for share, grid in layouts.items():
             session.run_on(rung, grid)  # stages the tables, and warms up
-            times[share].append(event_ms(recordings[share].replay, replays))
+            times[share].append(event_ms(recording.replay, replays))
     full_ms = median(times[1.0])
     return [
         {

@@ -23,6 +23,7 @@ from ..capture import (
     Recording,
     RungLimits,
 )
+from ..capture.captured import ONLY_VARIANT
 from ..capture.packing import room_of, total_of, within
 from ..encoder.vision_encoder import VisionEncoder
 from .timing import Effort
@@ -85,12 +86,11 @@ class Session:
         finally:
             manager.use_costs(costs)
 
-    def recording(self, rung: RungLimits, items: Sequence[EncoderItemSpec]) -> Recording:
-        """The graph of `rung` that serves a batch of these items."""
+    def recording(self, rung: RungLimits) -> Recording:
+        """The graph of `rung`."""
         ladder = self.captured().ladder
         assert ladder is not None
-        variant = self.encoder.variant_of(rung, items)
-        return ladder.rungs[rung].graphs[0].recordings[variant]
+        return ladder.rungs[rung].graphs[0].recordings[ONLY_VARIANT]
 
     def run_on(self, rung: RungLimits | None, grid: Sequence[Grid]) -> dict[str, torch.Tensor]:
         """`grid` on this rung, or eagerly for None."""

@@ -15,10 +15,10 @@ from ..capture import (
     Batch,
     EncoderCudaGraphConfig,
     EncoderCudaGraphManager,
-    EncoderItemSpec,
     RungLimits,
     plan,
 )
+from ..capture.captured import ONLY_VARIANT
 from ..encoder.families import FAMILIES
 from ..encoder.spec import EncoderSpec
 from ..encoder.vision_encoder import VisionEncoder, place_of_live
@@ -156,8 +156,8 @@ class OursTower:
         graphs = self._captured()
         return plan(self.encoder().item_specs(job.grids), graphs.rungs, graphs.costs)
 
-    def _replayed(self, job: Job) -> tuple[RungLimits, str]:
-        """The rung that serves the whole call, and the variant of its graph."""
+    def _replayed(self, job: Job) -> RungLimits:
+        """The rung that serves the whole call."""
         batches = self._batches(job)
         if any(batch.rung is None for batch in batches):
             raise UnavailableError("an item is not replayed; `ours` runs it eagerly")
@@ -166,8 +166,7 @@ class OursTower:
                 f"the call is {len(batches)} replays with inputs of their own; only `ours` has both"
             )
         (rung,) = [batch.rung for batch in batches if batch.rung is not None]
-        encoder = self.encoder()
-        return rung, encoder.variant_of(rung, encoder.item_specs(job.grids))
+        return rung
 
     def _eager(self, job: Job) -> Provider:
         encoder = self.encoder()
@@ -182,19 +181,22 @@ class OursTower:
             pooled = out["last_hidden_state" if encoder.spec.merger == "none" else "pooler_output"]
             return [pooled, *(out[f"deepstack_{j}"] for j in deepstack)]
 
-        attention = encoder.attention_for(encoder.item_specs(job.grids))
+        attention = encoder.attention
         return Provider(call, features, len(job.pixel_values), attention=attention, replays=0)
 
     def _graph(self, job: Job) -> Provider:
-        encoder, graphs, (rung, variant) = self.encoder(), self._captured(), self._replayed(job)
+        encoder, graphs, rung = self.encoder(), self._captured(), self._replayed(job)
         assert graphs.ladder is not None
-        recording = graphs.ladder.rungs[rung].graphs[0].recordings[variant]
+        recording = graphs.ladder.rungs[rung].graphs[0].recordings[ONLY_VARIANT]
 
         # the call stages the inputs, and what it returns was written by these same recordings
         def features() -> list[torch.Tensor]:
             return features_of(encoder(job.pixel_values, job.grids))
 
-        return Provider(recording.replay, features, rung.max_patches, attention=variant, replays=1)
+        attention = encoder.attention
+        return Provider(
+            recording.replay, features, rung.max_patches, attention=attention, replays=1
+        )
 
     def _call(self, job: Job) -> Provider:
         encoder, batches = self.encoder(), self._batches(job)
@@ -214,14 +216,6 @@ class OursTower:
             call,
             lambda: features_of(call()),
             padded,
-            attention=_attention(encoder, items, batches),
+            attention=encoder.attention,
             replays=sum(batch.rung is not None for batch in batches),
         )
-
-
-def _attention(
-    encoder: VisionEncoder, items: Sequence[EncoderItemSpec], batches: Sequence[Batch]
-) -> str:
-    """The backends of the batches, as a row names them."""
-    own = [[items[i] for i in batch.indices] for batch in batches]
-    return "+".join(sorted({encoder.attention_for(part) for part in own}))

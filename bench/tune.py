@@ -273,13 +273,15 @@ def _figures(outcome: Outcome) -> Row:
 
 
 def _by_rule(shape: AttentionShape, device: torch.device) -> str | None:
-    rows = sum(shape.lengths)
-    mean = sum(n * n for n in shape.lengths) / rows
-    backend = choose_backend(device, torch.bfloat16, shape.head_dim, mean, rows)
+    backend = choose_backend(device, torch.bfloat16, shape.head_dim)
     if backend != "fa4":
         return backend
     available = frozenset(usable_tiles(device, shape.head_dim))
-    return f"fa4 {choose_tile(max(shape.lengths), rows, available)}" if available else None
+    return (
+        f"fa4 {choose_tile(max(shape.lengths), sum(shape.lengths), available)}"
+        if available
+        else None
+    )
 
 
 def _short(row: Row) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from ..capture import BufferSpec, EncoderItemSpec, Pruning, RungLimits
 from ..capture.staging import PIXELS
-from ..kernels.attention import check_backend, choose_backend, long_segments, typical_rows
+from ..kernels.attention import check_backend, choose_backend
 from .hf_attention import AttentionSwitch
 from .hf_metadata import Grid, TowerRefusedError
 from .hf_probe import (
@@ -32,7 +32,6 @@ from .hf_probe import (
 MIN_BUDGET = 16
 # A quarter of the fused towers': Hugging Face's modules hold several fp32 copies of q and k.
 MAX_BUDGET = 4096
-_LONGEST = 1 << 20  # rows, more than any segment has
 GRID = "grid_thw"
 NEVER = 2**31  # frames of an item that no rung holds
 _STAGED = 16  # layouts whose tables are kept
@@ -81,7 +80,6 @@ class GenericTower:
         self.switch = AttentionSwitch(tower)
         with self.switch.held():
             self.facts: TowerFacts = probe(tower, self.switch)
-        self._chooses_attention = attention is None
         if attention is None:
             attention = choose_backend(self.device, self.dtype, self.facts.head_dim)
         else:
@@ -95,13 +93,6 @@ class GenericTower:
             large = (1, 64 * self.facts.merge, 64 * self.facts.merge)
             self._window_tokens = self.facts.tokens(large) / self._item(large).windows
         self._prove()
-
-    def attention_for(self, segment_rows: float, num_rows: int) -> str:
-        """Backend of a call of so many rows, in segments of so many on average over rows."""
-        if not self._chooses_attention:
-            return self.attention
-        head_dim = self.facts.head_dim
-        return choose_backend(self.device, self.dtype, head_dim, segment_rows, num_rows)
 
     def budget_range(self) -> tuple[int, int]:
         """Smallest and largest rung of an automatic ladder, in tokens."""
@@ -194,9 +185,7 @@ class GenericTower:
         given |= dict.fromkeys(metadata.lengths, limits.max_patches)
         # no side is zero, that a row could be divided by
         grid = inputs[GRID].clamp(min=1) if self.facts.reads_grid else self._any_grid
-        rows = limits.max_patches
-        attention = self.attention_for(typical_rows(rows), rows)
-        tensors = self._run(pixels, grid, given, attention)
+        tensors = self._run(pixels, grid, given)
         for name, tensor in tensors.items():
             outputs[name].copy_(tensor)
 
@@ -241,9 +230,8 @@ class GenericTower:
     def fingerprint(self) -> str:
         """What this tower's speed depends on."""
         config: Any = self.tower.config
-        longest = self.attention_for(_LONGEST, _LONGEST)
-        attention = f"{self.attention} {longest} {long_segments(self.facts.head_dim)}"
-        return f"{type(self.tower).__name__} {config.to_json_string()} {self.dtype} {attention}"
+        name = type(self.tower).__name__
+        return f"{name} {config.to_json_string()} {self.dtype} {self.attention}"
 
     @property
     def _widths(self) -> tuple[tuple[int, ...], ...]:
@@ -275,12 +263,12 @@ class GenericTower:
         return tables
 
     def _run(
-        self, pixels: torch.Tensor, grid: torch.Tensor, given: Mapping[str, Any], backend: str
+        self, pixels: torch.Tensor, grid: torch.Tensor, given: Mapping[str, Any]
     ) -> dict[str, torch.Tensor]:
         """The tower's forward with everything handed in."""
         if self.facts.batched:
             pixels = pixels[None]
-        with self.switch.using(backend), evaluating(self.tower):
+        with self.switch.using(self.attention), evaluating(self.tower):
             output = hf_forward(self.tower)(pixels, grid_thw=grid, **given)
         return read_outputs(output, self.facts.outputs)
 
@@ -290,9 +278,7 @@ class GenericTower:
         given: dict[str, Any] = {name: self._to_device(value) for name, value in values.items()}
         given |= metadata.longest(values)
         grid = self._to_device(torch.tensor(grids)) if self.facts.reads_grid else self._any_grid
-        offsets = values[metadata.frame_offsets].tolist()
-        squares, rows = sum((b - a) ** 2 for a, b in pairwise(offsets)), offsets[-1]
-        return self._run(pixels, grid, given, self.attention_for(squares / rows, rows))
+        return self._run(pixels, grid, given)
 
     def _by_groups(
         self, pixels: torch.Tensor, grids: Sequence[Grid], groups: Sequence[Sequence[int]]

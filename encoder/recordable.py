@@ -6,7 +6,7 @@ import torch
 
 from ..capture import BufferSpec, EncoderItemSpec, Pruning, RungLimits
 from ..capture.protocol import Rows
-from ..kernels.attention import check_backend, choose_backend, long_segments
+from ..kernels.attention import check_backend, choose_backend
 from ..kernels.layout import num_windows
 from ..kernels.tables import tuning
 from .capturable import compile_by_halves
@@ -22,8 +22,6 @@ MIN_PATCHES, MAX_PATCHES = 64, 65536  # of an automatic ladder
 class RecordableTower:
     """The forward of a tower, eager or to be recorded: a `capture.SupportsEncoderCudaGraph`.
 
-    A rung that holds long frames is recorded for short and for long ones (`RecordsVariants`).
-
     Attributes: see `VisionEncoder`.
     """
 
@@ -33,18 +31,12 @@ class RecordableTower:
         self.weights = weights
         self.device: torch.device = parameter.device
         self.dtype: torch.dtype = parameter.dtype
-        self._chooses_attention = attention is None
         if attention is None:
             attention = choose_backend(self.device, self.dtype, spec.head_dim)
         else:
             check_backend(attention, self.dtype, self.device, spec.head_dim)
         self.attention = attention
         self._records_pruning = False
-
-    def attention_for(self, items: Sequence[EncoderItemSpec]) -> str:
-        """Backend of a batch of these items, by the frame that a patch lies in on average."""
-        patches = sum(item.input_size for item in items)
-        return self._backend(sum(item.attention_pairs for item in items) / patches, patches)
 
     def budget_range(self) -> tuple[int, int]:
         """Smallest and largest rung of an automatic ladder, in tokens."""
@@ -100,38 +92,19 @@ class RecordableTower:
             specs[KEPT_INDEX] = BufferSpec((limits.token_budget,), torch.int32, "kept")
         return specs
 
-    def variants(self, limits: RungLimits) -> tuple[str, ...]:
-        """Attention backends of the graphs of a rung: for small frames, and for large ones."""
-        largest = self._backend(limits.max_patches, limits.max_patches)
-        return tuple(dict.fromkeys((self.attention, largest)))
-
-    def variant_of(self, limits: RungLimits, items: Sequence[EncoderItemSpec]) -> str:
-        """The attention backend for these items."""
-        return self.attention_for(items)
-
     def graph_forward(
         self,
         inputs: Mapping[str, torch.Tensor],
         outputs: Mapping[str, torch.Tensor],
         limits: RungLimits,
     ) -> None:
-        """The work that a graph records, for small frames."""
-        self.variant_forward(self.attention, inputs, outputs, limits)
-
-    def variant_forward(
-        self,
-        variant: str,
-        inputs: Mapping[str, torch.Tensor],
-        outputs: Mapping[str, torch.Tensor],
-        limits: RungLimits,
-    ) -> None:
-        """The work that a graph records, with the attention backend `variant`."""
+        """The work that a graph records."""
         batch = Batch(inputs["pixel_values"], inputs["grid"], limits, limits.max_patches)
         if not self._records_pruning:
-            tower_forward(self.weights, batch, outputs, attention=variant)
+            tower_forward(self.weights, batch, outputs, attention=self.attention)
             return
         whole = self._before_pruning(outputs, limits.max_patches)
-        tower_forward(self.weights, batch, {**outputs, **whole}, attention=variant)
+        tower_forward(self.weights, batch, {**outputs, **whole}, attention=self.attention)
         prune(self.spec, inputs["grid"], inputs["keep"], inputs["keep_mask"], whole, outputs)
 
     def compile_kernels(
@@ -157,17 +130,9 @@ class RecordableTower:
     def fingerprint(self) -> str:
         """What this tower's speed depends on."""
         tables = tuning(self.device).fingerprint()
-        longest = self._backend(MAX_PATCHES, MAX_PATCHES)
-        attention = f"{self.attention} {longest} {long_segments(self.spec.head_dim)}"
-        tower = f"{self.spec} {self.dtype} {attention} pruning={self._records_pruning}"
+        tower = f"{self.spec} {self.dtype} {self.attention} pruning={self._records_pruning}"
         plan = self.weights.fp8.plan
         return f"{tower} {tables}" + ("" if plan is None else f" {plan}")
-
-    def _backend(self, frame_patches: float, patches: int) -> str:
-        if not self._chooses_attention:
-            return self.attention
-        head_dim = self.spec.head_dim
-        return choose_backend(self.device, self.dtype, head_dim, frame_patches, patches)
 
     def _before_pruning(
         self, outputs: Mapping[str, torch.Tensor], num_patches: int
@@ -200,8 +165,7 @@ class RecordableTower:
             table = torch.tensor(grids, dtype=torch.int32).to(self.device, non_blocking=True)
             longest = max(self.spec.segment_size(*grid) for grid in grids)
             batch = Batch(pixels, table, self._exact_limits(grids), longest)
-            attention = self.attention_for(self.item_specs(grids))
-            tower_forward(self.weights, batch, outputs, attention=attention, states=states)
+            tower_forward(self.weights, batch, outputs, attention=self.attention, states=states)
             if pruning is not None:
                 return self._pruned(table, outputs, pruning)
         elif pruning is not None:

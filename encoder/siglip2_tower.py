@@ -54,16 +54,15 @@ class Siglip2Tower(RecordableTower):
             specs["pooler_output"] = BufferSpec(pooled, self.dtype, "items")
         return specs
 
-    def variant_forward(
+    def graph_forward(
         self,
-        variant: str,
         inputs: Mapping[str, torch.Tensor],
         outputs: Mapping[str, torch.Tensor],
         limits: RungLimits,
     ) -> None:
-        """The work that a graph records, with the attention backend `variant`."""
+        """The work that a graph records."""
         batch = Batch(inputs["pixel_values"], inputs["grid"], limits, limits.max_patches)
-        self._run(batch, variant, outputs)
+        self._run(batch, outputs)
 
     def eager_forward(
         self,
@@ -102,17 +101,15 @@ class Siglip2Tower(RecordableTower):
             table = torch.tensor(grid_thw, dtype=torch.int32).to(self.device, non_blocking=True)
             longest = max(h * w for _, h, w in grid_thw)
             batch = Batch(pixels, table, self._exact_limits(grid_thw), longest)
-            attention = self.attention_for(self.item_specs(grid_thw))
-            self._run(batch, attention, outputs, states)
+            self._run(batch, outputs, states)
         return outputs
 
     def _run(
         self,
         batch: Batch,
-        attention: str,
         outputs: Mapping[str, torch.Tensor],
         states: Mapping[int, torch.Tensor] | None = None,
     ) -> None:
-        tower_forward(self.weights, batch, outputs, attention=attention, states=states)
+        tower_forward(self.weights, batch, outputs, attention=self.attention, states=states)
         if self.head is not None:
             self.head(outputs["last_hidden_state"], batch.grid, outputs["pooler_output"])

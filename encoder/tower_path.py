@@ -34,8 +34,7 @@ class TowerPath:
         self.device: torch.device = parameter.device
         self.dtype: torch.dtype = parameter.dtype
         if attention is None:
-            # by one image: at the head dims of these towers the number of rows decides nothing
-            attention = choose_backend(self.device, self.dtype, head_dim, size.rows, size.rows)
+            attention = choose_backend(self.device, self.dtype, head_dim)
         else:
             check_backend(attention, self.dtype, self.device, head_dim)
         self.attention = attention

@@ -56,8 +56,7 @@ class VisionEncoder(RecordableTower, HoldsGraphs[EncoderCudaGraphManager]):
     Attributes:
         spec: What the tower is.
         device, dtype: Where its weights are, and their type.
-        attention: Backend of the blocks that attend over whole frames, if none was asked for that
-            of most calls (`attention_for`).
+        attention: Backend of the blocks that attend over whole frames.
         precision: "fp8" if some linear layers compute in it (`weights.fp8.plan` says which), else
             "native".
         source: Name of the checkpoint, None for a live module.

@@ -13,8 +13,9 @@ list. Method: https://arxiv.org/abs/2407.08608. Tiles of long segments take long
 `tickets` a program draws each tile after its first from a counter, as late as its loads allow:
 whoever is early takes what nobody has begun. Which program computes a tile changes no bit of it.
 
-A head dim is one power-of-two block of columns or two: 72 and 80 are 64 + 16. What TMA reads past
-the head dim or past the first or last row is zero.
+A head dim is one power-of-two block of columns or two: 72 and 80 are 64 + 16, of which those of 72
+overlap. What TMA reads past the first or last row is zero, as is what it reads past the head dim
+where one block is wider than that.
 
 The last step of a segment, which comes first, ends at the segment's last row and masks the rows
 that other steps cover, so that no row past a segment is read as k or v. If half a step holds the
@@ -76,46 +77,66 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
 def launch_config(head_dim: int, num_rows: int, num_heads: int, num_sms: int) -> LaunchConfig:
     """Pick a configuration; a pure function of what a captured graph fixes.
 
-    By measurement on an H200 with 16 heads of 64, 72 and 80, one and many segments of 196 to 16,384
-    rows. Of two programs a multiprocessor, one works through its softmax while the other
-    multiplies; wider heads leave room for that only with fewer stages, and then two groups that
-    share k and v are faster, unless 64-row tiles are too few for every multiprocessor.
+    By measurement on an H200 with 16 heads of 64, 72, 80 and 128, one and many segments of 196 to
+    16,384 rows. Of two programs a multiprocessor, one works through its softmax while the other
+    multiplies, which is fastest where all tiles run at once, and up to heads of 64 beyond that.
+    Then groups that share k and v are: two, or three, where their larger tiles leave few
+    multiprocessors idle at the end.
     """
     width = sum(split_head_dim(head_dim))
     if width <= 64:
-        return LaunchConfig(groups=1, block_n=128, num_stages=3, programs_per_sm=2)
-    if ceil_div(num_rows, ROWS) * num_heads <= num_sms:
-        if width <= 80:
-            return LaunchConfig(groups=1, block_n=128, num_stages=2, programs_per_sm=2)
-        return LaunchConfig(groups=1, block_n=64, num_stages=4)
-    if head_dim > 96:  # three stages of 128 rows would not fit
-        return LaunchConfig(groups=2, block_n=64, num_stages=4)
+        if num_rows * num_heads < 8192 * 16:
+            return LaunchConfig(groups=1, block_n=64, num_stages=5, programs_per_sm=2)
+        return LaunchConfig(groups=2, block_n=128, num_stages=4)
+    tiles = ceil_div(num_rows, ROWS) * num_heads
+    if width > 80:
+        if tiles <= num_sms:
+            return LaunchConfig(groups=1, block_n=64, num_stages=4)
+        return LaunchConfig(groups=2, block_n=64, num_stages=5 if width <= 96 else 4)
+    # two small tiles load k and v twice, and memory is read by 32 bytes: a part of that where
+    # heads start anywhere else
+    if tiles <= num_sms * (2 if head_dim % 16 == 0 else 1):
+        return LaunchConfig(groups=1, block_n=64, num_stages=4, programs_per_sm=2)
+    if ceil_div(num_rows, 3 * ROWS) * num_heads >= 4 * num_sms:
+        return LaunchConfig(groups=3, block_n=64, num_stages=4)
     return LaunchConfig(groups=2, block_n=128, num_stages=3)
 
 
-def _looks_ahead(config: LaunchConfig, head_dim: int) -> bool:
-    """Whether two groups have registers for more than one kind of step and one tile at a time.
-
-    A single group shares its multiprocessor with other programs instead, and three have fewer.
-    """
-    is_narrow = config.block_n < 128 or sum(split_head_dim(head_dim)) <= 80
-    return config.groups == 2 and is_narrow
-
-
-def q_buffers(config: LaunchConfig, head_dim: int) -> int:
-    """Tiles of q that a program holds: 2 where there is room, so that loads run ahead of a tile."""
+def _has_room(config: LaunchConfig, head_dim: int, tiles_q: int, parts: int) -> bool:
+    """Whether shared memory holds the ring, `tiles_q` tiles of q, and `parts` steps of k or v."""
     first, second = split_head_dim(head_dim)
     rows_q = config.groups * ROWS
-    loaded = 2 * config.num_stages * config.block_n + 2 * rows_q
+    rows = (2 * config.num_stages + parts) * config.block_n + tiles_q * rows_q
     # results go through a tile of the first columns; 1 KiB is for barriers and alignment
-    used = 2 * (loaded * (first + second) + rows_q * first) + 1024
-    has_room = used * config.programs_per_sm <= SHARED_BYTES
-    return 2 if has_room and _looks_ahead(config, head_dim) else 1
+    used = 2 * (rows * (first + second) + rows_q * first) + 1024
+    return used * config.programs_per_sm <= SHARED_BYTES
+
+
+def holds_maximum(config: LaunchConfig, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether a row's maximum stays that of its first steps (attention_hopper_online.py).
+
+    Not in fp16, where what outgrows it by 2**16 would overflow, and not without shared memory for
+    groups that have to begin again.
+    """
+    return dtype == torch.bfloat16 and _has_room(config, head_dim, 1, config.groups)
+
+
+def q_buffers(config: LaunchConfig, head_dim: int, dtype: torch.dtype) -> int:
+    """Tiles of q that a program holds: 2 where there is room, so that loads run ahead of a tile.
+
+    A single group shares its multiprocessor with other programs instead.
+    """
+    parts = config.groups if holds_maximum(config, head_dim, dtype) else 0
+    return 2 if config.groups > 1 and _has_room(config, head_dim, 2, parts) else 1
 
 
 def short_step(config: LaunchConfig, head_dim: int) -> int:
-    """Rows of k and v that the last step of a segment computes if they hold what is left, or 0."""
-    return config.block_n // 2 if _looks_ahead(config, head_dim) else 0
+    """Rows of k and v that the last step of a segment computes if they hold what is left, or 0.
+
+    Two groups have registers for more than one kind of step; with three it gained nothing.
+    """
+    is_narrow = config.block_n < 128 or sum(split_head_dim(head_dim)) <= 80
+    return config.block_n // 2 if config.groups == 2 and is_narrow else 0
 
 
 @functools.cache
@@ -190,7 +211,8 @@ def launch(
         out, cu_seqlens, num_segments, scale * LOG2E,
         tickets if tiles > programs else None,
         D=head_dim, HEADS=num_heads, GROUPS=config.groups, STAGES=config.num_stages,
-        Q_BUFFERS=q_buffers(config, head_dim), TAIL=short_step(config, head_dim),
+        Q_BUFFERS=q_buffers(config, head_dim, q.dtype), TAIL=short_step(config, head_dim),
+        HELD=holds_maximum(config, head_dim, q.dtype),
         num_warps=4, maxnreg=MAX_REGISTERS[config.groups], launch_pdl=starts_early(q),
     )  # fmt: skip
 

@@ -5,12 +5,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma_wait,
 )
 
+from .attention_hopper_online import attend_online, has_outgrown
 from .attention_hopper_steps import (
     clear_rows,
+    load_boxes,
+    load_queries,
     partial_sums,
     row_max,
     scale_rows,
@@ -22,8 +24,13 @@ from .attention_hopper_steps import (
 from .attention_schedule import barrier, next_tile, posted_tile, return_tickets, walk
 from .gluon_pdl import wait_for_previous
 
-# Triton 3.7 renamed it
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
+@gluon.jit
+def next_stage(stage, phase, STAGES: gl.constexpr):
+    """The next place of the ring, and the parity of the phase that fills it."""
+    later = stage + 1
+    wraps = later == STAGES
+    return gl.where(wraps, 0, later), phase ^ wraps.to(gl.int32)
 
 
 @gluon.jit
@@ -31,7 +38,7 @@ def _produce(
     q0, q1, k0, k1, v0, v1, cu_ptr, num_segments,
     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
     q_empty, q_full, empty, k_full, v_full, tickets_ptr, mail, mail_empty, mail_full,
-    HEADS: gl.constexpr, GROUPS: gl.constexpr, SPLIT: gl.constexpr,
+    D: gl.constexpr, HEADS: gl.constexpr, GROUPS: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = k0_ring.shape[0]
     BLOCK_N: gl.constexpr = k0_ring.shape[1]
@@ -51,7 +58,8 @@ def _produce(
     segment, first, begin, end, count = walk(
         cu_ptr, tile, segment, first, begin, end, last, HEADS, ROWS_Q
     )
-    step = 0
+    stage = 0
+    phase = 0
     lap = 0
     while tile < first + count:
         tiles_q = gl.cdiv(end - begin, ROWS_Q)
@@ -62,30 +70,24 @@ def _produce(
             row = begin + (i - 1) * BLOCK_N
             if i == 0:
                 row = end - BLOCK_N
-            stage = step % STAGES
             # a fresh barrier counts as having completed the phase before its first
-            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            mbarrier.wait(empty.index(stage), phase ^ 1)
             arrived = k_full.index(stage)
             mbarrier.expect(arrived, BLOCK_N * (D0 + D1) * 2)
-            _load(k0, [row, head, 0], arrived, k0_ring.index(stage))
-            if SPLIT:
-                _load(k1, [row, head, D0], arrived, k1_ring.index(stage))
+            load_boxes(k0, k1, row, head, arrived, k0_ring, k1_ring, stage, D, SPLIT)
             if i == 0:
                 place = lap & (Q_BUFFERS - 1)
                 mbarrier.wait(q_empty.index(place), ((lap >> (Q_BUFFERS - 1)) & 1) ^ 1)
                 arrived = q_full.index(place)
                 mbarrier.expect(arrived, ROWS_Q * (D0 + D1) * 2)
                 for g in gl.static_range(GROUPS):
+                    tile_q = place * GROUPS + g
                     rows = row_q + g * ROWS_G
-                    _load(q0, [rows, head, 0], arrived, q0_tiles.index(place * GROUPS + g))
-                    if SPLIT:
-                        _load(q1, [rows, head, D0], arrived, q1_tiles.index(place * GROUPS + g))
+                    load_boxes(q0, q1, rows, head, arrived, q0_tiles, q1_tiles, tile_q, D, SPLIT)
             arrived = v_full.index(stage)
             mbarrier.expect(arrived, BLOCK_N * (D0 + V1) * 2)
-            _load(v0, [row, head, 0], arrived, v0_ring.index(stage))
-            if SPLIT:
-                _load(v1, [row, head, D0], arrived, v1_ring.index(stage))
-            step += 1
+            load_boxes(v0, v1, row, head, arrived, v0_ring, v1_ring, stage, D, SPLIT)
+            stage, phase = next_stage(stage, phase, STAGES)
         # drawn as late as the loads allow: whoever ends early takes what others have not begun
         tile = next_tile(tile, lap, tickets_ptr, mail, mail_empty, mail_full)
         lap += 1
@@ -100,8 +102,9 @@ def _consume(
     out_ptr, cu_ptr, num_segments, scale_log2,
     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
     q_empty, q_full, empty, k_full, v_full, turn, tickets_ptr, mail, mail_empty, mail_full,
+    k0, k1, v0, v1, part0, part1, part_full,
     D: gl.constexpr, HEADS: gl.constexpr, GROUPS: gl.constexpr, SPLIT: gl.constexpr,
-    TAIL: gl.constexpr, NUM_WARPS: gl.constexpr, GROUP: gl.constexpr,
+    TAIL: gl.constexpr, HELD: gl.constexpr, NUM_WARPS: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = k0_ring.shape[0]
     BLOCK_N: gl.constexpr = k0_ring.shape[1]
@@ -133,7 +136,8 @@ def _consume(
     segment, first, begin, end, count = walk(
         cu_ptr, tile, segment, first, begin, end, last, HEADS, ROWS_Q
     )
-    step = 0
+    stage = 0
+    phase = 0
     lap = 0
     turns = 0
     while tile < first + count:
@@ -153,19 +157,19 @@ def _consume(
             # none of its rows are left: it only keeps in step with the other groups
             mbarrier.wait(q_full.index(q_place), (lap >> (Q_BUFFERS - 1)) & 1)
             for i in range(0, steps):
-                mbarrier.wait(k_full.index(step % STAGES), (step // STAGES) & 1)
+                mbarrier.wait(k_full.index(stage), phase)
                 if GROUPS > 1:  # noqa: SIM102 (one `if` would be taken at run time)
                     if i > steps - whole_steps:
                         mbarrier.wait(turn.index(GROUP), (turns & 1) ^ (1 if GROUP == 0 else 0))
                         mbarrier.arrive(turn.index((GROUP + 1) % GROUPS))
                         turns += 1
-                mbarrier.arrive(empty.index(step % STAGES))
-                step += 1
+                mbarrier.arrive(empty.index(stage))
+                stage, phase = next_stage(stage, phase, STAGES)
             mbarrier.arrive(q_empty.index(q_place))
         else:
-            stage = step % STAGES
-            mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
+            mbarrier.wait(k_full.index(stage), phase)
             mbarrier.wait(q_full.index(q_place), (lap >> (Q_BUFFERS - 1)) & 1)
+            q0, q1 = load_queries(q0_tiles, q1_tiles, q_tile, S_LAYOUT, D, SPLIT)
             acc = gl.zeros([ROWS_G, D0], gl.float32, O_LAYOUT)
             acc1 = acc
             if SPLIT:
@@ -175,9 +179,7 @@ def _consume(
             covered = BLOCK_N - rest
             if TAIL > 0:  # noqa: SIM102 (as above)
                 if is_short:
-                    scores = start_scores(
-                        q0_tiles, q1_tiles, k0_ring, k1_ring, stage, T_LAYOUT, TAIL, q_tile, SPLIT
-                    )
+                    scores = start_scores(q0, q1, k0_ring, k1_ring, stage, T_LAYOUT, TAIL, SPLIT)
                     scores = warpgroup_mma_wait(0, deps=(scores,))
                     cols = gl.arange(0, TAIL, layout=gl.SliceLayout(0, T_LAYOUT))
                     scores = gl.where((cols >= TAIL - rest)[None, :], scores, float("-inf"))
@@ -185,21 +187,22 @@ def _consume(
                     p = gl.exp2(scores * scale_log2 - short_m[:, None])
                     l = partial_sums(p, SUM_LAYOUT)
                     m = gl.convert_layout(short_m, M_LAYOUT, assert_trivial=True)
-                    mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
+                    mbarrier.wait(v_full.index(stage), phase)
                     acc, acc1, _p0 = start_values(
                         p.to(dtype), v0_ring, v1_ring, stage, acc, acc1, TAIL, SPLIT
                     )
                     acc, acc1 = wait_values(acc, acc1, SPLIT)
                     mbarrier.arrive(empty.index(stage))
-                    step += 1
-                    stage = step % STAGES
+                    stage, phase = next_stage(stage, phase, STAGES)
                     covered = 0
-                    mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
+                    mbarrier.wait(k_full.index(stage), phase)
 
-            scores = start_scores(
-                q0_tiles, q1_tiles, k0_ring, k1_ring, stage, S_LAYOUT, BLOCK_N, q_tile, SPLIT
-            )
+            scores = start_scores(q0, q1, k0_ring, k1_ring, stage, S_LAYOUT, BLOCK_N, SPLIT)
             scores = warpgroup_mma_wait(0, deps=(scores,))
+            # The products have had q from registers, so its loads have ended. A barrier alone does
+            # not wait for loads, and TMA may overtake them (seen with two programs at once).
+            barrier()
+            mbarrier.arrive(q_empty.index(q_place))
             # rows that belong to the step before are masked
             cols = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S_LAYOUT))
             scores = gl.where((cols >= covered)[None, :], scores, float("-inf"))
@@ -215,28 +218,27 @@ def _consume(
             l += partial_sums(p, SUM_LAYOUT)
             p = p.to(dtype)
 
-            mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
+            mbarrier.wait(v_full.index(stage), phase)
             for _ in range(1, whole_steps):
-                later = step + 1
-                k_stage = later % STAGES
-                mbarrier.wait(k_full.index(k_stage), (later // STAGES) & 1)
+                k_stage, k_phase = next_stage(stage, phase, STAGES)
+                mbarrier.wait(k_full.index(k_stage), k_phase)
                 if GROUPS > 1:
                     mbarrier.wait(turn.index(GROUP), (turns & 1) ^ (1 if GROUP == 0 else 0))
-                scores = start_scores(
-                    q0_tiles, q1_tiles, k0_ring, k1_ring, k_stage, S_LAYOUT, BLOCK_N, q_tile, SPLIT
-                )
+                scores = start_scores(q0, q1, k0_ring, k1_ring, k_stage, S_LAYOUT, BLOCK_N, SPLIT)
                 acc, acc1, p0 = start_values(p, v0_ring, v1_ring, stage, acc, acc1, BLOCK_N, SPLIT)
                 if GROUPS > 1:
                     mbarrier.arrive(turn.index((GROUP + 1) % GROUPS))
                 scores = warpgroup_mma_wait(2 if SPLIT else 1, deps=(scores,))
-                m_new = gl.maximum(m, row_max(scores) * scale_log2)
-                p_new = gl.exp2(scores * scale_log2 - m_new[:, None])
-                alpha = gl.exp2(m - m_new)
-                l *= gl.convert_layout(alpha, L_LAYOUT, assert_trivial=True)[:, None]
+                alpha = m
+                if not HELD:
+                    m_new = gl.maximum(m, row_max(scores) * scale_log2)
+                    alpha = gl.exp2(m - m_new)
+                    l *= gl.convert_layout(alpha, L_LAYOUT, assert_trivial=True)[:, None]
+                    m = m_new
+                p_new = gl.exp2(scores * scale_log2 - m[:, None])
                 l += partial_sums(p_new, SUM_LAYOUT)
                 p_new = p_new.to(dtype)
-                m = m_new
-                mbarrier.wait(v_full.index(k_stage), (later // STAGES) & 1)
+                mbarrier.wait(v_full.index(k_stage), k_phase)
                 # waiting for l as well keeps the softmax above from being moved below the wait
                 if SPLIT:
                     acc, acc1, l, _p0 = warpgroup_mma_wait(0, deps=(acc, acc1, l, p0))
@@ -244,13 +246,11 @@ def _consume(
                     acc, l, _p0 = warpgroup_mma_wait(0, deps=(acc, l, p0))
                 mbarrier.arrive(empty.index(stage))
                 p = p_new
-                acc, acc1 = scale_rows(acc, acc1, alpha, SPLIT)
-                step = later
+                if not HELD:
+                    acc, acc1 = scale_rows(acc, acc1, alpha, SPLIT)
                 stage = k_stage
+                phase = k_phase
                 turns += 1
-            # the last products with q are done
-            mbarrier.arrive(q_empty.index(q_place))
-
             if length < BLOCK_N:
                 # p is 0 for the rows before the segment, but 0 * NaN would not be
                 clear_rows(v0_ring, stage, covered, NUM_WARPS)
@@ -261,15 +261,22 @@ def _consume(
             acc, acc1, _p0 = start_values(p, v0_ring, v1_ring, stage, acc, acc1, BLOCK_N, SPLIT)
             acc, acc1 = wait_values(acc, acc1, SPLIT)
             mbarrier.arrive(empty.index(stage))
-            step += 1
+            stage, phase = next_stage(stage, phase, STAGES)
 
-            inverse = 1.0 / gl.convert_layout(gl.sum(l, 1), M_LAYOUT, assert_trivial=True)
+            sums = gl.sum(l, 1)
+            if HELD:  # noqa: SIM102 (as above)
+                if (steps > 1) & has_outgrown(sums, length - row_q):
+                    acc, acc1, sums = attend_online(
+                        q0, q1, k0, k1, v0, v1, begin, end, head, scale_log2, acc, acc1, sums,
+                        part0, part1, part_full, S_LAYOUT, GROUP, D, SPLIT,
+                    )  # fmt: skip
+            inverse = 1.0 / gl.convert_layout(sums, M_LAYOUT, assert_trivial=True)
             acc, acc1 = scale_rows(acc, acc1, inverse, SPLIT)
             # int64 before the multiply: T * H * D may pass 2**31
             base = out_ptr + begin.to(gl.int64) * (HEADS * D) + head * D
-            store_rows(base, row_q, length, acc, HEADS * D, 0, D, NUM_WARPS)
+            store_rows(base, row_q, length, acc, HEADS * D, 0, 0, D, NUM_WARPS)
             if SPLIT:
-                store_rows(base, row_q, length, acc1, HEADS * D, D0, D, NUM_WARPS)
+                store_rows(base, row_q, length, acc1, HEADS * D, D - V1, D0, D, NUM_WARPS)
 
         tile = posted_tile(tile, lap, tickets_ptr, mail, mail_empty, mail_full, NUM_WARPS)
         lap += 1
@@ -297,6 +304,7 @@ def attention_hopper_kernel(
     STAGES: gl.constexpr,
     Q_BUFFERS: gl.constexpr,
     TAIL: gl.constexpr,  # rows that a short last step computes; 0 for none
+    HELD: gl.constexpr,  # whether a row's maximum stays that of its first steps
     num_warps: gl.constexpr,
 ):
     """Attention of every segment; grid: any number of programs, which share out the tiles."""
@@ -329,6 +337,20 @@ def attention_hopper_kernel(
         turn = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     else:
         turn = q_empty
+    # what a group loads by itself if it has to begin again
+    part0 = k0_ring
+    part1 = k1_ring
+    part_full = q_full
+    if HELD:
+        part0 = gl.allocate_shared_memory(dtype, [GROUPS, BLOCK_N, 1, D0], k0.layout)
+        part_full = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
+        part1 = part0
+        if SPLIT:
+            part1 = gl.allocate_shared_memory(
+                dtype, [GROUPS, BLOCK_N, 1, k1_ring.shape[3]], k1.layout
+            )
+        for i in gl.static_range(GROUPS):
+            mbarrier.init(part_full.index(i), count=1)
     # the producer posts a tile while the groups work on the one before
     mail = q_empty
     mail_empty = q_empty
@@ -360,14 +382,15 @@ def attention_hopper_kernel(
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
                     q_empty, q_full, empty, k_full, v_full, turn,
                     tickets_ptr, mail, mail_empty, mail_full,
-                    D, HEADS, GROUPS, SPLIT, TAIL, num_warps, 0,
+                    k0, k1, v0, v1, part0, part1, part_full,
+                    D, HEADS, GROUPS, SPLIT, TAIL, HELD, num_warps, 0,
                 )),
                 (_produce, (
                     q0, q1, k0, k1, v0, v1, cu_ptr, num_segments,
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
                     q_empty, q_full, empty, k_full, v_full,
                     tickets_ptr, mail, mail_empty, mail_full,
-                    HEADS, GROUPS, SPLIT,
+                    D, HEADS, GROUPS, SPLIT,
                 )),
             ],
             [1],
@@ -381,21 +404,23 @@ def attention_hopper_kernel(
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
                     q_empty, q_full, empty, k_full, v_full, turn,
                     tickets_ptr, mail, mail_empty, mail_full,
-                    D, HEADS, GROUPS, SPLIT, TAIL, num_warps, 0,
+                    k0, k1, v0, v1, part0, part1, part_full,
+                    D, HEADS, GROUPS, SPLIT, TAIL, HELD, num_warps, 0,
                 )),
                 (_consume, (
                     out_ptr, cu_ptr, num_segments, scale_log2,
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
                     q_empty, q_full, empty, k_full, v_full, turn,
                     tickets_ptr, mail, mail_empty, mail_full,
-                    D, HEADS, GROUPS, SPLIT, TAIL, num_warps, 1,
+                    k0, k1, v0, v1, part0, part1, part_full,
+                    D, HEADS, GROUPS, SPLIT, TAIL, HELD, num_warps, 1,
                 )),
                 (_produce, (
                     q0, q1, k0, k1, v0, v1, cu_ptr, num_segments,
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
                     q_empty, q_full, empty, k_full, v_full,
                     tickets_ptr, mail, mail_empty, mail_full,
-                    HEADS, GROUPS, SPLIT,
+                    D, HEADS, GROUPS, SPLIT,
                 )),
             ],
             [num_warps, 1],
@@ -409,28 +434,31 @@ def attention_hopper_kernel(
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
                     q_empty, q_full, empty, k_full, v_full, turn,
                     tickets_ptr, mail, mail_empty, mail_full,
-                    D, HEADS, GROUPS, SPLIT, TAIL, num_warps, 0,
+                    k0, k1, v0, v1, part0, part1, part_full,
+                    D, HEADS, GROUPS, SPLIT, TAIL, HELD, num_warps, 0,
                 )),
                 (_consume, (
                     out_ptr, cu_ptr, num_segments, scale_log2,
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
                     q_empty, q_full, empty, k_full, v_full, turn,
                     tickets_ptr, mail, mail_empty, mail_full,
-                    D, HEADS, GROUPS, SPLIT, TAIL, num_warps, 1,
+                    k0, k1, v0, v1, part0, part1, part_full,
+                    D, HEADS, GROUPS, SPLIT, TAIL, HELD, num_warps, 1,
                 )),
                 (_consume, (
                     out_ptr, cu_ptr, num_segments, scale_log2,
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
                     q_empty, q_full, empty, k_full, v_full, turn,
                     tickets_ptr, mail, mail_empty, mail_full,
-                    D, HEADS, GROUPS, SPLIT, TAIL, num_warps, 2,
+                    k0, k1, v0, v1, part0, part1, part_full,
+                    D, HEADS, GROUPS, SPLIT, TAIL, HELD, num_warps, 2,
                 )),
                 (_produce, (
                     q0, q1, k0, k1, v0, v1, cu_ptr, num_segments,
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
                     q_empty, q_full, empty, k_full, v_full,
                     tickets_ptr, mail, mail_empty, mail_full,
-                    HEADS, GROUPS, SPLIT,
+                    D, HEADS, GROUPS, SPLIT,
                 )),
             ],
             [num_warps, num_warps, 1],

@@ -1,12 +1,22 @@
 """Steps of attention_hopper_kernel.py: products of one group of warps with one stage of k and v.
 
 What the kernel holds of a head is in one block of columns or two (`SPLIT`), each with a ring of
-stages [STAGES, rows, 1, columns] and an accumulator of its own.
+stages [STAGES, rows, 1, columns] and an accumulator of its own. The second block is the last
+columns of the head. Where the two overlap, q has zeros in the second, and of its results only those
+past the first are stored. (A box that reaches past the head instead takes TMA longer: 16.2 us
+instead of 14.6 for 784 rows of 16 heads of 72, in steps of 64 rows.)
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+# Triton 3.7 renamed it
+_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 
 @gluon.jit
@@ -25,16 +35,43 @@ def last_rows(ring, stage, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def start_scores(q0_tiles, q1_tiles, k0_ring, k1_ring, stage, S_LAYOUT: gl.constexpr,
-                  COUNT: gl.constexpr, q_tile, SPLIT: gl.constexpr):  # fmt: skip
+def load_boxes(x0, x1, row, head, arrived, ring0, ring1, place, D: gl.constexpr,
+               SPLIT: gl.constexpr):  # fmt: skip
+    """Start to copy one box of rows of a head; `arrived` expects its bytes."""
+    _load(x0, [row, head, 0], arrived, ring0.index(place))
+    if SPLIT:
+        _load(x1, [row, head, D - ring1.shape[3]], arrived, ring1.index(place))
+
+
+@gluon.jit
+def load_queries(q0_tiles, q1_tiles, q_tile, S_LAYOUT: gl.constexpr, D: gl.constexpr,
+                 SPLIT: gl.constexpr):  # fmt: skip
+    """A group's rows of q in its registers, from where products read them with less traffic."""
+    LAYOUT: gl.constexpr = gl.DotOperandLayout(0, S_LAYOUT, 2)
+    q0 = matrix(q0_tiles, q_tile).load(LAYOUT)
+    q1 = q0
+    if SPLIT:
+        q1 = matrix(q1_tiles, q_tile).load(LAYOUT)
+        SHARED: gl.constexpr = q0_tiles.shape[3] + q1_tiles.shape[3] - D
+        if SHARED > 0:
+            cols = gl.arange(0, q1_tiles.shape[3], layout=gl.SliceLayout(0, LAYOUT))
+            q1 = gl.where((cols >= SHARED)[None, :], q1, 0.0)
+    return q0, q1
+
+
+@gluon.jit
+def start_scores(q0, q1, k0_ring, k1_ring, stage, S_LAYOUT: gl.constexpr, COUNT: gl.constexpr,
+                 SPLIT: gl.constexpr):  # fmt: skip
     """Scores of a group's rows of q and the last `COUNT` rows of a stage of k."""
-    ROWS_G: gl.constexpr = q0_tiles.shape[1]
-    scores = gl.zeros([ROWS_G, COUNT], gl.float32, S_LAYOUT)
+    Q_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, S_LAYOUT, 2)
+    scores = gl.zeros([q0.shape[0], COUNT], gl.float32, S_LAYOUT)
     k = last_rows(k0_ring, stage, COUNT).permute((1, 0))
-    scores = warpgroup_mma(matrix(q0_tiles, q_tile), k, scores, use_acc=False, is_async=True)
+    q0 = gl.convert_layout(q0, Q_LAYOUT, assert_trivial=True)
+    scores = warpgroup_mma(q0, k, scores, use_acc=False, is_async=True)
     if SPLIT:
         k = last_rows(k1_ring, stage, COUNT).permute((1, 0))
-        scores = warpgroup_mma(matrix(q1_tiles, q_tile), k, scores, is_async=True)
+        q1 = gl.convert_layout(q1, Q_LAYOUT, assert_trivial=True)
+        scores = warpgroup_mma(q1, k, scores, is_async=True)
     return scores
 
 
@@ -99,8 +136,8 @@ def clear_rows(ring, stage, num_rows, NUM_WARPS: gl.constexpr):
 
 @gluon.jit
 def store_rows(base, rows, num_rows, x, STRIDE: gl.constexpr, FIRST: gl.constexpr,
-                END: gl.constexpr, NUM_WARPS: gl.constexpr):  # fmt: skip
-    """Write x [R, WIDTH] to columns FIRST.. of rows `rows`.. of `base`, clipped at END."""
+                BEGIN: gl.constexpr, END: gl.constexpr, NUM_WARPS: gl.constexpr):  # fmt: skip
+    """Write x [R, WIDTH] to columns FIRST.. of rows `rows`.. of `base`: those from BEGIN to END."""
     WIDTH: gl.constexpr = x.shape[1]
     COLUMNS: gl.constexpr = WIDTH // 8
     LAYOUT: gl.constexpr = gl.BlockedLayout(
@@ -112,4 +149,6 @@ def store_rows(base, rows, num_rows, x, STRIDE: gl.constexpr, FIRST: gl.constexp
     mask = (offs_m < num_rows)[:, None]
     if FIRST + WIDTH > END:
         mask = mask & (cols < END)[None, :]
+    if FIRST < BEGIN:
+        mask = mask & (cols >= BEGIN)[None, :]
     gl.store(base + offs_m[:, None] * STRIDE + cols[None, :], y, mask=mask)

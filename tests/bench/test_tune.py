@@ -272,7 +272,7 @@ def test_what_the_rules_take(monkeypatch, backend, tiles, taken):
     monkeypatch.setattr(tune, "usable_tiles", lambda device, head_dim: tiles)
     shape = AttentionShape("a", (3000, 1000), 16, 72)
     assert tune._by_rule(shape, torch.device("cpu")) == taken
-    assert asked == [(torch.device("cpu"), torch.bfloat16, 72, 2500, 4000)]
+    assert asked == [(torch.device("cpu"), torch.bfloat16, 72)]
 
 
 def test_bench_tune(imaginary_gpu, tmp_path, capsys, monkeypatch):

@@ -7,6 +7,7 @@ from vitgraph.kernels.attention import attention_ref, varlen_attention
 from vitgraph.kernels.attention_hopper import (
     ROWS,
     LaunchConfig,
+    holds_maximum,
     launch,
     launch_config,
     q_buffers,
@@ -24,8 +25,11 @@ PAIR = LaunchConfig(groups=2, block_n=128, num_stages=3)
 CONFIGS = [
     SMALL,
     PAIR,
+    LaunchConfig(groups=2, block_n=128, num_stages=4),
     LaunchConfig(groups=1, block_n=128, num_stages=2, programs_per_sm=2),
     LaunchConfig(groups=1, block_n=128, num_stages=3, programs_per_sm=2),
+    LaunchConfig(groups=1, block_n=64, num_stages=4, programs_per_sm=2),
+    LaunchConfig(groups=1, block_n=64, num_stages=5, programs_per_sm=2),
     LaunchConfig(groups=2, block_n=64, num_stages=3),
     LaunchConfig(groups=3, block_n=64, num_stages=4),
 ]
@@ -48,8 +52,9 @@ def test_split_head_dim(D, expected):
 def shared_bytes(D, config):
     """Of q, k and v, and of the tiles that are stored, one a group."""
     first, second = split_head_dim(D)
-    rows_q = q_buffers(config, D) * config.groups * ROWS
-    loaded = rows_q + 2 * config.num_stages * config.block_n
+    rows_q = q_buffers(config, D, BF16) * config.groups * ROWS
+    parts = config.groups if holds_maximum(config, D, BF16) else 0
+    loaded = rows_q + (2 * config.num_stages + parts) * config.block_n
     return 2 * (loaded * (first + second) + config.groups * ROWS * first)
 
 
@@ -65,14 +70,23 @@ def test_a_config_fits(D, num_rows, num_heads):
 @pytest.mark.parametrize(
     ("head_dim", "num_rows", "num_heads", "config"),
     [
-        (64, 196, 16, LaunchConfig(1, 128, 3, 2)),
-        (64, 65536, 16, LaunchConfig(1, 128, 3, 2)),
-        (72, 512, 16, LaunchConfig(1, 128, 2, 2)),
+        (64, 196, 16, LaunchConfig(1, 64, 5, 2)),
+        (64, 8191, 16, LaunchConfig(1, 64, 5, 2)),
+        (64, 8192, 16, LaunchConfig(2, 128, 4)),
+        (64, 10000, 12, LaunchConfig(1, 64, 5, 2)),
+        (72, 512, 16, LaunchConfig(1, 64, 4, 2)),
         (72, 513, 16, LaunchConfig(2, 128, 3)),
         (72, 512, 17, LaunchConfig(2, 128, 3)),
-        (80, 65536, 16, LaunchConfig(2, 128, 3)),
+        (80, 1024, 16, LaunchConfig(1, 64, 4, 2)),
+        (80, 1025, 16, LaunchConfig(2, 128, 3)),
+        (80, 1024, 17, LaunchConfig(2, 128, 3)),
+        (80, 6144, 16, LaunchConfig(2, 128, 3)),
+        (80, 6145, 16, LaunchConfig(3, 64, 4)),
+        (72, 6272, 16, LaunchConfig(3, 64, 4)),
+        (72, 65536, 16, LaunchConfig(3, 64, 4)),
         (128, 512, 16, LaunchConfig(1, 64, 4)),
-        (96, 65536, 16, LaunchConfig(2, 128, 3)),
+        (96, 512, 16, LaunchConfig(1, 64, 4)),
+        (96, 65536, 16, LaunchConfig(2, 64, 5)),
         (128, 65536, 16, LaunchConfig(2, 64, 4)),
     ],
 )
@@ -81,22 +95,25 @@ def test_config_by_width_and_number_of_tiles(head_dim, num_rows, num_heads, conf
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "config", "buffers", "rows"),
+    ("head_dim", "config", "buffers", "rows", "held"),
     [
-        (72, PAIR, 2, 64),
-        (80, PAIR, 2, 64),
-        (88, PAIR, 1, 0),  # no registers
-        (96, PAIR, 1, 0),
-        (128, LaunchConfig(2, 64, 4), 2, 32),
-        (128, LaunchConfig(2, 64, 5), 1, 32),  # no shared memory
-        (64, LaunchConfig(1, 128, 3, 2), 1, 0),  # one group
-        (72, LaunchConfig(3, 64, 4), 1, 0),  # three have fewer registers
-        (128, LaunchConfig(1, 64, 4), 1, 0),
+        (72, PAIR, 2, 64, True),
+        (80, PAIR, 2, 64, True),
+        (88, PAIR, 2, 0, False),  # registers for no short step, no shared memory to begin again
+        (96, PAIR, 2, 0, False),
+        (128, LaunchConfig(2, 64, 4), 1, 32, True),
+        (128, LaunchConfig(2, 64, 5), 1, 32, False),
+        (64, LaunchConfig(1, 64, 5, 2), 1, 0, True),  # one group
+        (64, LaunchConfig(1, 128, 3, 2), 1, 0, False),
+        (72, LaunchConfig(3, 64, 4), 2, 0, True),  # three have fewer registers
+        (128, LaunchConfig(1, 64, 4), 1, 0, True),
     ],
 )
-def test_what_a_program_has_room_for(head_dim, config, buffers, rows):
-    assert q_buffers(config, head_dim) == buffers
+def test_what_a_program_has_room_for(head_dim, config, buffers, rows, held):
+    assert q_buffers(config, head_dim, BF16) == buffers
     assert short_step(config, head_dim) == rows
+    assert holds_maximum(config, head_dim, BF16) == held
+    assert not holds_maximum(config, head_dim, torch.float16)  # it ends at 65,504
 
 
 def test_reasons(monkeypatch):
@@ -137,7 +154,7 @@ def without_packages(monkeypatch):
     attention._reason.cache_clear()
 
 
-def test_chosen_by_length_and_by_what_is_there(without_packages, monkeypatch):
+def test_chosen_by_what_is_there(without_packages, monkeypatch):
     device = without_packages
     assert attention.choose_backend(device, BF16, 72) == "hopper"
     assert attention.choose_backend(device, torch.float16, 128) == "hopper"
@@ -145,12 +162,6 @@ def test_chosen_by_length_and_by_what_is_there(without_packages, monkeypatch):
     attention._reason.cache_clear()
     monkeypatch.setattr("vitgraph.kernels.attention_fa4.unusable_reason", lambda *a: None)
     assert attention.choose_backend(device, BF16, 72) == "hopper"
-    for head_dim, segment, rows in ((64, 6144, 0), (72, 2304, 6144), (80, 1700, 0), (128, 8192, 0)):
-        rows = max(rows, segment)
-        assert attention.choose_backend(device, BF16, head_dim, segment, rows) == "fa4"
-        assert attention.choose_backend(device, BF16, head_dim, segment - 0.5, rows) == "hopper"
-    assert attention.choose_backend(device, BF16, 72, 2304, 6143) == "hopper"
-    assert attention.choose_backend(device, torch.float32, 72, 9000, 9000) == "triton"
     attention._reason.cache_clear()
     monkeypatch.setattr(attention_hopper, "unusable_reason", lambda *a: "needs another Triton")
     assert attention.choose_backend(device, BF16, 72) == "fa4"
@@ -338,11 +349,79 @@ def test_short_segments_after_long_ones(D, config, needs_hopper):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS, ids=config_name)
+@pytest.mark.parametrize("D", [64, 72])
+def test_loads_wait_for_what_is_read(D, config, needs_hopper):
+    """Short segments free a tile of q while the next one is waited for; neighbours slow them."""
+    if shared_bytes(D, config) * config.programs_per_sm > 226 << 10:
+        config = launch_config(D, 5000, 16, 132)
+    q, k, v, cu, out = make([3136, 24, 1200, 260, 484, 120, 168, 1920], 16, D)
+    launch(q, k, v, cu, 0.1, out, config)
+    check(q, k, v, cu, out, 0.1)
+    for _ in range(100):
+        again = torch.full_like(out, NAN)
+        launch(q, k, v, cu, 0.1, again, config)
+        assert torch.equal(again, out)
+
+
+@pytest.mark.gpu
 def test_large_scores_do_not_overflow(needs_hopper):
     q, k, v, cu, out = make([400], 1, 64)
     q *= 50  # exp(100) is past fp32
     launch(q, k, v, cu, 1.0, out, PAIR)
     check(q, k, v, cu, out, 1.0)
+
+
+def make_rising(lengths, D, rise, seed=0):
+    """As `make`: scores of a segment's later keys pass those of the first by about `rise`."""
+    q, k, v, cu, out = make(lengths, 2, D, pad=5, seed=seed)
+    T = int(cu[-1])
+    for x in (q, k):
+        x[:T] = x[:T].abs()
+    row = torch.arange(T, device="cuda")
+    segment = torch.bucketize(row, cu[1:], right=True)
+    # the last 128 rows of a segment are the first that its programs compute
+    is_first = row >= cu[1:][segment] - 128
+    mean = D * 2 / torch.pi  # of q . k
+    k[:T][~is_first] *= rise / mean
+    k[:T][is_first] *= 0.01
+    return q, k, v, cu, out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS, ids=config_name)
+@pytest.mark.parametrize("D", [64, 72, 80, 128])
+@pytest.mark.parametrize("rise", [20, 43, 45, 60, 95, 400])
+def test_scores_that_rise(rise, D, config, needs_hopper):
+    """Past the maximum of the first keys: within what is held, beyond it, and beyond fp32."""
+    if shared_bytes(D, config) * config.programs_per_sm > 226 << 10:
+        config = launch_config(D, 5000, 16, 132)  # wide heads need their own
+    q, k, v, cu, out = make_rising([700, 128, 1000, 200, 129, 60, 641], D, rise)
+    launch(q, k, v, cu, 1.0, out, config)
+    check(q, k, v, cu, out, 1.0)
+    tickets = torch.zeros(2, dtype=torch.int32, device="cuda")
+    drawn = torch.full_like(out, NAN)
+    launch(q, k, v, cu, 1.0, drawn, config, tickets)
+    live = int(cu[-1])
+    assert torch.equal(drawn[:live], out[:live])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS, ids=config_name)
+def test_one_row_that_rises(config, needs_hopper):
+    """A group begins again for one of its rows; those of other groups stay bit for bit."""
+    q, k, v, cu, out = make([1000], 2, 72)
+    k[:, 0, 0] = 1.0
+    k[-128:, 0, 0] = -1.0
+    launch(q, k, v, cu, 0.2, out, config)
+    before = out.clone()
+    q[333, 0, 0] = 1000.0
+    launch(q, k, v, cu, 0.2, out, config)
+    check(q, k, v, cu, out, 0.2)
+    assert torch.equal(out[:, 1], before[:, 1])
+    first = 333 // ROWS * ROWS
+    assert torch.equal(out[:first], before[:first])
+    assert torch.equal(out[first + ROWS :], before[first + ROWS :])
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import transformers
 from transformers.utils import ModelOutput
 from vitgraph.capture import EncoderCudaGraphManager, Pruning
-from vitgraph.encoder import generic, generic_tower
+from vitgraph.encoder import generic
 from vitgraph.encoder.feed import feed_of
 from vitgraph.encoder.generic import GenericEncoder
 from vitgraph.encoder.generic_tower import NEVER
@@ -150,30 +150,6 @@ def test_pooled_videos_run_eagerly_by_length(cases, recorder):
         for name, value in rows.items():
             assert_as_accurate(value, alone[name], oracle[name], name=name)
         patch, token = patch + t * h * w, token + h * w // 4
-
-
-def test_attention_by_the_mean_segment(cases, monkeypatch):
-    """Of an eager call by its layout, of a rung by a quarter of its patches."""
-    case = cases("qwen3_vl")
-    asked = []
-
-    def choose(device, dtype, head_dim, segment_rows=0, num_rows=0):
-        asked.append((segment_rows, num_rows))
-        return "reference"
-
-    monkeypatch.setattr(generic_tower, "choose_backend", choose)
-    monkeypatch.setattr(case.encoder, "_chooses_attention", True)
-    grids = [(1, 4, 8), (2, 2, 4)]
-    case.encoder.eager_forward(case.pixels(grids), grids)
-    assert asked == [((32**2 + 2 * 8**2) / 48, 48)]
-    asked.clear()
-    limits = case.encoder.rung_limits(16, 4, 8)
-    inputs, outputs = (
-        {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
-        for specs in (case.encoder.input_specs(limits), case.encoder.output_specs(limits))
-    )
-    case.encoder.graph_forward(inputs, outputs, limits)
-    assert asked == [(limits.max_patches // 4, limits.max_patches)]
 
 
 def test_no_items(cases, model_type):
