@@ -3,11 +3,11 @@
     p[j] = exp2(s[j] - m)      l = sum_j p[j]      out = sum_j p[j] v[j] / l
 
 for any m, as long as nothing overflows. A running maximum keeps p below 1, at a quarter of the
-instructions of a step. So m is held instead: the maximum of a row over its first steps, 128 keys or
-more where there are as many. p may then grow, which costs no precision in fp32 and bf16, whose
-exponents reach 2**127, and a tile is done when l shows that no p came near. If l outgrew that, or
-is no number, the group attends again by itself, with a running maximum and a copy of k and v of its
-own. It takes several times as long, and scores that rise by 44 (in nats) after the first 128 keys.
+instructions of a step. So m is held instead: the maximum of a row over its first step or two, 64
+keys or more where there are as many. p may then grow, which costs no precision in fp32 and bf16,
+whose exponents reach 2**127, and a tile is done when l shows that no p came near. If l outgrew
+that, or is no number, the group attends again by itself, with a running maximum and a copy of k and
+v of its own. That takes several times as long, and scores that rise by 44 (in nats) first.
 """
 
 from triton.experimental import gluon

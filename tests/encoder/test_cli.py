@@ -253,27 +253,16 @@ def test_info():
     text = run("info")
     assert text.exit_code == 0
     assert "attention backends" in text.stdout
-    assert "vitgraph[fa4]  on Hopper" in text.stdout
+    assert "vitgraph[fa4]  no speed on Hopper" in text.stdout
     assert report["families"]["qwen3_5"] == "Qwen3.5, Qwen3.6, Qwen4-Exp"
     assert "  qwen2_5_omni  Qwen2.5-Omni" in text.stdout.splitlines()
     assert run("info", "no such model").exit_code == 2
 
 
-def test_what_an_extra_gains_is_what_was_measured():
+def test_what_an_extra_gains_is_said_of_one_that_exists():
     root = Path(__file__).parents[2]
     declared = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     assert EXTRAS.keys() <= declared["optional-dependencies"].keys()
-    with_fa4, without = (
-        {
-            row["tower"]: row["ms"]
-            for row in json.loads((root / "bench/results/h200" / name).read_text())["rows"]
-            if row["provider"] == "ours" and row["workload"] == "img2048"
-        }
-        for name in ("towers.json", "towers-plain.json")
-    )
-    for tower, ms in with_fa4.items():
-        unit = " ms" if tower == "qwen3-vl-8b" else ""
-        assert f"{ms:.0f}{unit} instead of {without[tower]:.0f}" in EXTRAS["fa4"]
 
 
 def test_help_does_not_import_torch():
