@@ -13,9 +13,11 @@ list. Method: https://arxiv.org/abs/2407.08608. Tiles of long segments take long
 `tickets` a program draws each tile after its first from a counter, as late as its loads allow:
 whoever is early takes what nobody has begun. Which program computes a tile changes no bit of it.
 
-A head dim is one power-of-two block of columns or two: 72 and 80 are 64 + 16, of which those of 72
-overlap. What TMA reads past the first or last row is zero, as is what it reads past the head dim
-where one block is wider than that.
+A head dim is one power-of-two block of columns or two: 72 and 80 are 64 + 16. What TMA reads past
+the head dim or past the first or last row is zero.
+
+In bf16 no step after the first looks for the maximum of its scores; a group whose rows outgrow that
+of their first keys begins again (attention_hopper_online.py).
 
 The last step of a segment, which comes first, ends at the segment's last row and masks the rows
 that other steps cover, so that no row past a segment is read as k or v. If half a step holds the
@@ -124,7 +126,7 @@ def holds_maximum(config: LaunchConfig, head_dim: int, dtype: torch.dtype) -> bo
 def q_buffers(config: LaunchConfig, head_dim: int, dtype: torch.dtype) -> int:
     """Tiles of q that a program holds: 2 where there is room, so that loads run ahead of a tile.
 
-    A single group shares its multiprocessor with other programs instead.
+    A single group loads few rows of q, and most share their multiprocessor with another program.
     """
     parts = config.groups if holds_maximum(config, head_dim, dtype) else 0
     return 2 if config.groups > 1 and _has_room(config, head_dim, 2, parts) else 1

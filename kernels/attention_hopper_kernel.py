@@ -38,7 +38,7 @@ def _produce(
     q0, q1, k0, k1, v0, v1, cu_ptr, num_segments,
     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
     q_empty, q_full, empty, k_full, v_full, tickets_ptr, mail, mail_empty, mail_full,
-    D: gl.constexpr, HEADS: gl.constexpr, GROUPS: gl.constexpr, SPLIT: gl.constexpr,
+    HEADS: gl.constexpr, GROUPS: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = k0_ring.shape[0]
     BLOCK_N: gl.constexpr = k0_ring.shape[1]
@@ -74,7 +74,7 @@ def _produce(
             mbarrier.wait(empty.index(stage), phase ^ 1)
             arrived = k_full.index(stage)
             mbarrier.expect(arrived, BLOCK_N * (D0 + D1) * 2)
-            load_boxes(k0, k1, row, head, arrived, k0_ring, k1_ring, stage, D, SPLIT)
+            load_boxes(k0, k1, row, head, arrived, k0_ring, k1_ring, stage, SPLIT)
             if i == 0:
                 place = lap & (Q_BUFFERS - 1)
                 mbarrier.wait(q_empty.index(place), ((lap >> (Q_BUFFERS - 1)) & 1) ^ 1)
@@ -83,10 +83,10 @@ def _produce(
                 for g in gl.static_range(GROUPS):
                     tile_q = place * GROUPS + g
                     rows = row_q + g * ROWS_G
-                    load_boxes(q0, q1, rows, head, arrived, q0_tiles, q1_tiles, tile_q, D, SPLIT)
+                    load_boxes(q0, q1, rows, head, arrived, q0_tiles, q1_tiles, tile_q, SPLIT)
             arrived = v_full.index(stage)
             mbarrier.expect(arrived, BLOCK_N * (D0 + V1) * 2)
-            load_boxes(v0, v1, row, head, arrived, v0_ring, v1_ring, stage, D, SPLIT)
+            load_boxes(v0, v1, row, head, arrived, v0_ring, v1_ring, stage, SPLIT)
             stage, phase = next_stage(stage, phase, STAGES)
         # drawn as late as the loads allow: whoever ends early takes what others have not begun
         tile = next_tile(tile, lap, tickets_ptr, mail, mail_empty, mail_full)
@@ -169,7 +169,7 @@ def _consume(
         else:
             mbarrier.wait(k_full.index(stage), phase)
             mbarrier.wait(q_full.index(q_place), (lap >> (Q_BUFFERS - 1)) & 1)
-            q0, q1 = load_queries(q0_tiles, q1_tiles, q_tile, S_LAYOUT, D, SPLIT)
+            q0, q1 = load_queries(q0_tiles, q1_tiles, q_tile, S_LAYOUT, SPLIT)
             acc = gl.zeros([ROWS_G, D0], gl.float32, O_LAYOUT)
             acc1 = acc
             if SPLIT:
@@ -268,15 +268,15 @@ def _consume(
                 if (steps > 1) & has_outgrown(sums, length - row_q):
                     acc, acc1, sums = attend_online(
                         q0, q1, k0, k1, v0, v1, begin, end, head, scale_log2, acc, acc1, sums,
-                        part0, part1, part_full, S_LAYOUT, GROUP, D, SPLIT,
+                        part0, part1, part_full, S_LAYOUT, GROUP, SPLIT,
                     )  # fmt: skip
             inverse = 1.0 / gl.convert_layout(sums, M_LAYOUT, assert_trivial=True)
             acc, acc1 = scale_rows(acc, acc1, inverse, SPLIT)
             # int64 before the multiply: T * H * D may pass 2**31
             base = out_ptr + begin.to(gl.int64) * (HEADS * D) + head * D
-            store_rows(base, row_q, length, acc, HEADS * D, 0, 0, D, NUM_WARPS)
+            store_rows(base, row_q, length, acc, HEADS * D, 0, D, NUM_WARPS)
             if SPLIT:
-                store_rows(base, row_q, length, acc1, HEADS * D, D - V1, D0, D, NUM_WARPS)
+                store_rows(base, row_q, length, acc1, HEADS * D, D0, D, NUM_WARPS)
 
         tile = posted_tile(tile, lap, tickets_ptr, mail, mail_empty, mail_full, NUM_WARPS)
         lap += 1
@@ -390,7 +390,7 @@ def attention_hopper_kernel(
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
                     q_empty, q_full, empty, k_full, v_full,
                     tickets_ptr, mail, mail_empty, mail_full,
-                    D, HEADS, GROUPS, SPLIT,
+                    HEADS, GROUPS, SPLIT,
                 )),
             ],
             [1],
@@ -420,7 +420,7 @@ def attention_hopper_kernel(
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
                     q_empty, q_full, empty, k_full, v_full,
                     tickets_ptr, mail, mail_empty, mail_full,
-                    D, HEADS, GROUPS, SPLIT,
+                    HEADS, GROUPS, SPLIT,
                 )),
             ],
             [num_warps, 1],
@@ -458,7 +458,7 @@ def attention_hopper_kernel(
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
                     q_empty, q_full, empty, k_full, v_full,
                     tickets_ptr, mail, mail_empty, mail_full,
-                    D, HEADS, GROUPS, SPLIT,
+                    HEADS, GROUPS, SPLIT,
                 )),
             ],
             [num_warps, num_warps, 1],

@@ -2,12 +2,13 @@
 
     p[j] = exp2(s[j] - m)      l = sum_j p[j]      out = sum_j p[j] v[j] / l
 
-for any m, as long as nothing overflows. A running maximum keeps p below 1, at a quarter of the
-instructions of a step. So m is held instead: the maximum of a row over its first step or two, 64
-keys or more where there are as many. p may then grow, which costs no precision in fp32 and bf16,
-whose exponents reach 2**127, and a tile is done when l shows that no p came near. If l outgrew
-that, or is no number, the group attends again by itself, with a running maximum and a copy of k and
-v of its own. That takes several times as long, and scores that rise by 44 (in nats) first.
+for any m, as long as nothing overflows. A running maximum keeps p below 1, and is a quarter of the
+instructions of a step. So m is held instead: the maximum of a row over the keys of its first step,
+which are the last rows of the segment, and of its second where the first is a short one. p may then
+grow, which costs no precision in fp32 and bf16, whose exponents reach 2**127, and a tile is done
+when l shows that no p came near. If l outgrew that, or is no number, the group attends again by
+itself, with a running maximum and a copy of k and v of its own. That takes several times as long,
+and happens only where scores rise by some 44 (in nats) past those of the first keys.
 """
 
 from triton.experimental import gluon
@@ -45,8 +46,7 @@ def has_outgrown(sums, num_rows):
 @gluon.jit
 def attend_online(
     q0, q1, k0, k1, v0, v1, begin, end, head, scale_log2, acc, acc1, sums,
-    part0, part1, part_full, S_LAYOUT: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
-    SPLIT: gl.constexpr,
+    part0, part1, part_full, S_LAYOUT: gl.constexpr, GROUP: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """Sums of p times v and of p over rows begin..end of k and v, one step or more of them.
 
@@ -69,13 +69,13 @@ def attend_online(
         # the last step ends at the last row, and masks what other steps cover
         start = gl.minimum(row, last)
         mbarrier.expect(arrived, BLOCK_N * (D0 + D1) * 2)
-        load_boxes(k0, k1, start, head, arrived, part0, part1, GROUP, D, SPLIT)
+        load_boxes(k0, k1, start, head, arrived, part0, part1, GROUP, SPLIT)
         mbarrier.wait(arrived, 0)
         scores = start_scores(q0, q1, part0, part1, GROUP, S_LAYOUT, BLOCK_N, SPLIT)
         scores = warpgroup_mma_wait(0, deps=(scores,))
         barrier()  # all warps are done with k
         mbarrier.expect(arrived, BLOCK_N * (D0 + D1) * 2)
-        load_boxes(v0, v1, start, head, arrived, part0, part1, GROUP, D, SPLIT)
+        load_boxes(v0, v1, start, head, arrived, part0, part1, GROUP, SPLIT)
         scores = gl.where((cols >= row - start)[None, :], scores, float("-inf"))
         m_new = gl.maximum(m, row_max(scores) * scale_log2)
         p = gl.exp2(scores * scale_log2 - m_new[:, None])

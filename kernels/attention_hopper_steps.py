@@ -1,10 +1,7 @@
 """Steps of attention_hopper_kernel.py: products of one group of warps with one stage of k and v.
 
 What the kernel holds of a head is in one block of columns or two (`SPLIT`), each with a ring of
-stages [STAGES, rows, 1, columns] and an accumulator of its own. The second block is the last
-columns of the head. Where the two overlap, q has zeros in the second, and of its results only those
-past the first are stored. (A box that reaches past the head instead takes TMA longer: 16.2 us
-instead of 14.6 for 784 rows of 16 heads of 72, in steps of 64 rows.)
+stages [STAGES, rows, 1, columns] and an accumulator of its own.
 """
 
 from triton.experimental import gluon
@@ -35,27 +32,21 @@ def last_rows(ring, stage, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def load_boxes(x0, x1, row, head, arrived, ring0, ring1, place, D: gl.constexpr,
-               SPLIT: gl.constexpr):  # fmt: skip
+def load_boxes(x0, x1, row, head, arrived, ring0, ring1, place, SPLIT: gl.constexpr):
     """Start to copy one box of rows of a head; `arrived` expects its bytes."""
     _load(x0, [row, head, 0], arrived, ring0.index(place))
     if SPLIT:
-        _load(x1, [row, head, D - ring1.shape[3]], arrived, ring1.index(place))
+        _load(x1, [row, head, ring0.shape[3]], arrived, ring1.index(place))
 
 
 @gluon.jit
-def load_queries(q0_tiles, q1_tiles, q_tile, S_LAYOUT: gl.constexpr, D: gl.constexpr,
-                 SPLIT: gl.constexpr):  # fmt: skip
+def load_queries(q0_tiles, q1_tiles, q_tile, S_LAYOUT: gl.constexpr, SPLIT: gl.constexpr):
     """A group's rows of q in its registers, from where products read them with less traffic."""
     LAYOUT: gl.constexpr = gl.DotOperandLayout(0, S_LAYOUT, 2)
     q0 = matrix(q0_tiles, q_tile).load(LAYOUT)
     q1 = q0
     if SPLIT:
         q1 = matrix(q1_tiles, q_tile).load(LAYOUT)
-        SHARED: gl.constexpr = q0_tiles.shape[3] + q1_tiles.shape[3] - D
-        if SHARED > 0:
-            cols = gl.arange(0, q1_tiles.shape[3], layout=gl.SliceLayout(0, LAYOUT))
-            q1 = gl.where((cols >= SHARED)[None, :], q1, 0.0)
     return q0, q1
 
 
@@ -136,8 +127,8 @@ def clear_rows(ring, stage, num_rows, NUM_WARPS: gl.constexpr):
 
 @gluon.jit
 def store_rows(base, rows, num_rows, x, STRIDE: gl.constexpr, FIRST: gl.constexpr,
-                BEGIN: gl.constexpr, END: gl.constexpr, NUM_WARPS: gl.constexpr):  # fmt: skip
-    """Write x [R, WIDTH] to columns FIRST.. of rows `rows`.. of `base`: those from BEGIN to END."""
+                END: gl.constexpr, NUM_WARPS: gl.constexpr):  # fmt: skip
+    """Write x [R, WIDTH] to columns FIRST.. of rows `rows`.. of `base`, clipped at END."""
     WIDTH: gl.constexpr = x.shape[1]
     COLUMNS: gl.constexpr = WIDTH // 8
     LAYOUT: gl.constexpr = gl.BlockedLayout(
@@ -149,6 +140,4 @@ def store_rows(base, rows, num_rows, x, STRIDE: gl.constexpr, FIRST: gl.constexp
     mask = (offs_m < num_rows)[:, None]
     if FIRST + WIDTH > END:
         mask = mask & (cols < END)[None, :]
-    if FIRST < BEGIN:
-        mask = mask & (cols >= BEGIN)[None, :]
     gl.store(base + offs_m[:, None] * STRIDE + cols[None, :], y, mask=mask)

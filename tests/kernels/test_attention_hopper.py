@@ -240,7 +240,7 @@ def test_layouts(lengths, pad, tail, D, config, needs_hopper):
 @pytest.mark.parametrize("dtype", [torch.float16, BF16], ids=str)
 @pytest.mark.parametrize("D", range(8, 129, 8))
 def test_head_dims(D, dtype, needs_hopper):
-    for rows in (1, 90):  # both sides of the rule for small calls
+    for rows in (1, 90):  # both sides of the rule for small calls of wide heads
         lengths = [70 * rows, 0, 131, 5]
         q, k, v, cu, out = make(lengths, 2, D, dtype, pad=6, tail=2)
         scale = D**-0.5
@@ -391,9 +391,9 @@ def make_rising(lengths, D, rise, seed=0):
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", CONFIGS, ids=config_name)
 @pytest.mark.parametrize("D", [64, 72, 80, 128])
-@pytest.mark.parametrize("rise", [20, 43, 45, 60, 95, 400])
+@pytest.mark.parametrize("rise", [20, 60, 95, 400])
 def test_scores_that_rise(rise, D, config, needs_hopper):
-    """Past the maximum of the first keys: within what is held, beyond it, and beyond fp32."""
+    """Past the first keys: within what is held (20), beyond it (2**86), and beyond fp32."""
     if shared_bytes(D, config) * config.programs_per_sm > 226 << 10:
         config = launch_config(D, 5000, 16, 132)  # wide heads need their own
     q, k, v, cu, out = make_rising([700, 128, 1000, 200, 129, 60, 641], D, rise)

@@ -90,6 +90,9 @@ CASES = [
     pytest.param(D, launch_config(D, rows, 16, 132), dtype, id=f"{D}-{rows}-{dtype}")
     for D in (64, 72, 80, 128)
     for rows, dtype in ((196, "bf16"), (4096, "bf16"), (4096, "fp16"), (16384, "bf16"))
+] + [
+    pytest.param(D, launch_config(D, 16384, 16, 132), "bf16", id=f"{D}-16384-bf16")
+    for D in (40, 88, 96)
 ]
 
 
