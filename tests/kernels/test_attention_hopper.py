@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from vitgraph.kernels import attention, attention_hopper, attention_triton
+from vitgraph.kernels import attention_hopper, attention_triton
 from vitgraph.kernels.attention import attention_ref, varlen_attention
 from vitgraph.kernels.attention_hopper import (
     ROWS,
@@ -114,69 +114,6 @@ def test_what_a_program_has_room_for(head_dim, config, buffers, rows, held):
     assert short_step(config, head_dim) == rows
     assert holds_maximum(config, head_dim, BF16) == held
     assert not holds_maximum(config, head_dim, torch.float16)  # it ends at 65,504
-
-
-def test_reasons(monkeypatch):
-    reason = attention_hopper.unusable_reason
-    cuda = torch.device("cuda", 0)
-    assert reason(torch.device("cpu")) == "needs a CUDA device, this is cpu"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (10, 0))
-    assert reason(cuda) == "needs compute capability 9.0, this is 10.0"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    assert "needs torch.float16 or torch.bfloat16" in str(reason(cuda, 72, torch.float32))
-    assert "multiple of 8 up to 128, not 136" in str(reason(cuda, 136, BF16))
-    assert "multiple of 8 up to 128, not 12" in str(reason(cuda, 12, BF16))
-    monkeypatch.setattr(attention_hopper, "_gluon_reason", lambda: None)
-    assert reason(cuda, 128, BF16) is None
-    monkeypatch.setattr(attention_hopper, "_gluon_reason", lambda: "Triton lacks it")
-    assert reason(cuda, 128, BF16) == "Triton lacks it"
-
-
-def test_the_interpreter_cannot_run_it(monkeypatch):
-    attention_hopper._gluon_reason.cache_clear()
-    monkeypatch.setattr(attention_hopper, "is_interpreting", lambda: True)
-    try:
-        assert "unset TRITON_INTERPRET" in str(attention_hopper._gluon_reason())
-    finally:
-        attention_hopper._gluon_reason.cache_clear()
-
-
-@pytest.fixture
-def without_packages(monkeypatch):
-    """Let the chooser find an H200 without FlashAttention-4."""
-    attention._reason.cache_clear()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(attention_hopper, "_gluon_reason", lambda: None)
-    monkeypatch.setattr(
-        "vitgraph.kernels.attention_fa4.unusable_reason", lambda *a: "flash-attn-4 is not installed"
-    )
-    yield torch.device("cuda", 0)
-    attention._reason.cache_clear()
-
-
-def test_chosen_by_what_is_there(without_packages, monkeypatch):
-    device = without_packages
-    assert attention.choose_backend(device, BF16, 72) == "hopper"
-    assert attention.choose_backend(device, torch.float16, 128) == "hopper"
-    assert attention.choose_backend(device, torch.float32, 72) == "triton"
-    attention._reason.cache_clear()
-    monkeypatch.setattr("vitgraph.kernels.attention_fa4.unusable_reason", lambda *a: None)
-    assert attention.choose_backend(device, BF16, 72) == "hopper"
-    attention._reason.cache_clear()
-    monkeypatch.setattr(attention_hopper, "unusable_reason", lambda *a: "needs another Triton")
-    assert attention.choose_backend(device, BF16, 72) == "fa4"
-
-
-def test_other_gpus_take_triton(without_packages, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
-    assert attention.choose_backend(without_packages, BF16, 72) == "triton"
-
-
-def test_cpu_tensors_are_refused():
-    x = torch.zeros(4, 1, 64, dtype=BF16)
-    cu = torch.tensor([0, 4], dtype=torch.int32)
-    with pytest.raises(ValueError, match=r'needs a CUDA device, this is cpu; use backend="triton"'):
-        varlen_attention_hopper(x, x, x, cu, scale=1.0, out=x.clone())
 
 
 # the rest runs on the GPU alone: Gluon has no interpreter
@@ -337,30 +274,24 @@ def test_repeats_bitwise(config, needs_hopper):
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", CONFIGS, ids=config_name)
 @pytest.mark.parametrize("D", [64, 72, 80])
-def test_short_segments_after_long_ones(D, config, needs_hopper):
-    """Programs that go from a tile of two steps to one of a part of a step, many times."""
-    q, k, v, cu, out = make([256, *[168] * 6, 32, *[64] * 3, *[16] * 9], 16, D)
-    launch(q, k, v, cu, 0.2, out, config)
-    check(q, k, v, cu, out, 0.2)
-    for _ in range(20):
-        again = torch.full_like(out, NAN)
-        launch(q, k, v, cu, 0.2, again, config)
-        assert torch.equal(again, out)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("config", CONFIGS, ids=config_name)
-@pytest.mark.parametrize("D", [64, 72])
-def test_loads_wait_for_what_is_read(D, config, needs_hopper):
-    """Short segments free a tile of q while the next one is waited for; neighbours slow them."""
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        # programs go from a tile of two steps to one of a part of a step, many times
+        pytest.param([256, *[168] * 6, 32, *[64] * 3, *[16] * 9], id="steps"),
+        # a tile of q is freed while the next one is waited for, beside programs that are slow
+        pytest.param([3136, 24, 1200, 260, 484, 120, 168, 1920], id="loads"),
+    ],
+)
+def test_short_segments_after_long_ones(lengths, D, config, needs_hopper):
     if shared_bytes(D, config) * config.programs_per_sm > 226 << 10:
         config = launch_config(D, 5000, 16, 132)
-    q, k, v, cu, out = make([3136, 24, 1200, 260, 484, 120, 168, 1920], 16, D)
-    launch(q, k, v, cu, 0.1, out, config)
-    check(q, k, v, cu, out, 0.1)
+    q, k, v, cu, out = make(lengths, 16, D)
+    launch(q, k, v, cu, 0.2, out, config)
+    check(q, k, v, cu, out, 0.2)
     for _ in range(100):
         again = torch.full_like(out, NAN)
-        launch(q, k, v, cu, 0.1, again, config)
+        launch(q, k, v, cu, 0.2, again, config)
         assert torch.equal(again, out)
 
 
