@@ -51,17 +51,14 @@ def readme_tables(path: str | Path, plain_path: str | Path) -> str:
             "without that option first"
         )
     ours = [str(r["attention"]) for r in rows if r.get("provider") == "ours" and r.get("attention")]
-    # one backend, or several joined by "+", for each rung that a call replays
-    used = sorted({backend for names in ours for backend in names.split("+")})
-    if not used:
+    if not ours:
         raise ValueError(
             f"readme: {path} names no attention backend of `ours`, which the heading needs; "
             "measure it again"
         )
-    names = " and ".join(_BACKENDS.get(backend, f"our `{backend}`") for backend in used)
-    heading = f"Attention by {names}, by the length of the frames:"
+    names = " and ".join(_BACKENDS.get(name, f"our `{name}`") for name in sorted(set(ours)))
     return "\n".join([
-        heading if len(used) > 1 else f"With {names}:", "", readme_table(path), "",
+        f"With {names}:", "", readme_table(path), "",
         "Plain install, without any package of FlashAttention:", "", readme_table(plain_path),
     ])  # fmt: skip
 

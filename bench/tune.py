@@ -277,11 +277,9 @@ def _by_rule(shape: AttentionShape, device: torch.device) -> str | None:
     if backend != "fa4":
         return backend
     available = frozenset(usable_tiles(device, shape.head_dim))
-    return (
-        f"fa4 {choose_tile(max(shape.lengths), sum(shape.lengths), available)}"
-        if available
-        else None
-    )
+    if not available:
+        return None
+    return f"fa4 {choose_tile(max(shape.lengths), sum(shape.lengths), available)}"
 
 
 def _short(row: Row) -> str:
