@@ -182,8 +182,9 @@ def _consume(
                     scores = start_scores(q0, q1, k0_ring, k1_ring, stage, T_LAYOUT, TAIL, SPLIT)
                     scores = warpgroup_mma_wait(0, deps=(scores,))
                     cols = gl.arange(0, TAIL, layout=gl.SliceLayout(0, T_LAYOUT))
-                    scores = gl.where((cols >= TAIL - rest)[None, :], scores, float("-inf"))
+                    # of all of them, as below: a short step lies in its segment
                     short_m = row_max(scores) * scale_log2
+                    scores = gl.where((cols >= TAIL - rest)[None, :], scores, float("-inf"))
                     p = gl.exp2(scores * scale_log2 - short_m[:, None])
                     l = partial_sums(p, SUM_LAYOUT)
                     m = gl.convert_layout(short_m, M_LAYOUT, assert_trivial=True)
@@ -203,10 +204,12 @@ def _consume(
             # not wait for loads, and TMA may overtake them (seen with two programs at once).
             barrier()
             mbarrier.arrive(q_empty.index(q_place))
-            # rows that belong to the step before are masked
+            # The maximum is that of all rows that lie in the segment, though other steps add some of
+            # them up: the more it is of, the rarer scores outgrow it.
             cols = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S_LAYOUT))
-            scores = gl.where((cols >= covered)[None, :], scores, float("-inf"))
+            scores = gl.where((cols >= BLOCK_N - length)[None, :], scores, float("-inf"))
             m_new = row_max(scores) * scale_log2
+            scores = gl.where((cols >= covered)[None, :], scores, float("-inf"))
             if TAIL > 0:  # noqa: SIM102 (as above)
                 if is_short:
                     m_new = gl.maximum(m, m_new)

@@ -3,12 +3,12 @@
     p[j] = exp2(s[j] - m)      l = sum_j p[j]      out = sum_j p[j] v[j] / l
 
 for any m, as long as nothing overflows. A running maximum keeps p below 1, and is a quarter of the
-instructions of a step. So m is held instead: the maximum of a row over the keys of its first step,
-which are the last rows of the segment, and of its second where the first is a short one. p may then
-grow, which costs no precision in fp32 and bf16, whose exponents reach 2**127, and a tile is done
-when l shows that no p came near. If l outgrew that, or is no number, the group attends again by
-itself, with a running maximum and a copy of k and v of its own. That takes several times as long,
-and happens only where scores rise by some 44 (in nats) past those of the first keys.
+instructions of a step. So m is held instead: the maximum of a row over the segment's last keys, as
+many as a step has (half of them, and a step of its first keys, where the last step is a short one).
+p may then grow, which costs no precision in fp32 and bf16, whose exponents reach 2**127, and a tile
+is done when l shows that no p came near. If l outgrew that, or is no number, the group attends
+again by itself, with a running maximum and a copy of k and v of its own. That takes several times
+as long, and happens only where scores rise by some 44 (in nats) past those of these keys.
 """
 
 from triton.experimental import gluon
@@ -35,12 +35,7 @@ def has_outgrown(sums, num_rows):
     """Whether one of the first `num_rows` of the sums [R] is 2**64 or more, or NaN."""
     rows = gl.arange(0, sums.shape[0], layout=sums.type.layout)
     is_kept = (sums < _MOST) | (rows >= num_rows)
-    kept = gl.min(is_kept.to(gl.int32), 0)
-    # the same in all threads, which the compiler only believes of what such an instruction gives
-    kept = gl.inline_asm_elementwise(
-        "redux.sync.min.s32 $0, $1, 0xffffffff;", "=r,r", [kept], gl.int32, is_pure=True, pack=1
-    )
-    return kept == 0
+    return gl.min(is_kept.to(gl.int32), 0) == 0
 
 
 @gluon.jit

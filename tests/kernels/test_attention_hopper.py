@@ -187,6 +187,15 @@ def test_head_dims(D, dtype, needs_hopper):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", CONFIGS, ids=config_name)
+@pytest.mark.parametrize("D", [8, 16, 24, 32, 40, 48, 56])
+def test_narrow_heads(D, config, needs_hopper):
+    q, k, v, cu, out = make([300, 1, 777, 128, 0, 65], 2, D, pad=3)
+    launch(q, k, v, cu, 0.3, out, config)
+    check(q, k, v, cu, out, 0.3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS, ids=config_name)
 @pytest.mark.parametrize("H", [1, 2, 5, 16])
 def test_heads(H, config, needs_hopper):
     q, k, v, cu, out = make([300, 17, 777], H, 80, torch.float16)
@@ -335,6 +344,24 @@ def test_scores_that_rise(rise, D, config, needs_hopper):
     launch(q, k, v, cu, 1.0, drawn, config, tickets)
     live = int(cu[-1])
     assert torch.equal(drawn[:live], out[:live])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS, ids=config_name)
+@pytest.mark.parametrize("length", [320, 784])
+@pytest.mark.parametrize("rise", [44, 45, 60])
+def test_the_limit_of_a_rise(rise, length, config, needs_hopper):
+    """exp(44) is 2**63.5, still held; exp(45) is past 2**64; sums with v of 2**62 are near 2**128.
+
+    Row 160 is in none of the steps that the held maximum is of.
+    """
+    q, k, v, cu, out = make([length, 30], 2, 72, pad=5)
+    q[:], k[:] = 0, 0
+    q[:, :, 0] = 1  # scores are what lies in the first column of k, exactly
+    k[160, :, 0] = rise
+    v *= 2.0**62 / v.nan_to_num().abs().max()
+    launch(q, k, v, cu, 1.0, out, config)
+    check(q, k, v, cu, out, 1.0)
 
 
 @pytest.mark.gpu
