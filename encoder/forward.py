@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ..capture import RungLimits
-from ..kernels.attention import varlen_attention
+from ..kernels.attention import FP8_BACKENDS, varlen_attention
 from ..kernels.frame_positions import add_frame_positions_
 from ..kernels.gated_linear import choose_gated_backend, gated_linear
 from ..kernels.layout import Layout, layout
@@ -29,6 +29,7 @@ from ..kernels.swiglu import swiglu
 from ..kernels.temporal_mean import temporal_mean
 from ..kernels.window_attention import window_attention
 from ..kernels.zero_padding import zero_padding_
+from .attended import Attended
 from .branch import Branch
 from .fp8 import Fp8Block, mlp_of_rows
 from .glm_merger import glm_merge
@@ -74,8 +75,8 @@ class _Workspace:
             x, block.qkv_weight, live_rows=live_rows, leaves_padding=in_fp8 or bool(rotates)
         )
         self.qkv = qkv.view(T, 3, spec.num_heads, spec.head_dim)
-        # not written past the live rows by any block
-        self.attended = zero_padding_(x.new_empty(T, spec.num_heads, spec.head_dim), live_rows)
+        shape = T, spec.num_heads, spec.head_dim
+        self.attended = Attended(x, shape, weights.fp8.blocks, live_rows)
         if is_gated:
             N, K = block.up_weight.shape
             backend, _ = choose_gated_backend(T, N, K, x.dtype, x.device)
@@ -216,9 +217,8 @@ def _qkv(
     """q, k and v of the normalised stream, rotated unless windows do it."""
     live, flat = plan.live_rows, work.qkv.flatten(1)
     if in_fp8.qkv is not None:
-        stream.norm_linear_fp8(
-            block.norm1, in_fp8.qkv, block.qkv_bias, spec, flat, rotation=rotation
-        )
+        bias = in_fp8.qkv_bias if in_fp8.fits else block.qkv_bias
+        stream.norm_linear_fp8(block.norm1, in_fp8.qkv, bias, spec, flat, rotation=rotation)
     else:
         stream.norm(block.norm1, spec, out=work.normed)
         if rotation is None:
@@ -245,18 +245,19 @@ def _attend(
 ) -> None:
     scale = spec.head_dim**-0.5
     q, k, v = work.qkv.unbind(1)
+    casts = in_windows or attention in FP8_BACKENDS
+    out = work.attended.target(in_fp8, casts=casts)
     if in_windows:
         window_attention(
             q, k, v, plan.cos, plan.sin, plan.cu_window_seqlens,
-            scale=scale, max_window=spec.window_size**2, out=work.attended,
+            scale=scale, max_window=spec.window_size**2, out=out,
         )  # fmt: skip
     else:
         varlen_attention(
             q, k, v, plan.cu_seqlens,
-            max_seqlen=max_seqlen, scale=scale, out=work.attended, backend=attention,
-            tickets=plan.tickets,
+            max_seqlen=max_seqlen, scale=scale, out=out, backend=attention, tickets=plan.tickets,
         )  # fmt: skip
-    attended = work.attended.flatten(1)
+    attended = work.attended.rows(in_fp8, casts=casts)
     if in_fp8.proj is not None:
         stream.add_linear_fp8(attended, in_fp8.proj)
     else:

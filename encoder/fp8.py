@@ -3,16 +3,16 @@
 Weights are quantised once, each output channel with a scale; activations in every forward, each row
 with a scale, on the device, so that a captured graph scales each batch anew: by the kernel of the
 norm; between `up` and `down`, where no gate is, by the product that writes it, within bounds that
-the kernel of the norm has left (bounded_fp8.py); else by a pass of its own, for what attention or a
-gate has written.
+the kernel of the norm has left (bounded_fp8.py); by a pass of its own for what a gate has written.
+What attention writes needs no scales behind a norm: v is made to fit there (`Fp8Block.fits`).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
-from ..kernels.bounded_fp8 import bound_norms
+from ..kernels.bounded_fp8 import bound_norms, value_factors
 from ..kernels.linear_fp8 import MULTIPLE, fp8_reason, linear_fp8
 from ..kernels.quantize import Bounds, aligned_rows, quantize_rows
 from .image_spec import ImageTowerSpec
@@ -128,7 +128,14 @@ class Fp8Layer:
 
 @dataclass(frozen=True)
 class Fp8Block:
-    """The fp8 layers of one block or merger; None for a layer that stays in the tower's dtype."""
+    """The fp8 layers of one block or merger; None for a layer that stays in the tower's dtype.
+
+    Attributes:
+        qkv, proj, up, down, fc1, fc2: The layers.
+        fits: Whether `qkv` gives v times `value_factors`, whose averages are fp8 without scales,
+            and `proj` reads such.
+        qkv_bias: The bias of such a `qkv`; None if the tower has none, or without `fits`.
+    """
 
     qkv: Fp8Layer | None = None
     proj: Fp8Layer | None = None
@@ -136,6 +143,8 @@ class Fp8Block:
     down: Fp8Layer | None = None
     fc1: Fp8Layer | None = None
     fc2: Fp8Layer | None = None
+    fits: bool = False
+    qkv_bias: torch.Tensor | None = None
 
 
 class Fp8Weights:
@@ -173,6 +182,12 @@ class Fp8Weights:
                 weight.new_empty(weight.shape[0], dtype=torch.float32),
                 weight.new_empty(2, dtype=torch.float32) if is_bounded else None,
             )
+        # by block: the bias of a `qkv` whose v fits, of which no value is read before `refresh`
+        self._fitted: dict[str, torch.Tensor | None] = {}
+        for i in range(spec.depth if _has_norms_in_front(spec) else 0):
+            if {f"blocks.{i}.qkv", f"blocks.{i}.proj"} <= self._layers.keys():
+                bias = tensors.get(f"blocks.{i}.qkv.bias")
+                self._fitted[f"blocks.{i}"] = None if bias is None else bias.clone()
         self.refresh(tensors)
         self.blocks = [self._block(f"blocks.{i}") for i in range(spec.depth)]
         self.merger = self._block("merger")
@@ -187,11 +202,33 @@ class Fp8Weights:
                 if layer.norms is not None:
                     bias = tensors.get(f"{name}.bias")
                     layer.norms.copy_(bound_norms(layer.weight, layer.scale, bias))
+            for block in self._fitted:
+                self._fit(block, tensors)
+
+    def _fit(self, block: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Multiply the v of `block` by `value_factors`, and divide what reads its averages."""
+        qkv, proj = self._layers[f"{block}.qkv"], self._layers[f"{block}.proj"]
+        bias, fitted = tensors.get(f"{block}.qkv.bias"), self._fitted[block]
+        v = slice(len(qkv.weight) // 3 * 2, None)
+        factors = value_factors(
+            qkv.weight[v], qkv.scale[v], None if bias is None else bias[v],
+            tensors[f"{block}.norm1.weight"], tensors.get(f"{block}.norm1.bias"),
+        )  # fmt: skip
+        qkv.scale[v] *= factors
+        if bias is not None and fitted is not None:
+            fitted.copy_(bias)
+            fitted[v] *= factors.to(bias.dtype)  # powers of two: nothing is rounded
+        weight = tensors[f"{block}.proj.weight"].float() / factors
+        quantize_rows(weight, out=(proj.weight, proj.scale))
 
     def _block(self, name: str) -> Fp8Block:
-        return Fp8Block(**{
-            field.name: self._layers.get(f"{name}.{field.name}") for field in fields(Fp8Block)
-        })  # fmt: skip
+        layers = {layer: self._layers.get(f"{name}.{layer}") for layer in (*LAYERS, "fc1", "fc2")}
+        return Fp8Block(**layers, fits=name in self._fitted, qkv_bias=self._fitted.get(name))
+
+
+def _has_norms_in_front(spec: TowerSpec) -> bool:
+    """Whether norms stand in front of the products of a block."""
+    return isinstance(spec, EncoderSpec) or spec.block == "pre_norm"
 
 
 # which layer reads what another writes, with an activation or a gate between them

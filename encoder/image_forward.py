@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels.add_norm import add_norm_
-from ..kernels.attention import varlen_attention
+from ..kernels.attention import FP8_BACKENDS, varlen_attention
 from ..kernels.conv_rows import conv_rows
 from ..kernels.image_embed import image_embed
 from ..kernels.linear import empty_output, linear
@@ -22,6 +22,7 @@ from ..kernels.norm import norm
 from ..kernels.residual import residual
 from ..kernels.rope import rope_
 from ..kernels.zero_padding import zero_padding_
+from .attended import Attended
 from .fp8 import Fp8Block, Fp8Layer, linear_of_rows, mlp_of_rows
 from .image_spec import ImageTowerSpec
 from .image_weights import ImageBlock, ImageTowerWeights
@@ -134,8 +135,8 @@ class _Workspace:
         else:
             qkv = empty_output(x, block.qkv_weight, live_rows=live_rows, leaves_padding=in_fp8)
             self.qkv = qkv.view(T, 3, spec.num_heads, spec.head_dim)
-        # not written past the live rows by any block
-        self.attended = zero_padding_(x.new_empty(T, spec.num_heads, spec.head_dim), live_rows)
+        shape = T, spec.num_heads, spec.head_dim
+        self.attended = Attended(x, shape, weights.fp8.blocks, live_rows)
         self.up = empty_output(
             x, block.up_weight, spec.activation, live_rows=live_rows, leaves_padding=in_fp8
         )
@@ -223,21 +224,23 @@ def _project(
 
 def _attention(
     spec: ImageTowerSpec,
+    in_fp8: Fp8Block,
     size: ImageSize,
     cu_seqlens: torch.Tensor,
     live: torch.Tensor,
     work: _Workspace,
     attention: str,
 ) -> torch.Tensor:
-    """Attention of the images in `work.qkv`, each to itself; [T, D]."""
+    """Attention of the images in `work.qkv`, each to itself; [T, D], as `proj` reads it."""
     if size.cos is not None and size.sin is not None:
         rope_(work.qkv, size.cos, size.sin, live)
     q, k, v = work.qkv.unbind(0 if spec.qk_norm else 1)
+    casts = attention in FP8_BACKENDS
     varlen_attention(
         q, k, v, cu_seqlens, max_seqlen=size.rows, scale=spec.head_dim**-0.5,
-        out=work.attended, backend=attention,
+        out=work.attended.target(in_fp8, casts=casts), backend=attention,
     )  # fmt: skip
-    return work.attended.flatten(1)
+    return work.attended.rows(in_fp8, casts=casts)
 
 
 def _pre_norm_block(
@@ -254,11 +257,12 @@ def _pre_norm_block(
     """Stream += f(norm(stream)) twice; the biases of both products stay out of it."""
     norm1: NormWeights = block.norm1_weight, block.norm1_bias, block.norm1_offset
     if in_fp8.qkv is not None:
-        stream.norm_linear_fp8(norm1, in_fp8.qkv, block.qkv_bias, spec, work.qkv.flatten(1))
+        bias = in_fp8.qkv_bias if in_fp8.fits else block.qkv_bias
+        stream.norm_linear_fp8(norm1, in_fp8.qkv, bias, spec, work.qkv.flatten(1))
     else:
         stream.norm(norm1, spec, out=work.normed)
         _project(block, work.normed, None, live, work)
-    attended = _attention(spec, size, cu_seqlens, live, work, attention)
+    attended = _attention(spec, in_fp8, size, cu_seqlens, live, work, attention)
     if in_fp8.proj is not None:
         stream.add_linear_fp8(attended, in_fp8.proj)
     else:
@@ -296,7 +300,7 @@ def _post_norm_block(
     assert block.norm1_bias is not None  # of a LayerNorm
     assert block.norm2_bias is not None
     _project(block, x, in_fp8.qkv, live, work)
-    attended = _attention(spec, size, cu_seqlens, live, work, attention)
+    attended = _attention(spec, in_fp8, size, cu_seqlens, live, work, attention)
     _product(attended, block.proj_weight, block.proj_bias, in_fp8.proj, live, work.normed)
     add_norm_(x, work.normed, block.norm1_weight, block.norm1_bias, spec.eps, live)
     _post_norm_mlp(spec, block, in_fp8, x, live, work)

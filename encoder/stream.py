@@ -12,7 +12,7 @@ from ..kernels.linear import linear
 from ..kernels.linear_fp8 import linear_fp8
 from ..kernels.norm import norm
 from ..kernels.norm_fp8 import norm_fp8
-from ..kernels.quantize import Bounds, aligned_rows, quantize_rows
+from ..kernels.quantize import FP8, Bounds, aligned_rows, quantize_rows
 from ..kernels.residual import residual
 from ..kernels.rotary_linear import Rotation
 from .fp8 import Fp8Layer, TowerSpec, bounded_mlp, bounds_of
@@ -38,6 +38,7 @@ class Stream:
         # of quantised rows, by width and whether a product writes them: those are apart, since it
         # reads others meanwhile. Each is read by the product that follows, then free.
         self._quantized: dict[tuple[int, bool], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._unscaled: torch.Tensor | None = None
 
     def settled(self) -> torch.Tensor:
         """The stream, with nothing lacking."""
@@ -121,9 +122,12 @@ class Stream:
         )
 
     def add_linear_fp8(self, rows: torch.Tensor, layer: Fp8Layer) -> None:
-        """Stream += layer(rows), without a bias."""
+        """Stream += layer(rows), without a bias, for rows in fp8 as they are, or in the tower's."""
         x = self.settled()
-        q, scale = quantize_rows(rows, self._live, out=self._rows(layer.weight.shape[1]))
+        if rows.dtype == FP8:
+            q, scale = rows, self._ones()
+        else:
+            q, scale = quantize_rows(rows, self._live, out=self._rows(layer.weight.shape[1]))
         linear_fp8(q, scale, layer.weight, layer.scale, residual=x, live_rows=self._live)
 
     def _norm_fp8(
@@ -141,6 +145,12 @@ class Stream:
     def _take_partials(self) -> torch.Tensor | None:
         partials, self._partials = self._partials, None
         return partials
+
+    def _ones(self) -> torch.Tensor:
+        """Scales of rows that are fp8 as they are."""
+        if self._unscaled is None:
+            self._unscaled = self._x.new_ones(len(self._x), dtype=torch.float32)
+        return self._unscaled
 
     def _rows(self, width: int, *, hidden: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Buffers of quantised rows and their scales."""

@@ -17,6 +17,9 @@ and are left as they are in `out`.
 | fa3       | package flash_attn_interface (Hopper)          | no                    |
 | fa4       | `attention_fa4`                                | no                    |
 
+`out` has the dtype of q, or with `FP8_BACKENDS` float8_e4m3fn, without a scale: the kernels cast
+their fp32 sums, to the nearest, and saturate at 448.
+
 A backend is imported when it is first used.
 """
 
@@ -31,9 +34,11 @@ import torch.nn.functional as F
 
 from .dispatch import is_interpreting
 from .launch import is_compiling
+from .quantize import FP8, FP8_MAX
 from .roofline import Cost
 
 BACKENDS = ("reference", "triton", "hopper", "torch", "fa2", "fa3", "fa4")
+FP8_BACKENDS = ("reference", "triton", "hopper")  # those that can write fp8
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -49,6 +54,8 @@ def attention_ref(q, k, v, cu_seqlens, *, scale: float, out=None) -> torch.Tenso
         if end > begin:
             qkv = [x[begin:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v)]
             o = F.scaled_dot_product_attention(*qkv, scale=scale)
+            if out.dtype == FP8:
+                o = o.clamp(-FP8_MAX, FP8_MAX)  # PyTorch's cast does not saturate
             out[begin:end] = o.squeeze(0).transpose(0, 1)
     return out
 
@@ -59,8 +66,10 @@ def cost(lengths: Sequence[int], H: int, D: int, dtype: torch.dtype) -> Cost:
     return Cost(flops=4 * H * D * scores, bytes=4 * sum(lengths) * H * D * dtype.itemsize)
 
 
-def check_tensors(name: str, q, k, v, cu_seqlens, scale: float, out) -> None:
-    """Refuse operands that no backend takes.
+def check_tensors(
+    name: str, q, k, v, cu_seqlens, scale: float, out, *, writes_fp8: bool = True
+) -> None:
+    """Refuse operands that no backend takes, and fp8 `out` unless `writes_fp8`.
 
     Raises:
         ValueError: a shape, stride, device, head dim or scale is not as the module says.
@@ -71,9 +80,11 @@ def check_tensors(name: str, q, k, v, cu_seqlens, scale: float, out) -> None:
         raise ValueError(f"{name}: q, k, v, out must share one shape [T, H, D]; got {shapes}")
     if q.shape[-1] % 8 or q.shape[-1] == 0:
         raise ValueError(f"{name}: head dim {q.shape[-1]} is not a positive multiple of 8")
-    if not q.dtype == k.dtype == v.dtype == out.dtype:
+    out_dtypes = (q.dtype, FP8) if writes_fp8 else (q.dtype,)
+    if not q.dtype == k.dtype == v.dtype or out.dtype not in out_dtypes:
         dtypes = ", ".join(str(x.dtype) for x in (q, k, v, out))
-        raise TypeError(f"{name}: q, k, v, out must share one dtype; got {dtypes}")
+        exception = f", but out may be {FP8}" if writes_fp8 else ""
+        raise TypeError(f"{name}: q, k, v, out must share one dtype{exception}; got {dtypes}")
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"{name}: cu_seqlens must be int32, not {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0 or not cu_seqlens.is_contiguous():
@@ -325,7 +336,8 @@ def varlen_attention(
         max_seqlen: rows of the longest segment, or more. The grid of "torch", "fa2" and "fa3"
             follows from it, so they drop the rows of a longer segment; "fa4" takes it as a hint.
         scale: factor of the scores, positive.
-        out: [T, H, D], contiguous. Rows from `cu_seqlens[-1]` on are left as they are.
+        out: [T, H, D], contiguous, in the dtype of q, or with `FP8_BACKENDS` float8_e4m3fn. Rows
+            from `cu_seqlens[-1]` on are left as they are.
         backend: one of `BACKENDS`; see `choose_backend`.
         tickets: int32 [2], zeros, and zeros again afterwards, of which "hopper" draws its tiles;
             segments of unequal length take less time so. None, and the others, go without.
@@ -334,7 +346,9 @@ def varlen_attention(
         ValueError: the backend cannot be used here, or an operand is not as above.
         TypeError: dtypes disagree, or `cu_seqlens` is not int32.
     """
-    check_tensors("varlen_attention", q, k, v, cu_seqlens, scale, out)
+    check_tensors(
+        "varlen_attention", q, k, v, cu_seqlens, scale, out, writes_fp8=backend in FP8_BACKENDS
+    )
     check_backend(backend, q.dtype, q.device, q.shape[-1])
     check_tickets("varlen_attention", q, tickets)
     if q.numel() == 0 or cu_seqlens.shape[0] == 1:

@@ -193,7 +193,7 @@ def varlen_attention_fa4(
     Raises:
         ValueError: FA4 cannot run here, or shapes or strides are not as above.
     """
-    check_tensors("varlen_attention_fa4", q, k, v, cu_seqlens, scale, out)
+    check_tensors("varlen_attention_fa4", q, k, v, cu_seqlens, scale, out, writes_fp8=False)
     head_dim = q.shape[-1]
     if reason := unusable_reason(q.device, head_dim, q.dtype):
         raise ValueError(f"varlen_attention_fa4: {reason}")

@@ -237,7 +237,8 @@ def varlen_attention_hopper(
             16 bytes; D a multiple of 8 up to 128.
         cu_seqlens: int32 [S + 1] on the same device.
         scale: factor of the scores, positive.
-        out: [T, H, D], contiguous. Rows outside the segments are left as they are.
+        out: [T, H, D], contiguous, in the dtype of q or float8_e4m3fn. Rows outside the segments
+            are left as they are.
         tickets: int32 [2], zeros, and zeros again afterwards; no other call may use them
             meanwhile. None shares the tiles out beforehand.
         config: overrides `launch_config`, for the benchmark.

@@ -204,8 +204,8 @@ def _consume(
             # not wait for loads, and TMA may overtake them (seen with two programs at once).
             barrier()
             mbarrier.arrive(q_empty.index(q_place))
-            # The maximum is that of all rows that lie in the segment, though other steps add some of
-            # them up: the more it is of, the rarer scores outgrow it.
+            # The maximum is that of all rows in the segment, those of other steps too:
+            # the more it is of, the rarer scores outgrow it.
             cols = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S_LAYOUT))
             scores = gl.where((cols >= BLOCK_N - length)[None, :], scores, float("-inf"))
             m_new = row_max(scores) * scale_log2

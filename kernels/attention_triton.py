@@ -325,7 +325,8 @@ def varlen_attention_triton(
         q, k, v: [T, H, D] views, last axis contiguous; D a multiple of 8 up to 128.
         cu_seqlens: int32 [S + 1] on the same device.
         scale: factor of the scores, positive.
-        out: [T, H, D], contiguous. Rows from `cu_seqlens[-1]` on are left as they are.
+        out: [T, H, D], contiguous, in the dtype of q or float8_e4m3fn. Rows from `cu_seqlens[-1]`
+            on are left as they are.
 
     Raises:
         ValueError: shapes, strides or the head dim are not as above.

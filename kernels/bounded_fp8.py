@@ -23,6 +23,16 @@ floating-point format can spare that: e4m3 keeps its 3 bits down to 1/28672 of t
 and loses them one by one below. What a gate multiplies has no such bound here: the product of two
 is some 260 times too wide at best, and thousands of times where the largest |w| of gate and up are
 those of different channels.
+
+What attention makes of v needs no scale of a row at all. A norm leaves rows no longer than sqrt(K)
+before its weight and bias (g, c), so by the same inequality channel n of their product is at most
+
+    limit[n] = 1.07 (sqrt(K) |w[n] g| + sum_k |w[n, k] c[k]|) + |b[n]|
+
+whatever the input, and averages of v stay below it. `value_factors` are the powers of two that
+take v just under 448. With them in the scales and the bias that make v, and their inverses in the
+columns of the weight that reads what attention writes, attention casts its result as it is. The
+limit is some 36 times a usual v, and averages are smaller still, which e4m3 can spare as above.
 """
 
 from typing import get_args
@@ -34,11 +44,12 @@ import triton.language as tl
 from .activation import Activation, activation_ref, apply_activation
 from .dispatch import use_reference
 from .launch import launch_kernel
-from .quantize import FP8, FP8_MAX, dequantize, has_adjacent_columns
+from .quantize import BOUND_SLOPE, FP8, FP8_MAX, dequantize, has_adjacent_columns
 from .rows import ceil_div, check_live_rows, row_programs
 
 BLOCK_T, BLOCK_F = 4, 512  # 16 elements a thread at 4 warps
 BIAS_FLOOR = 1e-30  # of |b|: the bound of a zero row has an inverse that is an fp32 number
+EXPONENTS = 64  # of factors: products of them and weights are ordinary fp32 and bf16 numbers
 
 
 def bound_norms(
@@ -51,6 +62,30 @@ def bound_norms(
     norm = dequantize(weight, w_scale).norm(dim=1).max()
     largest = torch.zeros_like(norm) if bias is None else bias.float().abs().max()
     return torch.stack([norm, largest.clamp_min(BIAS_FLOOR)]) / FP8_MAX
+
+
+def value_factors(
+    weight: torch.Tensor,
+    w_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Powers of two, fp32 [N]: `limit` times them is at most 448, and more than half of that.
+
+    Plain PyTorch, once for the channels of v in an fp8 `weight` [N, K] with scales [N] and bias [N]
+    or None, behind a norm with weight and bias [K]; its bias may be None.
+    """
+    w = dequantize(weight, w_scale)
+    limit = w.shape[1] ** 0.5 * (w * norm_weight.float()).norm(dim=1)
+    if norm_bias is not None:
+        limit += w.abs() @ norm_bias.float().abs()
+    limit *= BOUND_SLOPE
+    if bias is not None:
+        limit += bias.float().abs()
+    # channels that are always zero have no factor of their own
+    exponent = (FP8_MAX / limit).log2().floor().clamp(-EXPONENTS, EXPONENTS)
+    return exponent.exp2()
 
 
 def quantize_bounded_ref(

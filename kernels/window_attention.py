@@ -261,7 +261,8 @@ def window_attention(
         cos, sin: fp32 [T, D/2], contiguous.
         cu_window_seqlens: int32 [W + 1] on the same device. Windows may be empty.
         scale: factor of the scores, positive.
-        out: [T, H, D], contiguous. Rows from `cu_window_seqlens[-1]` on are left as they are.
+        out: [T, H, D], contiguous, in the dtype of q or float8_e4m3fn. Rows from
+            `cu_window_seqlens[-1]` on are left as they are.
         max_window: rows of the largest window, at most 256.
 
     Raises:

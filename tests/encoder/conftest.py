@@ -251,20 +251,22 @@ class Products:
     """Stands in for the products of towers, and holds their operands to what writers promise.
 
     Rows past the live ones are zero where a norm or `quantize_rows` has quantised them, with the
-    scale of a zero row. Those that an fp8 product has written for the next one, `hidden`, and all
-    others are finite.
+    scale of a zero row, and where attention has written fp8, whose scales are 1. Those that an fp8
+    product has written for the next one, `hidden`, and all others are finite.
 
     Attributes:
         tile: Rows of a tile. Products in fp8 write live rows rounded up to it and leave later ones
             alone, as the kernel of a GPU does; None lets them write all. Others write all.
         used: Addresses of the weights in fp8, one for each product.
         hidden: Largest magnitudes in live rows that a product has quantised.
+        attended: Largest magnitudes of what attention has written in fp8.
     """
 
     def __init__(self) -> None:
         self.tile: int | None = None
         self.used: list[int] = []
         self.hidden: list[float] = []
+        self.attended: list[float] = []
         self._written = 0  # address of the last rows that a product has quantised
         self._linear_fp8, self._linear = fp8.linear_fp8, forward.linear
         self._attention = forward.varlen_attention
@@ -279,7 +281,10 @@ class Products:
         is_hidden, self._written = x.data_ptr() == self._written, 0
         if not is_hidden:
             assert not x[live:].view(torch.uint8).any()
-            assert (x_scale[live:] < 1e-14).all()
+            if (x_scale == 1).all():
+                self.attended.append(x.float().abs().max().item())
+            else:
+                assert (x_scale[live:] < 1e-14).all()
         self.used.append(weight.data_ptr())
         y = residual if out is None else out
         kept = y.clone()

@@ -14,7 +14,7 @@ import pytest
 import torch
 import vitgraph.bench.towers_config as towers
 from typer.testing import CliRunner
-from vitgraph.encoder import VisionEncoder, fp8, swap_vision_tower
+from vitgraph.encoder import VisionEncoder, forward, fp8, swap_vision_tower
 from vitgraph.encoder.cli import app
 from vitgraph.encoder.embedder import Embedder
 from vitgraph.encoder.fp8 import LAYERS, Fp8Plan
@@ -158,6 +158,25 @@ def test_the_order_of_the_layers_does_not_matter(name):
     rows = pixels(one)
     want = one.eager_forward(rows, GRIDS)
     assert all(torch.equal(v, want[k]) for k, v in other.eager_forward(rows, GRIDS).items())
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_attention_writes_what_proj_reads(name, products, monkeypatch):
+    """In fp8 without scales, by itself or, where its kernel cannot, by a cast of what it wrote."""
+    encoder = VisionEncoder.from_hf(build(name), precision="fp8")
+    blocks = encoder.weights.fp8.blocks
+    rows = pixels(encoder)
+    want = encoder.eager_forward(rows, GRIDS)
+    assert len(products.attended) == sum(block.fits for block in blocks) > 0
+    # averages of what is at most 448 whatever the input, of which a usual v is a 36th
+    assert all(4 < largest <= 448 for largest in products.attended)
+    monkeypatch.setattr(forward, "FP8_BACKENDS", ())
+    got = encoder.eager_forward(rows, GRIDS)
+    assert all(torch.equal(got[key], value) for key, value in want.items())
+    only = Fp8Plan(layers=("proj", "up"))
+    products.attended.clear()
+    VisionEncoder.from_hf(build(name), precision=only).eager_forward(rows, GRIDS)
+    assert not products.attended
 
 
 def test_hidden_rows_as_wide_as_the_stream():

@@ -1,8 +1,9 @@
 """Quantised weights of towers, by hand, and what new values make of them.
 
 An `up` without a gate whose `down` is in fp8 too has norms, of the bounds of what it writes
-(bounded_fp8.py), which change with each of its weight and its bias. Nothing else depends on another
-layer's values.
+(bounded_fp8.py), which change with each of its weight and its bias. Where `qkv` and `proj` both are
+in fp8, the scales of v have factors, which change with its weight and bias and those of the norm in
+front, and the columns of `proj` their inverses. Nothing else depends on another layer's values.
 """
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import vitgraph.bench.towers_config as towers
 from vitgraph.encoder import VisionEncoder, fp8
 from vitgraph.encoder.fp8 import Fp8Plan
+from vitgraph.kernels.bounded_fp8 import value_factors
 from vitgraph.kernels.quantize import quantize_ref
 
 TINY = ("tiny-qwen3-vl", "tiny-qwen2.5-vl", "tiny-qwen2-vl")
@@ -55,6 +57,35 @@ def pairs_of(encoder):
             yield layer, bias, quantised[reader], tensors[f"{reader}.weight"]
 
 
+def fitted_by_hand(weights, i):
+    """qkv, its bias and proj of a block, from the definition; factors by `value_factors`."""
+    block = weights.blocks[i]
+    qkv, proj, bias = block.qkv_weight, block.proj_weight.float(), block.qkv_bias
+    weight, scale = quantize_ref(qkv)
+    first = 2 * len(qkv) // 3
+    norm_weight, norm_bias, _ = block.norm1
+    factors = value_factors(weight[first:], scale[first:], bias[first:], norm_weight, norm_bias)
+    every = torch.cat([torch.ones(first), factors])
+    reader = fp8.Fp8Layer(*quantize_ref(proj / factors))
+    return fp8.Fp8Layer(weight, scale * every), (bias * every).to(bias.dtype), reader
+
+
+def check_fitted(encoder):
+    """Every block with both layers; returns how many there are."""
+    count = 0
+    for i, block in enumerate(encoder.weights.fp8.blocks):
+        assert block.fits == (block.qkv is not None and block.proj is not None)
+        if block.fits:
+            qkv, bias, proj = fitted_by_hand(encoder.weights, i)
+            assert same(block.qkv, qkv)
+            assert same(block.proj, proj)
+            assert torch.equal(block.qkv_bias, bias)
+            count += 1
+        else:
+            assert block.qkv_bias is None
+    return count
+
+
 def check_pairs(encoder):
     """Norms, and what reads the rows between as it is quantised alone."""
     pairs = list(pairs_of(encoder))
@@ -77,20 +108,31 @@ def test_norms_by_hand(name, plan):
     is_gated = encoder.spec.mlp == "gated"
     assert check_pairs(encoder) == (0 if is_gated else blocks) + mergers
     assert encoder.weights.fp8.blocks[0] == fp8.Fp8Block()
+    assert check_fitted(encoder) == blocks
     for layer in ("qkv", "proj", "up", "down"):
         weight = getattr(encoder.weights.blocks[1], f"{layer}_weight")
         quantised = getattr(encoder.weights.fp8.blocks[1], layer)
-        assert same(quantised, fp8.Fp8Layer(*quantize_ref(weight)))
+        if layer in ("up", "down"):
+            assert same(quantised, fp8.Fp8Layer(*quantize_ref(weight)))
         assert (quantised.norms is not None) == (layer == "up" and not is_gated)
 
 
-@pytest.mark.parametrize("layer", ["up", "down"])
-def test_one_of_the_two_alone_has_no_norms(layer):
+@pytest.mark.parametrize("layer", ["up", "down", "qkv", "proj"])
+def test_one_of_the_two_alone_has_no_norms_and_no_factors(layer):
     encoder = VisionEncoder.from_hf(build("tiny-qwen2-vl"), precision=Fp8Plan(layers=(layer,)))
     weight = encoder.weights.tensors[f"blocks.1.{layer}.weight"]
     quantised = getattr(encoder.weights.fp8.blocks[1], layer)
     assert same(quantised, fp8.Fp8Layer(*quantize_ref(weight)))
     assert quantised.norms is None
+    assert check_fitted(encoder) == 0
+
+
+def test_proj_before_qkv():
+    """The order of the plan's layers is not that in which they are made."""
+    encoder = VisionEncoder.from_hf(
+        build("tiny-qwen2-vl"), precision=Fp8Plan(layers=("proj", "qkv"))
+    )
+    assert check_fitted(encoder) == 1
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -119,6 +161,7 @@ def test_reloaded_weights_are_quantised_into_the_same_memory(name, plan):
     assert encoder.weights.fp8._layers is layers
     assert places(encoder) == before
     check_pairs(encoder)
+    assert check_fitted(encoder)
     fresh = VisionEncoder.from_hf(second, precision=plan)
     rows = pixels(encoder)
     for key, value in fresh.eager_forward(rows, GRIDS).items():
@@ -129,7 +172,9 @@ CHANGES = {
     "blocks.1.up.bias": ("blocks.1.up",),
     "blocks.1.up.weight": ("blocks.1.up",),
     "blocks.1.down.weight": ("blocks.1.down",),
-    "blocks.1.qkv.weight": ("blocks.1.qkv",),
+    "blocks.1.qkv.weight": ("blocks.1.qkv",),  # of q: the factors are those of v
+    "blocks.1.proj.weight": ("blocks.1.proj",),
+    "blocks.1.norm1.weight": ("blocks.1.qkv", "blocks.1.proj"),
     "merger.fc1.bias": ("merger.fc1",),
     "merger.fc1.weight": ("merger.fc1",),
 }
@@ -161,7 +206,7 @@ def test_one_new_value_reaches_what_depends_on_it_alone(name, changed):
 
 @pytest.mark.parametrize("name", TINY)
 def test_large_biases_do_not_saturate(name, products):
-    """The largest hidden values are a bias alone, where that is over all products.
+    """The largest values of v and between up and down are biases alone, far over all products.
 
     Those of gates are scaled by their largest value, and not by a bound.
     """
@@ -171,9 +216,12 @@ def test_large_biases_do_not_saturate(name, products):
         for key, tensor in tower.weights.tensors.items():
             if key.endswith(".up.bias"):
                 tensor[3] = 30.0
+            if key.endswith(".qkv.bias"):
+                tensor[-3] = 60.0  # of v
         tower.weights.load(tower.state_dict())
     got, want = (t.eager_forward(pixels(t), GRIDS)["pooler_output"] for t in (encoder, native))
     cosine = torch.nn.functional.cosine_similarity(got.double(), want.double(), dim=-1)
     assert bool(products.hidden) == (encoder.spec.mlp != "gated")
     assert all(0 < largest < 448 for largest in products.hidden)
+    assert all(200 < largest <= 448 for largest in products.attended)
     assert cosine.mean() >= 0.999

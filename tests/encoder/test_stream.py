@@ -250,6 +250,16 @@ def test_products_in_fp8_are_added_once_and_at_once():
     torch.testing.assert_close(both.stream.settled(), both.x + 2 * product, **CLOSE)
 
 
+def test_rows_that_are_fp8_are_read_as_they_are():
+    one = One(in_fp8=True)
+    layer = Fp8Layer(*quantize_ref(drawn(WIDTH, K, seed=5)))
+    rows = (8 * one.rows).to(FP8)
+    product = rows.float() @ dequantize(layer.weight, layer.scale).T
+    for _ in range(2):
+        one.stream.add_linear_fp8(rows, layer)
+    torch.testing.assert_close(one.stream.settled(), one.x + 2 * product, **CLOSE)
+
+
 def test_rows_past_the_live_ones_add_nothing():
     one = One(live=5, in_fp8=True)
     one.rows[5:] = torch.nan

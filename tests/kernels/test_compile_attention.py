@@ -12,12 +12,14 @@ def views(D):
     return torch.zeros(1, 3, 16, D, dtype=torch.bfloat16).unbind(1)
 
 
-def inspect_attention(D, capability=90):
+def inspect_attention(D, capability=90, out="bf16"):
     config = attention_triton.launch_config(D, torch.bfloat16)
     q, k, v = views(D)
     return config, inspect(
         attention_triton._varlen_attention_kernel,
-        POINTERS | {"cu_seqlens_ptr": "*i32", "num_segments": "i32", "scale_log2": "fp32"},
+        POINTERS
+        | {"cu_seqlens_ptr": "*i32", "num_segments": "i32", "scale_log2": "fp32"}
+        | {"out_ptr": f"*{out}"},
         attention_triton.kernel_constants(q, k, v, q.contiguous(), config),
         capability=capability,
         num_warps=config.num_warps,
@@ -25,11 +27,13 @@ def inspect_attention(D, capability=90):
     )
 
 
-def inspect_window(D, max_window):
+def inspect_window(D, max_window, out="bf16"):
     config = window_attention.launch_config(max_window, D, torch.bfloat16)
     return inspect(
         window_attention._window_attention_kernel,
-        POINTERS | {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "cu_ptr": "*i32", "scale_log2": "fp32"},
+        POINTERS
+        | {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "cu_ptr": "*i32", "scale_log2": "fp32"}
+        | {"out_ptr": f"*{out}"},
         window_attention.kernel_constants(*views(D), config) | {"PDL": False},
         num_warps=config.num_warps,
     )
@@ -74,3 +78,13 @@ def test_window(max_window):
     assert info.spill_bytes == 0
     assert info.count("HGMMA") > 0
     assert info.count("LDG.E.128") > 0
+
+
+def test_casts_to_fp8():
+    for info in (
+        inspect_window(80, 64, "fp8e4nv"),
+        inspect_attention(80, out="fp8e4nv")[1],
+        inspect_attention(80, 89, out="fp8e4nv")[1],
+    ):
+        assert "cvt.rn.satfinite.e4m3x2" in info.ptx
+        assert info.spill_bytes == 0

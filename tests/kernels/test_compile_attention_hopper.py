@@ -21,7 +21,7 @@ kernel = pytest.importorskip("vitgraph.kernels.attention_hopper_kernel")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def inspect_attention(D, config: LaunchConfig, dtype="bf16", *, drawn=False):
+def inspect_attention(D, config: LaunchConfig, dtype="bf16", *, drawn=False, out=""):
     first, second = split_head_dim(D)
 
     def descriptor(rows, columns):
@@ -29,7 +29,7 @@ def inspect_attention(D, config: LaunchConfig, dtype="bf16", *, drawn=False):
         return f"tensordesc<{dtype}{shape},{layout!r}>"
 
     signature = {
-        "out_ptr": f"*{dtype}",
+        "out_ptr": f"*{out or dtype}",
         "cu_ptr": "*i32",
         "num_segments": "i32",
         "scale_log2": "fp32",
@@ -120,6 +120,19 @@ def test_attention(D, config, dtype, drawn):
     assert info.count(f"HGMMA.64x{config.block_n}x16") > 0
     assert info.count(f"HGMMA.64x{first}x16") > 0
     assert second == 0 or info.count(f"HGMMA.64x{second}x16") > 0
+
+
+@pytest.mark.parametrize(("D", "rows"), [(64, 784), (72, 784), (72, 16384), (128, 784)])
+def test_casts_to_fp8(D, rows):
+    """Two values an instruction, saturating, and stores of 8 bytes; the steps are as ever."""
+    config = launch_config(D, rows, 16, 132)
+    wide, info = (inspect_attention(D, config, out=out) for out in ("bf16", "fp8e4nv"))
+    assert "cvt.rn.satfinite.e4m3x2.f32" in info.ptx
+    assert info.count("STG.E.64") > 0
+    assert info.spill_bytes <= 320  # none of it in the steps
+    loops = steps(info.sass)[0]
+    assert not any(re.search("LDL|STL", text) for loop in loops for text in loop)
+    assert [len(loop) for loop in loops] == [len(loop) for loop in steps(wide.sass)[0]]
 
 
 @pytest.mark.parametrize(("D", "config", "dtype"), CASES)

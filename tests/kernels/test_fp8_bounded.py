@@ -3,7 +3,13 @@
 import pytest
 import torch
 from vitgraph.kernels.activation import activation_ref
-from vitgraph.kernels.bounded_fp8 import bound_norms, quantize_bounded, quantize_bounded_ref
+from vitgraph.kernels.bounded_fp8 import (
+    EXPONENTS,
+    bound_norms,
+    quantize_bounded,
+    quantize_bounded_ref,
+    value_factors,
+)
 from vitgraph.kernels.linear_fp8 import linear_fp8
 from vitgraph.kernels.quantize import (
     FP8,
@@ -377,3 +383,95 @@ GOOD = {
 def test_bad_arguments(change, message):
     with pytest.raises(ValueError, match=message):
         quantize_bounded(**GOOD | change)
+
+
+# v, whose factors are known before any input
+
+
+class Values:
+    """v of rows behind a norm with weight and bias, as it is computed, times its factors."""
+
+    def __init__(self, weight, bias, norm_weight, norm_bias):
+        self.weight, self.w_scale = quantize_ref(weight)
+        self.bias, self.norm_weight, self.norm_bias = bias, norm_weight, norm_bias
+        self.factors = value_factors(self.weight, self.w_scale, bias, norm_weight, norm_bias)
+
+    def of(self, x, kind):
+        """[T, N] in fp64, from rows of any size."""
+        x = x.double()
+        if kind == "layer":
+            x = x - x.mean(1, keepdim=True)
+        x = x / (x.square().mean(1, keepdim=True) + 1e-12).sqrt() * self.norm_weight.double()
+        x = x if self.norm_bias is None else x + self.norm_bias.double()
+        q, scale = quantize_ref(x)
+        v = dequantize(q, scale).double() @ dequantize(self.weight, self.w_scale).double().t()
+        v = v if self.bias is None else v + self.bias.double()
+        return v * self.factors.double()
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize("has_biases", [True, False], ids=["biases", "no-biases"])
+def test_no_input_takes_v_past_448(has_biases, kind):
+    for seed in range(12):
+        weight = draw(64, 48, seed=seed) * torch.logspace(-6, 6, 64).roll(seed)[:, None]
+        norm_weight = draw(48, seed=seed + 1) * torch.logspace(-3, 3, 48)
+        bias, norm_bias = draw(64, seed=seed + 2) * 1e3, draw(48, seed=seed + 3)
+        weight[5], weight[:, 7] = 0, 0
+        values = Values(
+            weight, bias if has_biases else None, norm_weight, norm_bias if has_biases else None
+        )
+        x = draw(40, 48, seed=seed + 4) * torch.logspace(-3, 6, 40)[:, None]
+        x[0], x[1], x[2, 9] = 0, 1, 1e6
+        along = dequantize(values.weight, values.w_scale) * norm_weight  # the worst there is
+        for rows in (x, along, -along):
+            v = values.of(rows.nan_to_num(), kind)
+            assert v.abs().max() <= FP8_MAX
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_limit_of_v_is_met_but_for_its_slope(sign):
+    """Else three bits would be lost for nothing: factors are powers of two, so up to half is."""
+    weight, norm_weight = draw(16, 48, seed=1), draw(48, seed=2)
+    values = Values(weight, None, norm_weight, None)
+    rows = dequantize(values.weight, values.w_scale) * norm_weight
+    met = values.of(sign * rows, "rms").diagonal() * sign
+    assert (met > FP8_MAX / 2 / 1.07 * 0.94).all()
+    exponents = values.factors.log2()
+    assert torch.equal(exponents, exponents.round())
+    # scaled by 3, some channels need the next power of two and some another
+    assert set((value_factors(values.weight, values.w_scale * 3, None, norm_weight, None)
+                / values.factors).tolist()) == {0.25, 0.5}  # fmt: skip
+
+
+def test_every_part_counts_in_the_limit_of_v():
+    weight, scale = quantize_ref(torch.eye(4) * 4)
+    ones, zeros = torch.ones(4), torch.zeros(4)
+
+    def limit(bias, norm_weight, norm_bias):
+        """Of the first channel, from the powers of two that rises of the scale make it pass."""
+        steps = torch.logspace(0, 1, 2000, base=2.0)
+        factors = torch.stack([
+            value_factors(weight, scale * r, None if bias is None else bias * r,
+                          norm_weight, norm_bias)[0] for r in steps
+        ])  # fmt: skip
+        passed = steps[(factors != factors[0]).nonzero()[0, 0]]
+        return FP8_MAX / factors[0] / passed
+
+    # sqrt(4) |w g|, then |w| |c|, both with the slope; |b| as it is
+    torch.testing.assert_close(limit(None, ones, None), torch.tensor(1.07 * 8), rtol=1e-3, atol=0)
+    three = ones * 3
+    torch.testing.assert_close(
+        limit(None, three, zeros), torch.tensor(1.07 * 24), rtol=1e-3, atol=0
+    )
+    torch.testing.assert_close(
+        limit(None, ones, -three), torch.tensor(1.07 * 20), rtol=1e-3, atol=0
+    )
+    torch.testing.assert_close(limit(-three, ones, None), torch.tensor(1.07 * 8 + 3), rtol=1e-3,
+                               atol=0)  # fmt: skip
+
+
+def test_channels_without_a_limit_have_the_largest_factor():
+    weight, scale = quantize_ref(torch.zeros(2, 16))
+    factors = value_factors(weight, scale, None, torch.ones(16), None)
+    assert factors.tolist() == [2.0**EXPONENTS] * 2
+    assert factors.dtype == torch.float32
