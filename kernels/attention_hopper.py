@@ -79,29 +79,40 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
 def launch_config(head_dim: int, num_rows: int, num_heads: int, num_sms: int) -> LaunchConfig:
     """Pick a configuration; a pure function of what a captured graph fixes.
 
-    By measurement on an H200 with 16 heads of 64, 72, 80 and 128, one and many segments of 196 to
-    16,384 rows. Of two programs a multiprocessor, one works through its softmax while the other
-    multiplies, which is fastest where all tiles run at once, and up to heads of 64 beyond that.
-    Then groups that share k and v are: two, or three, where their larger tiles leave few
-    multiprocessors idle at the end.
+    By measurement on an H200 with 16 heads of 64, 72 and 80 and 12 of 128, one and many segments of
+    196 to 16,384 rows. Of two programs a multiprocessor, one works through its softmax while the
+    other multiplies, which is fastest where all tiles run at once, and with heads of 64 and 80
+    beyond that. Then groups that share k and v are: two, or three, where their larger tiles leave
+    few multiprocessors idle at the end. Short steps waste little on segments that fill few of them.
+    Where one long segment and many short ones differ, the loss of either is kept small.
     """
     width = sum(split_head_dim(head_dim))
+
+    def tiles(groups: int) -> int:
+        return ceil_div(num_rows, groups * ROWS) * num_heads
+
+    if width > 80:
+        if tiles(1) <= num_sms:
+            return LaunchConfig(groups=1, block_n=64, num_stages=4)
+        return LaunchConfig(groups=2, block_n=64, num_stages=5 if width <= 96 else 4)
+    three = LaunchConfig(groups=3, block_n=64, num_stages=4)
+    # alone or in pairs they would need a second round
+    if num_sms < tiles(2) and tiles(3) <= num_sms:
+        return three
     if width <= 64:
         if num_rows * num_heads < 8192 * 16:
             return LaunchConfig(groups=1, block_n=64, num_stages=5, programs_per_sm=2)
         return LaunchConfig(groups=2, block_n=128, num_stages=4)
-    tiles = ceil_div(num_rows, ROWS) * num_heads
-    if width > 80:
-        if tiles <= num_sms:
-            return LaunchConfig(groups=1, block_n=64, num_stages=4)
-        return LaunchConfig(groups=2, block_n=64, num_stages=5 if width <= 96 else 4)
+    if tiles(3) >= 4 * num_sms:
+        return three
     # two small tiles load k and v twice, and memory is read by 32 bytes: a part of that where
     # heads start anywhere else
-    if tiles <= num_sms * (2 if head_dim % 16 == 0 else 1):
+    if head_dim % 16 == 0 or tiles(1) <= num_sms:
         return LaunchConfig(groups=1, block_n=64, num_stages=4, programs_per_sm=2)
-    if ceil_div(num_rows, 3 * ROWS) * num_heads >= 4 * num_sms:
-        return LaunchConfig(groups=3, block_n=64, num_stages=4)
-    return LaunchConfig(groups=2, block_n=128, num_stages=3)
+    # a tile of three takes 1.4 times as long as one of two
+    if 1.4 * ceil_div(tiles(3), num_sms) < ceil_div(tiles(2), num_sms):
+        return three
+    return LaunchConfig(groups=2, block_n=64, num_stages=5)
 
 
 def _has_room(config: LaunchConfig, head_dim: int, tiles_q: int, parts: int) -> bool:

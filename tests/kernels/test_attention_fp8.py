@@ -136,7 +136,7 @@ def test_hopper_casts_what_it_writes_otherwise(D):
     g = torch.Generator("cuda").manual_seed(0)
     q, k, v = torch.randn(7000, 3, 16, D, device="cuda", generator=g).bfloat16().unbind(1)
     k[500:600] *= 40
-    for lengths in ([196], [784], [6500, 500], [300] * 20):
+    for lengths in ([196], [784], [1296], [6500, 500], [300] * 20):
         rows = sum(lengths)
         cu = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
         views = q[:rows], k[:rows], v[:rows], cu
@@ -146,4 +146,5 @@ def test_hopper_casts_what_it_writes_otherwise(D):
         # rounded once instead of twice: the one or the other of two neighbours
         error = (out.float() - wide.float()).abs()
         assert (error <= wide.float().abs() * (1 / 16 + 2**-8) + 2**-9).all()
-        assert (out.float() == wide.to(FP8).float()).float().mean() > 0.97
+        # one in 16 values of bf16 lies between two of fp8, and half of them had been rounded to it
+        assert (out.float() == wide.to(FP8).float()).float().mean() > 0.95

@@ -31,6 +31,7 @@ CONFIGS = [
     LaunchConfig(groups=1, block_n=64, num_stages=4, programs_per_sm=2),
     LaunchConfig(groups=1, block_n=64, num_stages=5, programs_per_sm=2),
     LaunchConfig(groups=2, block_n=64, num_stages=3),
+    LaunchConfig(groups=2, block_n=64, num_stages=5),
     LaunchConfig(groups=3, block_n=64, num_stages=4),
 ]
 
@@ -71,21 +72,32 @@ def test_a_config_fits(D, num_rows, num_heads):
     ("head_dim", "num_rows", "num_heads", "config"),
     [
         (64, 196, 16, LaunchConfig(1, 64, 5, 2)),
+        (64, 1024, 16, LaunchConfig(1, 64, 5, 2)),
+        (64, 1025, 16, LaunchConfig(3, 64, 4)),  # 144 tiles of two groups, of 132 at once
+        (64, 1536, 16, LaunchConfig(3, 64, 4)),  # 128 of three
+        (64, 1537, 16, LaunchConfig(1, 64, 5, 2)),
         (64, 8191, 16, LaunchConfig(1, 64, 5, 2)),
         (64, 8192, 16, LaunchConfig(2, 128, 4)),
         (64, 10000, 12, LaunchConfig(1, 64, 5, 2)),
         (72, 512, 16, LaunchConfig(1, 64, 4, 2)),
-        (72, 513, 16, LaunchConfig(2, 128, 3)),
-        (72, 512, 17, LaunchConfig(2, 128, 3)),
+        (72, 513, 16, LaunchConfig(2, 64, 5)),
+        (72, 512, 17, LaunchConfig(2, 64, 5)),
+        (72, 1024, 16, LaunchConfig(2, 64, 5)),
+        (72, 1025, 16, LaunchConfig(3, 64, 4)),
+        (72, 1600, 16, LaunchConfig(2, 64, 5)),  # two rounds either way
+        (72, 2304, 16, LaunchConfig(3, 64, 4)),  # two of three groups, three of two
+        (72, 4096, 16, LaunchConfig(2, 64, 5)),
         (80, 1024, 16, LaunchConfig(1, 64, 4, 2)),
-        (80, 1025, 16, LaunchConfig(2, 128, 3)),
-        (80, 1024, 17, LaunchConfig(2, 128, 3)),
-        (80, 6144, 16, LaunchConfig(2, 128, 3)),
+        (80, 1025, 16, LaunchConfig(3, 64, 4)),
+        (80, 1536, 16, LaunchConfig(3, 64, 4)),
+        (80, 1537, 16, LaunchConfig(1, 64, 4, 2)),
+        (80, 6144, 16, LaunchConfig(1, 64, 4, 2)),
         (80, 6145, 16, LaunchConfig(3, 64, 4)),
         (72, 6272, 16, LaunchConfig(3, 64, 4)),
         (72, 65536, 16, LaunchConfig(3, 64, 4)),
         (128, 512, 16, LaunchConfig(1, 64, 4)),
         (96, 512, 16, LaunchConfig(1, 64, 4)),
+        (96, 1296, 16, LaunchConfig(2, 64, 5)),
         (96, 65536, 16, LaunchConfig(2, 64, 5)),
         (128, 65536, 16, LaunchConfig(2, 64, 4)),
     ],
@@ -101,6 +113,7 @@ def test_config_by_width_and_number_of_tiles(head_dim, num_rows, num_heads, conf
         (80, PAIR, 2, 64, True),
         (88, PAIR, 2, 0, False),  # registers for no short step, no shared memory to begin again
         (96, PAIR, 2, 0, False),
+        (72, LaunchConfig(2, 64, 5), 2, 32, True),
         (128, LaunchConfig(2, 64, 4), 1, 32, True),
         (128, LaunchConfig(2, 64, 5), 1, 32, False),
         (64, LaunchConfig(1, 64, 5, 2), 1, 0, True),  # one group
