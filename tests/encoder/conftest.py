@@ -21,6 +21,8 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeVisionModel
 from vitgraph.encoder import forward, fp8, glm_merger, image_forward, stream
 from vitgraph.kernels import rotary_linear
+from vitgraph.kernels.bounded_fp8 import value_factors
+from vitgraph.kernels.quantize import quantize_ref
 
 IDS = {
     "image_token_id": 500,
@@ -328,6 +330,30 @@ def products(monkeypatch: pytest.MonkeyPatch) -> Products:
     for module in (forward, image_forward):
         monkeypatch.setattr(module, "varlen_attention", watched.attention)
     return watched
+
+
+@pytest.fixture
+def fitted() -> Callable[..., Any]:
+    """`fitted(norm weight, norm bias, qkv weight, qkv bias, proj weight)`: the block by definition.
+
+    A `Fp8Block` of `qkv`, whose v has factors by `value_factors`, of its bias, and of `proj`, whose
+    columns have their inverses.
+    """
+
+    def make(norm_weight, norm_bias, qkv, qkv_bias, proj):
+        weight, scale = quantize_ref(qkv)
+        first = 2 * len(qkv) // 3
+        bias = None if qkv_bias is None else qkv_bias[first:]
+        factors = value_factors(weight[first:], scale[first:], bias, norm_weight, norm_bias)
+        every = torch.cat([torch.ones(first), factors])
+        return fp8.Fp8Block(
+            qkv=fp8.Fp8Layer(weight, scale * every),
+            qkv_bias=None if qkv_bias is None else (qkv_bias * every).to(qkv_bias.dtype),
+            proj=fp8.Fp8Layer(*quantize_ref(proj.float() / factors)),
+            fits=True,
+        )
+
+    return make
 
 
 @pytest.fixture(params=list(TOWERS))

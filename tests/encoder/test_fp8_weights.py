@@ -11,7 +11,6 @@ import torch
 import vitgraph.bench.towers_config as towers
 from vitgraph.encoder import VisionEncoder, fp8
 from vitgraph.encoder.fp8 import Fp8Plan
-from vitgraph.kernels.bounded_fp8 import value_factors
 from vitgraph.kernels.quantize import quantize_ref
 
 TINY = ("tiny-qwen3-vl", "tiny-qwen2.5-vl", "tiny-qwen2-vl")
@@ -57,32 +56,19 @@ def pairs_of(encoder):
             yield layer, bias, quantised[reader], tensors[f"{reader}.weight"]
 
 
-def fitted_by_hand(weights, i):
-    """qkv, its bias and proj of a block, from the definition; factors by `value_factors`."""
-    block = weights.blocks[i]
-    qkv, proj, bias = block.qkv_weight, block.proj_weight.float(), block.qkv_bias
-    weight, scale = quantize_ref(qkv)
-    first = 2 * len(qkv) // 3
-    norm_weight, norm_bias, _ = block.norm1
-    factors = value_factors(weight[first:], scale[first:], bias[first:], norm_weight, norm_bias)
-    every = torch.cat([torch.ones(first), factors])
-    reader = fp8.Fp8Layer(*quantize_ref(proj / factors))
-    return fp8.Fp8Layer(weight, scale * every), (bias * every).to(bias.dtype), reader
-
-
-def check_fitted(encoder):
+def check_fitted(encoder, fitted):
     """Every block with both layers; returns how many there are."""
     count = 0
-    for i, block in enumerate(encoder.weights.fp8.blocks):
-        assert block.fits == (block.qkv is not None and block.proj is not None)
-        if block.fits:
-            qkv, bias, proj = fitted_by_hand(encoder.weights, i)
-            assert same(block.qkv, qkv)
-            assert same(block.proj, proj)
-            assert torch.equal(block.qkv_bias, bias)
+    for block, got in zip(encoder.weights.blocks, encoder.weights.fp8.blocks, strict=True):
+        assert got.fits == (got.qkv is not None and got.proj is not None)
+        if got.fits:
+            want = fitted(*block.norm1[:2], block.qkv_weight, block.qkv_bias, block.proj_weight)
+            assert same(got.qkv, want.qkv)
+            assert same(got.proj, want.proj)
+            assert torch.equal(got.qkv_bias, want.qkv_bias)
             count += 1
         else:
-            assert block.qkv_bias is None
+            assert got.qkv_bias is None
     return count
 
 
@@ -101,14 +87,14 @@ def check_pairs(encoder):
 
 @pytest.mark.parametrize("plan", [Fp8Plan(), MERGED], ids=["blocks", "mergers"])
 @pytest.mark.parametrize("name", TINY)
-def test_norms_by_hand(name, plan):
+def test_norms_and_factors_by_hand(name, plan, fitted):
     encoder = VisionEncoder.from_hf(build(name), precision=plan)
     mergers = 1 + len(encoder.spec.deepstack_layers) if plan.mergers else 0
     blocks = sum(bool(plan.of_block(i, encoder.spec.depth)) for i in range(encoder.spec.depth))
     is_gated = encoder.spec.mlp == "gated"
     assert check_pairs(encoder) == (0 if is_gated else blocks) + mergers
     assert encoder.weights.fp8.blocks[0] == fp8.Fp8Block()
-    assert check_fitted(encoder) == blocks
+    assert check_fitted(encoder, fitted) == blocks
     for layer in ("qkv", "proj", "up", "down"):
         weight = getattr(encoder.weights.blocks[1], f"{layer}_weight")
         quantised = getattr(encoder.weights.fp8.blocks[1], layer)
@@ -118,21 +104,21 @@ def test_norms_by_hand(name, plan):
 
 
 @pytest.mark.parametrize("layer", ["up", "down", "qkv", "proj"])
-def test_one_of_the_two_alone_has_no_norms_and_no_factors(layer):
+def test_one_of_the_two_alone_has_no_norms_and_no_factors(layer, fitted):
     encoder = VisionEncoder.from_hf(build("tiny-qwen2-vl"), precision=Fp8Plan(layers=(layer,)))
     weight = encoder.weights.tensors[f"blocks.1.{layer}.weight"]
     quantised = getattr(encoder.weights.fp8.blocks[1], layer)
     assert same(quantised, fp8.Fp8Layer(*quantize_ref(weight)))
     assert quantised.norms is None
-    assert check_fitted(encoder) == 0
+    assert check_fitted(encoder, fitted) == 0
 
 
-def test_proj_before_qkv():
+def test_proj_before_qkv(fitted):
     """The order of the plan's layers is not that in which they are made."""
     encoder = VisionEncoder.from_hf(
         build("tiny-qwen2-vl"), precision=Fp8Plan(layers=("proj", "qkv"))
     )
-    assert check_fitted(encoder) == 1
+    assert check_fitted(encoder, fitted) == 1
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -153,7 +139,7 @@ def places(encoder):
 
 @pytest.mark.parametrize("plan", [Fp8Plan(), MERGED], ids=["blocks", "mergers"])
 @pytest.mark.parametrize("name", TINY)
-def test_reloaded_weights_are_quantised_into_the_same_memory(name, plan):
+def test_reloaded_weights_are_quantised_into_the_same_memory(name, plan, fitted):
     first, second = build(name), build(name, seed=7)
     encoder = VisionEncoder.from_hf(first, precision=plan)
     layers, before = encoder.weights.fp8._layers, places(encoder)
@@ -161,7 +147,7 @@ def test_reloaded_weights_are_quantised_into_the_same_memory(name, plan):
     assert encoder.weights.fp8._layers is layers
     assert places(encoder) == before
     check_pairs(encoder)
-    assert check_fitted(encoder)
+    assert check_fitted(encoder, fitted)
     fresh = VisionEncoder.from_hf(second, precision=plan)
     rows = pixels(encoder)
     for key, value in fresh.eager_forward(rows, GRIDS).items():

@@ -11,6 +11,7 @@ from vitgraph.encoder import (
     InternVLEncoder,
     encoder_for,
     fp8,
+    image_forward,
     load_encoder,
     swap_vision_tower,
 )
@@ -62,6 +63,26 @@ def test_every_token_points_where_it_does_in_bf16(kind, build, tiles, products):
     assert sorted(products.used) == sorted(layer.weight.data_ptr() for layer in layers.values())
     encoder.weights.fp8.blocks[5].up.scale.mul_(3)  # and the bar is not blind
     assert cosines(encoder(images), want)[0] < MEAN
+
+
+@torch.no_grad()
+def test_attention_writes_what_proj_reads(build, tiles, products, monkeypatch):
+    """In fp8 without scales, biases of v included, also by a cast of what its kernel wrote."""
+    model = calm_model("300m", build)
+    for name, parameter in model.named_parameters():
+        if name.endswith("v_proj.bias"):
+            parameter[::7] = 5.0  # as large as all products with v
+    native, encoder = (InternVLEncoder.from_hf(model, precision=p) for p in ("native", "fp8"))
+    blocks = encoder.weights.fp8.blocks
+    images = tiles(3, build.side)
+    got = encoder(images)
+    assert len(products.attended) == sum(block.fits for block in blocks) > 0
+    assert all(4 < largest <= 448 for largest in products.attended)
+    mean, worst = cosines(got, native(images))
+    assert mean >= MEAN
+    assert worst >= WORST
+    monkeypatch.setattr(image_forward, "FP8_BACKENDS", ())
+    assert torch.equal(encoder(images).pooler_output, got.pooler_output)
 
 
 @pytest.mark.parametrize("layer", fp8.LAYERS)

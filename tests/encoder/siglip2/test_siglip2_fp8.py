@@ -122,16 +122,18 @@ def test_every_plan_is_near_bf16_and_uses_its_layers(plan, build, batch, product
         assert cosine.mean() >= MEAN, i
 
 
-def test_weights_are_quantised_beside_the_tower(build, batch):
+def test_weights_are_quantised_beside_the_tower(build, batch, fitted):
     tower, other = tower_of(build), tower_of(build, seed=7)
     encoder = Siglip2Encoder.from_hf(tower, precision="fp8")
     for name, value in tower.state_dict().items():
         assert torch.equal(encoder.state_dict()[name], value), name
-    layer = encoder.weights.fp8.blocks[5].qkv
-    q, scale = quantize_ref(encoder.weights.blocks[5].qkv_weight)
-    assert torch.equal(layer.weight.view(torch.uint8), q.view(torch.uint8))
-    assert torch.equal(layer.scale, scale)
-    quantised = encoder.weights.fp8.blocks[5]
+    quantised, block = encoder.weights.fp8.blocks[5], encoder.weights.blocks[5]
+    layer = quantised.qkv
+    want = fitted(*block.norm1[:2], block.qkv_weight, block.qkv_bias, block.proj_weight)
+    for got, by_hand in ((layer, want.qkv), (quantised.proj, want.proj)):
+        assert torch.equal(got.weight.view(torch.uint8), by_hand.weight.view(torch.uint8))
+        assert torch.equal(got.scale, by_hand.scale)
+    assert torch.equal(quantised.qkv_bias, want.qkv_bias)
     up, down = quantised.up, quantised.down
     place, norms = layer.weight.data_ptr(), up.norms.data_ptr()
     encoder.load_weights(other)

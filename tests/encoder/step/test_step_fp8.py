@@ -136,7 +136,7 @@ def test_every_plan_is_near_bf16_and_uses_its_layers(kind, plan, build, images, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_are_quantised_beside_the_tower(kind, build, images):
+def test_weights_are_quantised_beside_the_tower(kind, build, images, fitted):
     model, other = model_of(kind, build), model_of(kind, build, seed=7)
     encoder = encoder_of(model, build, "fp8")
     for name, value in encoder_of(model, build).state_dict().items():
@@ -144,12 +144,23 @@ def test_weights_are_quantised_beside_the_tower(kind, build, images):
     block, quantised = encoder.weights.blocks[5], encoder.weights.fp8.blocks[5]
     up = quantised.up
     assert torch.equal(up.norms, bound_norms(up.weight, up.scale, block.up_bias))
-    for name in fp8.LAYERS:
-        # with layer scale, what is quantised is the scaled weight that the block multiplies by
-        layer, weight = getattr(quantised, name), getattr(block, f"{name}_weight")
-        q, scale = quantize_ref(weight)
-        assert torch.equal(layer.weight.view(torch.uint8), q.view(torch.uint8))
-        assert torch.equal(layer.scale, scale)
+    # with layer scale, what is quantised is the scaled weight that the block multiplies by
+    want = {
+        name: fp8.Fp8Layer(*quantize_ref(getattr(block, f"{name}_weight"))) for name in fp8.LAYERS
+    }
+    assert quantised.fits == (encoder.spec.block == "pre_norm")
+    if quantised.fits:
+        by_hand = fitted(
+            block.norm1_weight, block.norm1_bias,
+            block.qkv_weight, block.qkv_bias, block.proj_weight,
+        )  # fmt: skip
+        want |= {"qkv": by_hand.qkv, "proj": by_hand.proj}
+        biases = quantised.qkv_bias, by_hand.qkv_bias
+        assert biases == (None, None) or torch.equal(*biases)
+    for name, layer in want.items():
+        got = getattr(quantised, name)
+        assert torch.equal(got.weight.view(torch.uint8), layer.weight.view(torch.uint8))
+        assert torch.equal(got.scale, layer.scale)
     place, norms = quantised.down.weight.data_ptr(), up.norms.data_ptr()
     source = encoder_of(other, build).state_dict()
     encoder.weights.load(source)
