@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..kernels.quantize import FP8
+from ..kernels.quantize import FP8, FP8_MAX
 from ..kernels.zero_padding import zero_padding_
 from .fp8 import Fp8Block
 
@@ -35,5 +35,6 @@ class Attended:
     def rows(self, in_fp8: Fp8Block, *, casts: bool) -> torch.Tensor:
         """[T, H * D], what `proj` of this block reads, once `target` is written."""
         if in_fp8.fits and not casts:
-            self._fp8.copy_(self._wide)
+            # not every release of PyTorch saturates, as our kernels do
+            self._fp8.copy_(self._wide.clamp_(-FP8_MAX, FP8_MAX))
         return (self._fp8 if in_fp8.fits else self._wide).flatten(1)

@@ -182,12 +182,12 @@ class Fp8Weights:
                 weight.new_empty(weight.shape[0], dtype=torch.float32),
                 weight.new_empty(2, dtype=torch.float32) if is_bounded else None,
             )
-        # by block: the bias of a `qkv` whose v fits, of which no value is read before `refresh`
+        # by block: the bias of a `qkv` whose v is made to fit
         self._fitted: dict[str, torch.Tensor | None] = {}
         for i in range(spec.depth if _has_norms_in_front(spec) else 0):
             if {f"blocks.{i}.qkv", f"blocks.{i}.proj"} <= self._layers.keys():
                 bias = tensors.get(f"blocks.{i}.qkv.bias")
-                self._fitted[f"blocks.{i}"] = None if bias is None else bias.clone()
+                self._fitted[f"blocks.{i}"] = None if bias is None else torch.empty_like(bias)
         self.refresh(tensors)
         self.blocks = [self._block(f"blocks.{i}") for i in range(spec.depth)]
         self.merger = self._block("merger")
@@ -217,7 +217,8 @@ class Fp8Weights:
         qkv.scale[v] *= factors
         if bias is not None and fitted is not None:
             fitted.copy_(bias)
-            fitted[v] *= factors.to(bias.dtype)  # powers of two: nothing is rounded
+            # powers of two, which round nothing, but may be more than fp16 holds
+            fitted[v] = (bias[v].float() * factors).to(bias.dtype)
         weight = tensors[f"{block}.proj.weight"].float() / factors
         quantize_rows(weight, out=(proj.weight, proj.scale))
 

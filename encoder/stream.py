@@ -38,7 +38,8 @@ class Stream:
         # of quantised rows, by width and whether a product writes them: those are apart, since it
         # reads others meanwhile. Each is read by the product that follows, then free.
         self._quantized: dict[tuple[int, bool], tuple[torch.Tensor, torch.Tensor]] = {}
-        self._unscaled: torch.Tensor | None = None
+        # scales of rows that are fp8 as they are
+        self._ones = x.new_ones(len(x) if in_fp8 else 0, dtype=torch.float32)
 
     def settled(self) -> torch.Tensor:
         """The stream, with nothing lacking."""
@@ -122,10 +123,10 @@ class Stream:
         )
 
     def add_linear_fp8(self, rows: torch.Tensor, layer: Fp8Layer) -> None:
-        """Stream += layer(rows), without a bias, for rows in fp8 as they are, or in the tower's."""
+        """Stream += layer(rows), without a bias; rows that are not fp8 are quantised first."""
         x = self.settled()
         if rows.dtype == FP8:
-            q, scale = rows, self._ones()
+            q, scale = rows, self._ones
         else:
             q, scale = quantize_rows(rows, self._live, out=self._rows(layer.weight.shape[1]))
         linear_fp8(q, scale, layer.weight, layer.scale, residual=x, live_rows=self._live)
@@ -145,12 +146,6 @@ class Stream:
     def _take_partials(self) -> torch.Tensor | None:
         partials, self._partials = self._partials, None
         return partials
-
-    def _ones(self) -> torch.Tensor:
-        """Scales of rows that are fp8 as they are."""
-        if self._unscaled is None:
-            self._unscaled = self._x.new_ones(len(self._x), dtype=torch.float32)
-        return self._unscaled
 
     def _rows(self, width: int, *, hidden: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Buffers of quantised rows and their scales."""

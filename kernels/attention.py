@@ -55,7 +55,7 @@ def attention_ref(q, k, v, cu_seqlens, *, scale: float, out=None) -> torch.Tenso
             qkv = [x[begin:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v)]
             o = F.scaled_dot_product_attention(*qkv, scale=scale)
             if out.dtype == FP8:
-                o = o.clamp(-FP8_MAX, FP8_MAX)  # PyTorch's cast does not saturate
+                o = o.clamp(-FP8_MAX, FP8_MAX)  # not every release of PyTorch saturates
             out[begin:end] = o.squeeze(0).transpose(0, 1)
     return out
 
@@ -85,6 +85,8 @@ def check_tensors(
         dtypes = ", ".join(str(x.dtype) for x in (q, k, v, out))
         exception = f", but out may be {FP8}" if writes_fp8 else ""
         raise TypeError(f"{name}: q, k, v, out must share one dtype{exception}; got {dtypes}")
+    if out.dtype == FP8 and out.is_cuda and (reason := _capability_reason(out.device, (8, 9))):
+        raise ValueError(f"{name}: out in {FP8} {reason}; use the dtype of q")
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"{name}: cu_seqlens must be int32, not {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0 or not cu_seqlens.is_contiguous():

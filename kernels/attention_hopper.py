@@ -96,8 +96,11 @@ def launch_config(head_dim: int, num_rows: int, num_heads: int, num_sms: int) ->
             return LaunchConfig(groups=1, block_n=64, num_stages=4)
         return LaunchConfig(groups=2, block_n=64, num_stages=5 if width <= 96 else 4)
     three = LaunchConfig(groups=3, block_n=64, num_stages=4)
-    # alone or in pairs they would need a second round
-    if num_sms < tiles(2) and tiles(3) <= num_sms:
+    # Two small tiles load k and v twice, and memory is read by 32 bytes: a part of that where heads
+    # start anywhere else.
+    shares = width <= 64 or head_dim % 16 == 0
+    in_one_round = tiles(1) <= 2 * num_sms if shares else tiles(2) <= num_sms
+    if not in_one_round and tiles(3) <= num_sms:
         return three
     if width <= 64:
         if num_rows * num_heads < 8192 * 16:
@@ -105,9 +108,7 @@ def launch_config(head_dim: int, num_rows: int, num_heads: int, num_sms: int) ->
         return LaunchConfig(groups=2, block_n=128, num_stages=4)
     if tiles(3) >= 4 * num_sms:
         return three
-    # two small tiles load k and v twice, and memory is read by 32 bytes: a part of that where
-    # heads start anywhere else
-    if head_dim % 16 == 0 or tiles(1) <= num_sms:
+    if shares or tiles(1) <= num_sms:
         return LaunchConfig(groups=1, block_n=64, num_stages=4, programs_per_sm=2)
     # a tile of three takes 1.4 times as long as one of two
     if 1.4 * ceil_div(tiles(3), num_sms) < ceil_div(tiles(2), num_sms):

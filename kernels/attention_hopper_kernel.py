@@ -182,7 +182,7 @@ def _consume(
                     scores = start_scores(q0, q1, k0_ring, k1_ring, stage, T_LAYOUT, TAIL, SPLIT)
                     scores = warpgroup_mma_wait(0, deps=(scores,))
                     cols = gl.arange(0, TAIL, layout=gl.SliceLayout(0, T_LAYOUT))
-                    # of all of them, as below: a short step lies in its segment
+                    # of all its rows, as below: a short step lies in the segment
                     short_m = row_max(scores) * scale_log2
                     scores = gl.where((cols >= TAIL - rest)[None, :], scores, float("-inf"))
                     p = gl.exp2(scores * scale_log2 - short_m[:, None])
@@ -204,8 +204,8 @@ def _consume(
             # not wait for loads, and TMA may overtake them (seen with two programs at once).
             barrier()
             mbarrier.arrive(q_empty.index(q_place))
-            # The maximum is that of all rows in the segment, those of other steps too:
-            # the more it is of, the rarer scores outgrow it.
+            # The maximum is that of all rows of this step that lie in the segment, though other
+            # steps add some of them up: the more it is of, the rarer scores outgrow it.
             cols = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S_LAYOUT))
             scores = gl.where((cols >= BLOCK_N - length)[None, :], scores, float("-inf"))
             m_new = row_max(scores) * scale_log2

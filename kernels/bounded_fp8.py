@@ -71,7 +71,9 @@ def value_factors(
     norm_weight: torch.Tensor,
     norm_bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Powers of two, fp32 [N]: `limit` times them is at most 448, and more than half of that.
+    """Powers of two, fp32 [N]: `limit` times them is at most 448, and over half of that.
+
+    Channels of a limit past the range of exponents have the last of it.
 
     Plain PyTorch, once for the channels of v in an fp8 `weight` [N, K] with scales [N] and bias [N]
     or None, behind a norm with weight and bias [K]; its bias may be None.
@@ -79,11 +81,10 @@ def value_factors(
     w = dequantize(weight, w_scale)
     limit = w.shape[1] ** 0.5 * (w * norm_weight.float()).norm(dim=1)
     if norm_bias is not None:
-        limit += w.abs() @ norm_bias.float().abs()
+        limit += (w * norm_bias.float()).abs().sum(1)
     limit *= BOUND_SLOPE
     if bias is not None:
         limit += bias.float().abs()
-    # channels that are always zero have no factor of their own
     exponent = (FP8_MAX / limit).log2().floor().clamp(-EXPONENTS, EXPONENTS)
     return exponent.exp2()
 

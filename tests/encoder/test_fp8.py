@@ -412,6 +412,20 @@ def test_captured_graphs_see_reloaded_weights(published):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["torch", "triton"])
+def test_attention_of_others_at_published_size(attention):
+    """One that cannot write fp8, and one that can."""
+    hf = towers.calm_(towers.build_tower(NAME, device="cuda", dtype=torch.bfloat16))
+    native = VisionEncoder.from_hf(hf)
+    encoder = VisionEncoder.from_hf(hf, precision="fp8", attention=attention)
+    grids = LAYOUTS["ragged"]
+    rows = pixels(native, grids)
+    mean, worst = cosines(encoder.eager_forward(rows, grids), native.eager_forward(rows, grids))
+    assert mean >= MEAN
+    assert worst >= WORST
+
+
+@pytest.mark.gpu
 def test_fp16_is_refused_on_a_gpu():
     hf = towers.build_tower("tiny-qwen3-vl", device="cuda", dtype=torch.float16)
     with pytest.raises(ValueError, match=r"torch.float16.*dtype='bfloat16'"):

@@ -73,7 +73,9 @@ def test_a_config_fits(D, num_rows, num_heads):
     [
         (64, 196, 16, LaunchConfig(1, 64, 5, 2)),
         (64, 1024, 16, LaunchConfig(1, 64, 5, 2)),
-        (64, 1025, 16, LaunchConfig(3, 64, 4)),  # 144 tiles of two groups, of 132 at once
+        (64, 1025, 16, LaunchConfig(3, 64, 4)),  # 272 tiles of one group, of 264 at once
+        (80, 2112, 8, LaunchConfig(1, 64, 4, 2)),
+        (80, 2113, 8, LaunchConfig(3, 64, 4)),
         (64, 1536, 16, LaunchConfig(3, 64, 4)),  # 128 of three
         (64, 1537, 16, LaunchConfig(1, 64, 5, 2)),
         (64, 8191, 16, LaunchConfig(1, 64, 5, 2)),

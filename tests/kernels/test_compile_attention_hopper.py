@@ -89,7 +89,13 @@ def steps(sass: str) -> tuple[list[list[str]], list[list[str]]]:
 CASES = [
     pytest.param(D, launch_config(D, rows, 16, 132), dtype, id=f"{D}-{rows}-{dtype}")
     for D in (64, 72, 80, 128)
-    for rows, dtype in ((196, "bf16"), (4096, "bf16"), (4096, "fp16"), (16384, "bf16"))
+    for rows, dtype in (
+        (196, "bf16"),
+        (1296, "bf16"),
+        (4096, "bf16"),
+        (4096, "fp16"),
+        (16384, "bf16"),
+    )
 ] + [
     pytest.param(D, launch_config(D, 16384, 16, 132), "bf16", id=f"{D}-16384-bf16")
     for D in (40, 88, 96)
@@ -122,7 +128,7 @@ def test_attention(D, config, dtype, drawn):
     assert second == 0 or info.count(f"HGMMA.64x{second}x16") > 0
 
 
-@pytest.mark.parametrize(("D", "rows"), [(64, 784), (72, 784), (72, 16384), (128, 784)])
+@pytest.mark.parametrize(("D", "rows"), [(64, 784), (64, 1296), (72, 784), (80, 16384), (128, 784)])
 def test_casts_to_fp8(D, rows):
     """Two values an instruction, saturating, and stores of 8 bytes; the steps are as ever."""
     config = launch_config(D, rows, 16, 132)
