@@ -29,7 +29,7 @@ from .graph_options import (
 
 EXTRAS = {
     "fa4": (
-        "no speed on Hopper, where our kernel took 0.5 to 1.04 of its time at the lengths "
+        "no speed on Hopper, where our kernel took 0.6 to 1.1 of its time at the lengths "
         "measured, and used only with --attention fa4; taken by itself on GPUs that our kernel "
         "does not run on, and not measured there"
     ),

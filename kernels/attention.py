@@ -235,8 +235,8 @@ def choose_backend(device: torch.device | str, dtype: torch.dtype, head_dim: int
 
     reference on a CPU. For 16-bit dtypes hopper, else fa4, whichever is usable. Else triton.
 
-    Measured on an H200 with 16 heads of 64, 72, 80 and 128, hopper takes 0.5 to 1.04 of fa4's time,
-    whatever the segments.
+    Measured on an H200 with 16 heads of 64, 72, 80 and 128, hopper takes 0.6 to 1.1 of fa4's
+    time, whatever the segments.
 
     Raises:
         ValueError: none of these takes the dtype or head dim; the message names those that do.
