@@ -8,8 +8,9 @@ PyTorch get one. The result is the table
 of kernels/gemm_tuning.py, as its literal or as the file in the user's cache that stands before it
 and before the tiles of few rows (kernels/tables.py).
 
-Attention: our kernels against each usable tile of FlashAttention-4, for classes of lengths, beside
-what the rules take (`choose_backend` of attention.py, `choose_tile` of attention_fa4.py). They are
+Attention: our kernels, that for Hopper in each configuration, against each usable tile of
+FlashAttention-4, for classes of lengths, beside what the rules take (`choose_backend` of
+attention.py, `launch_config` of attention_hopper.py, `choose_tile` of attention_fa4.py). They are
 code; nothing is stored.
 """
 
@@ -26,8 +27,10 @@ from triton import __version__ as triton_version
 from ..kernels import few_rows_tuning
 from ..kernels.attention import choose_backend
 from ..kernels.attention_fa4 import choose_tile, usable_tiles
+from ..kernels.attention_hopper import launch_config
 from ..kernels.gemm import hopper_reason
 from ..kernels.gemm_tuning import Table, table_to_json
+from ..kernels.rows import num_sms
 from ..kernels.tuning_cache import write_tuning
 from .provenance import Sources, sources
 from .report import conditions, number, table
@@ -274,12 +277,15 @@ def _figures(outcome: Outcome) -> Row:
 
 def _by_rule(shape: AttentionShape, device: torch.device) -> str | None:
     backend = choose_backend(device, torch.bfloat16, shape.head_dim)
+    rows = sum(shape.lengths)
+    if backend == "hopper":
+        return f"hopper {launch_config(shape.head_dim, rows, shape.heads, num_sms(device))}"
     if backend != "fa4":
         return backend
     available = frozenset(usable_tiles(device, shape.head_dim))
     if not available:
         return None
-    return f"fa4 {choose_tile(max(shape.lengths), sum(shape.lengths), available)}"
+    return f"fa4 {choose_tile(max(shape.lengths), rows, available)}"
 
 
 def _short(row: Row) -> str:

@@ -14,7 +14,7 @@ import torch
 from ..kernels.attention import attention_ref
 from ..kernels.attention_fa4 import usable_tiles, varlen_attention_fa4
 from ..kernels.attention_hopper import unusable_reason as hopper_attention_reason
-from ..kernels.attention_hopper import varlen_attention_hopper
+from ..kernels.attention_hopper import usable_configs, varlen_attention_hopper
 from ..kernels.attention_triton import varlen_attention_triton
 from ..kernels.few_rows_tuning import FewRowsConfig, shipped_few_rows
 from ..kernels.gated_linear import gated_linear, gated_linear_ref
@@ -283,7 +283,7 @@ def contest_attention(
     time: Timer = time_graphs_us,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Outcome:
-    """Our kernels against each tile of FlashAttention-4, where they are usable."""
+    """Our kernels, for Hopper in each configuration, against each tile of FlashAttention-4."""
     T, H, D = sum(shape.lengths), shape.heads, shape.head_dim
     generator = torch.Generator(device).manual_seed(0)
     # one buffer for all calls: in a tower too the product before has just written it
@@ -311,7 +311,10 @@ def contest_attention(
     calls: dict[str, Work] = {TRITON: partial(varlen_attention_triton, q, k, v, ends, **given)}
     if hopper_attention_reason(device, D, dtype) is None:
         tickets = torch.zeros(2, dtype=torch.int32, device=device)  # as a tower has them
-        calls[HOPPER] = partial(varlen_attention_hopper, q, k, v, ends, tickets=tickets, **given)
+        for config in usable_configs(D):
+            calls[f"{HOPPER} {config}"] = partial(
+                varlen_attention_hopper, q, k, v, ends, tickets=tickets, config=config, **given
+            )
     for tile in usable_tiles(device, D, dtype):
         calls[f"fa4 {tile}"] = partial(
             varlen_attention_fa4, q, k, v, ends, max_seqlen=max(shape.lengths), tile=tile, **given

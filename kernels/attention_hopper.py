@@ -65,6 +65,21 @@ class LaunchConfig:
     num_stages: int
     programs_per_sm: int = 1
 
+    def __str__(self) -> str:
+        """As "128/64x5 by 1": rows of q, rows of a step, stages, programs."""
+        steps = f"{self.block_n}x{self.num_stages}"
+        return f"{self.groups * ROWS}/{steps} by {self.programs_per_sm}"
+
+
+# what `launch_config` picks from, and its neighbours
+CANDIDATES = (
+    *(LaunchConfig(1, 64, stages, programs) for programs in (1, 2) for stages in (3, 4, 5)),
+    LaunchConfig(1, 128, 3),
+    *(LaunchConfig(2, 64, stages) for stages in (3, 4, 5, 6)),
+    *(LaunchConfig(2, 128, stages) for stages in (2, 3, 4)),
+    *(LaunchConfig(3, 64, stages) for stages in (3, 4)),
+)
+
 
 def split_head_dim(head_dim: int) -> tuple[int, int]:
     """Widths of the two power-of-two column blocks; the second is 0 when one is enough."""
@@ -125,6 +140,11 @@ def _has_room(config: LaunchConfig, head_dim: int, tiles_q: int, parts: int) -> 
     # results go through a tile of the first columns; 1 KiB is for barriers and alignment
     used = 2 * (rows * (first + second) + rows_q * first) + 1024
     return used * config.programs_per_sm <= SHARED_BYTES
+
+
+def usable_configs(head_dim: int) -> list[LaunchConfig]:
+    """Those of `CANDIDATES` that shared memory holds, for the benchmark."""
+    return [config for config in CANDIDATES if _has_room(config, head_dim, 1, 0)]
 
 
 def holds_maximum(config: LaunchConfig, head_dim: int, dtype: torch.dtype) -> bool:

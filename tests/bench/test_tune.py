@@ -261,7 +261,8 @@ def imaginary_gpu(monkeypatch, user_cache):
 @pytest.mark.parametrize(
     ("backend", "tiles", "taken"),
     [
-        ("hopper", (Tile(192, 144, False),), "hopper"),
+        ("hopper", (Tile(192, 144, False),), "hopper 128/64x5 by 1"),
+        ("triton", (), "triton"),
         ("fa4", (Tile(192, 144, False),), "fa4 192x144"),
         ("fa4", (), None),  # no tile can be asked for
     ],
@@ -270,6 +271,7 @@ def test_what_the_rules_take(monkeypatch, backend, tiles, taken):
     asked = []
     monkeypatch.setattr(tune, "choose_backend", lambda *args: asked.append(args) or backend)
     monkeypatch.setattr(tune, "usable_tiles", lambda device, head_dim: tiles)
+    monkeypatch.setattr(tune, "num_sms", lambda device: 132)
     shape = AttentionShape("a", (3000, 1000), 16, 72)
     assert tune._by_rule(shape, torch.device("cpu")) == taken
     assert asked == [(torch.device("cpu"), torch.bfloat16, 72)]
@@ -287,7 +289,7 @@ def test_bench_tune(imaginary_gpu, tmp_path, capsys, monkeypatch):
     assert content["meta"]["patches"] == [3136, 784]
     assert content["meta"]["gpu"] == GPU
     assert table_from_json(content["meta"]["table"]) == {(3072, 1024, ""): ((784, WIDE),)}
-    assert [r["kind"] for r in content["rows"]] == ["linear"] * 2 + ["attention"] * 12
+    assert [r["kind"] for r in content["rows"]] == ["linear"] * 2 + ["attention"] * 22
     assert "3072x1024 bias" in capsys.readouterr().out
     assert main([*command, "qkv qwen3-vl-2b", "--print"]) == 0
     assert evaluated(capsys.readouterr().out) == {(3072, 1024, ""): ((784, WIDE),)}

@@ -24,6 +24,7 @@ from vitgraph.bench.tune_shapes import (
 )
 from vitgraph.kernels import pdl
 from vitgraph.kernels.attention_fa4 import Tile
+from vitgraph.kernels.attention_hopper import CANDIDATES, usable_configs
 from vitgraph.kernels.few_rows_tuning import FewRowsConfig, shipped_few_rows
 from vitgraph.kernels.gated_linear import gated_linear_ref
 from vitgraph.kernels.gemm import hopper_reason
@@ -109,7 +110,7 @@ def test_attention_has_every_head_dim_once():
     shapes = attention_shapes()
     assert {shape.head_dim for shape in shapes} == {64, 72, 80, 96, 112, 128}
     kinds = {(shape.heads, shape.head_dim) for shape in shapes}
-    assert len({shape.label for shape in shapes}) == len(shapes) == 12 * len(kinds)
+    assert len({shape.label for shape in shapes}) == len(shapes) == 22 * len(kinds)
     assert [s.lengths for s in select(shapes, ["72 8x784"])] == [(784,) * 8]
     assert select(shapes, []) == shapes
     assert select(shapes, ["nothing"]) == []
@@ -336,10 +337,13 @@ def test_attention_against_its_definition(monkeypatch):
     assert outcome.err_ratio["triton"] <= 2
     ours = tune_contest.varlen_attention_triton
     monkeypatch.setattr(tune_contest, "hopper_attention_reason", lambda *args: None)
-    monkeypatch.setattr(
-        tune_contest, "varlen_attention_hopper",
-        lambda *operands, tickets, **options: ours(*operands, **options),
-    )  # fmt: skip
+    seen = {}  # in order
+
+    def hopper(*operands, tickets, config, **options):
+        seen[config] = str(config)
+        ours(*operands, **options)
+
+    monkeypatch.setattr(tune_contest, "varlen_attention_hopper", hopper)
     good, bad = Tile(64, 112, True), Tile(128, 128, True)
     monkeypatch.setattr(tune_contest, "usable_tiles", lambda *args: (good, bad))
 
@@ -351,7 +355,9 @@ def test_attention_against_its_definition(monkeypatch):
 
     monkeypatch.setattr(tune_contest, "varlen_attention_fa4", fa4)
     outcome = contest_attention(shape, device=CPU, time=time, dtype=torch.float32)
-    assert asked[1] == ["triton", "hopper", "fa4 64x112_rs"]
+    assert tuple(seen) == CANDIDATES
+    assert len(set(seen.values())) == len(seen)
+    assert asked[1] == ["triton", *(f"hopper {name}" for name in seen.values()), "fa4 64x112_rs"]
     assert list(outcome.reasons) == ["fa4 128x128_rs"]
 
 
@@ -396,5 +402,6 @@ def test_attention_on_a_gpu():
     outcome = contest_attention(AttentionShape("attention", (784,) * 2, 16, 72), device=device)
     assert outcome.us["triton"] > 0
     has_hopper = tune_contest.hopper_attention_reason(device, 72, torch.bfloat16) is None
-    assert ("hopper" in outcome.us) == has_hopper
+    configs = usable_configs(72) if has_hopper else []
+    assert [name for name in outcome.us if "hopper" in name] == [f"hopper {c}" for c in configs]
     assert all(us > 0 for us in outcome.us.values())

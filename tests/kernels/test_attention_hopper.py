@@ -5,6 +5,7 @@ import torch
 from vitgraph.kernels import attention_hopper, attention_triton
 from vitgraph.kernels.attention import attention_ref, varlen_attention
 from vitgraph.kernels.attention_hopper import (
+    CANDIDATES,
     ROWS,
     LaunchConfig,
     holds_maximum,
@@ -13,6 +14,7 @@ from vitgraph.kernels.attention_hopper import (
     q_buffers,
     short_step,
     split_head_dim,
+    usable_configs,
     varlen_attention_hopper,
 )
 from vitgraph.kernels.testing import assert_as_accurate
@@ -66,6 +68,17 @@ def test_a_config_fits(D, num_rows, num_heads):
     config = launch_config(D, num_rows, num_heads, num_sms=132)
     assert shared_bytes(D, config) * config.programs_per_sm <= 226 << 10
     assert config.num_stages >= 2
+    assert config in usable_configs(D)
+
+
+@pytest.mark.parametrize("D", range(8, 129, 8))
+def test_usable_configs_are_those_that_fit(D):
+    usable = usable_configs(D)
+    assert usable == [c for c in CANDIDATES if c in usable]
+    for config in CANDIDATES:
+        bytes_used = shared_bytes(D, config) * config.programs_per_sm
+        assert (config in usable) == (bytes_used <= 226 << 10), config
+    assert str(LaunchConfig(1, 64, 4, 2)) == "64/64x4 by 2"
 
 
 @pytest.mark.parametrize(
