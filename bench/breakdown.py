@@ -1,8 +1,10 @@
 """Where the time of a call goes: kernels of the replay, gaps between them, and what surrounds it.
 
 A profiler records a few replays: the kernels of one, their times, and the time in which none ran.
-Kernels on a side stream overlap others, so the busy time is the union of all, not their sum. The
-call, the replay and the host's part of the call are measured without a profiler, which slows them.
+Kernels on a side stream, and those that start early, overlap others, so the busy time is the union
+of all, not their sum. What a kernel adds to a replay is the time from the end of whatever ended
+before it to its own end; over all kernels these steps make up the replay. The call, the replay and
+the host's part of the call are measured without a profiler, which slows them.
 """
 
 import inspect
@@ -37,11 +39,18 @@ class Span:
 
 @dataclass(frozen=True)
 class Share:
-    """Kernels of one name in one replay: how many, and the microseconds of all of them."""
+    """Kernels of one name in one replay.
+
+    Attributes:
+        count: How many.
+        us: Microseconds that they ran, in all.
+        step_us: Microseconds between the ends of what ended before them and their own, in all.
+    """
 
     name: str
     count: float
     us: float
+    step_us: float
 
 
 def short_name(name: str) -> str:
@@ -50,13 +59,24 @@ def short_name(name: str) -> str:
     return plain.rsplit("::", 1)[-1] or name
 
 
-def shares(spans: Sequence[Span], replays: int) -> list[Share]:
-    """Kernels of one replay by name, the longest first, from the spans of so many."""
-    found: dict[str, list[float]] = {}
-    for span in spans:
-        found.setdefault(short_name(span.name), []).append(span.end - span.start)
-    rows = [Share(name, len(us) / replays, sum(us) / replays) for name, us in found.items()]
-    return sorted(rows, key=lambda row: -row.us)
+def shares(replays: Sequence[Sequence[Span]]) -> list[Share]:
+    """Kernels of one replay by name, the longest steps first, from the spans of several."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for spans in replays:
+        before = min(span.start for span in spans)
+        for span in sorted(spans, key=lambda span: span.end):
+            times = span.end - span.start, span.end - before
+            found.setdefault(short_name(span.name), []).append(times)
+            before = span.end
+    rows = [
+        Share(
+            name,
+            len(times) / len(replays),
+            *(sum(us) / len(replays) for us in zip(*times, strict=True)),
+        )
+        for name, times in found.items()
+    ]
+    return sorted(rows, key=lambda row: -row.step_us)
 
 
 def busy_us(spans: Sequence[Span]) -> float:
@@ -132,7 +152,7 @@ def summarise(
     each = replays_of(spans, replays)
     span = median(max(s.end for s in one) - one[0].start for one in each)
     busy = median(busy_us(one) for one in each)
-    kernels = shares(spans, replays)
+    kernels = shares(each)
     return {
         "call_ms": call_ms,
         "host_ms": host_ms,
@@ -162,9 +182,16 @@ def summary(rows: Sequence[Row], most: int = 12) -> str:
     )  # fmt: skip
     lists = [
         table(
-            (f"{row['tower']} {row['workload']}", "count", "us", "us each"),
+            (f"{row['tower']} {row['workload']}", "count", "us", "us each", "steps", "step"),
             [
-                (k["name"], f"{k['count']:g}", number(k["us"], 4), number(k["us"] / k["count"]))
+                (
+                    k["name"],
+                    f"{k['count']:g}",
+                    number(k["us"], 4),
+                    number(k["us"] / k["count"]),
+                    number(k["step_us"], 4),
+                    number(k["step_us"] / k["count"]),
+                )
                 for k in row["by_kernel"][:most]
             ],
         )

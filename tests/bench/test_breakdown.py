@@ -57,8 +57,21 @@ def test_replays_are_told_apart_by_their_pauses():
 
 
 def test_shares_of_one_replay():
-    found = shares([*replay(0), *replay(1000, gemm=6)], replays=2)
-    assert found == [Share("merger", 1, 6.0), Share("gemm", 1, 5.0), Share("norm", 1, 2.0)]
+    found = shares([replay(0), replay(1000, gemm=6)])
+    assert found == [
+        # with the gap in front
+        Share("gemm", 1, 5.0, 6.0),
+        # what it overlaps is not its own
+        Share("norm", 1, 2.0, 2.0),
+        Share("merger", 1, 6.0, 2.0),
+    ]
+
+
+def test_a_kernel_that_starts_early_adds_what_it_ends_later():
+    early = [Span("a", 0, 10), Span("b", 2, 13), Span("c", 12.5, 14), Span("a", 14, 15)]
+    steps = {share.name: share.step_us for share in shares([early])}
+    assert steps == {"a": 11, "b": 3, "c": 1}
+    assert sum(steps.values()) == 15
 
 
 def test_parts_of_a_call():
@@ -69,11 +82,12 @@ def test_parts_of_a_call():
     assert row["busy_us"] == 8
     assert row["gap_us"] == 1
     assert row["outside_graph_us"] == pytest.approx(20)
-    assert [kernel["name"] for kernel in row["by_kernel"]] == ["merger", "gemm", "norm"]
+    assert [kernel["name"] for kernel in row["by_kernel"]] == ["gemm", "norm", "merger"]
+    assert sum(kernel["step_us"] for kernel in row["by_kernel"]) == row["busy_us"] + row["gap_us"]
     text = summary([{"tower": "t", "workload": "w", **row}], most=2)
     assert "t w" in text
     assert "gemm" in text
-    assert "norm" not in text
+    assert "merger" not in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -98,4 +112,5 @@ def test_parts_add_up_on_a_gpu(precision):
     assert row["kernels"] > 20
     assert 0 < row["busy_us"] <= row["kernel_us"] + 1e-6
     assert row["busy_us"] + row["gap_us"] < row["replay_ms"] * 1e3
+    assert all(kernel["step_us"] >= 0 for kernel in row["by_kernel"])
     assert any("norm" in kernel["name"] for kernel in row["by_kernel"])
