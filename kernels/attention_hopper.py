@@ -31,6 +31,7 @@ at all.
 """
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,9 +143,11 @@ def _has_room(config: LaunchConfig, head_dim: int, tiles_q: int, parts: int) -> 
     return used * config.programs_per_sm <= SHARED_BYTES
 
 
-def usable_configs(head_dim: int) -> list[LaunchConfig]:
-    """Those of `CANDIDATES` that shared memory holds, for the benchmark."""
-    return [config for config in CANDIDATES if _has_room(config, head_dim, 1, 0)]
+def usable_configs(
+    head_dim: int, candidates: Iterable[LaunchConfig] = CANDIDATES
+) -> list[LaunchConfig]:
+    """Those of `candidates` that shared memory holds."""
+    return [config for config in candidates if _has_room(config, head_dim, 1, 0)]
 
 
 def holds_maximum(config: LaunchConfig, head_dim: int, dtype: torch.dtype) -> bool:
