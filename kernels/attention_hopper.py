@@ -122,8 +122,7 @@ def launch_config(head_dim: int, num_rows: int, num_heads: int, num_sms: int) ->
         if num_rows * num_heads < 8192 * 16:
             return LaunchConfig(groups=1, block_n=64, num_stages=5, programs_per_sm=2)
         return LaunchConfig(groups=2, block_n=128, num_stages=4)
-    # from the sixth round of small tiles on, three groups always need fewer
-    if tiles(1) > 10 * num_sms:
+    if tiles(3) >= 4 * num_sms:
         return three
     if shares or tiles(1) <= num_sms:
         return LaunchConfig(groups=1, block_n=64, num_stages=4, programs_per_sm=2)

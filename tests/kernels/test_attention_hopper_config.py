@@ -82,8 +82,8 @@ def test_usable_configs_are_those_that_fit(D):
         (80, 1025, 16, LaunchConfig(3, 64, 4)),
         (80, 1536, 16, LaunchConfig(3, 64, 4)),
         (80, 1537, 16, LaunchConfig(1, 64, 4, 2)),
-        (80, 5248, 16, LaunchConfig(1, 64, 4, 2)),  # five rounds of one group
-        (80, 5249, 16, LaunchConfig(3, 64, 4)),  # six, or four of three
+        (80, 6144, 16, LaunchConfig(1, 64, 4, 2)),
+        (80, 6145, 16, LaunchConfig(3, 64, 4)),
         (72, 6272, 16, LaunchConfig(3, 64, 4)),
         (72, 65536, 16, LaunchConfig(3, 64, 4)),
         (128, 512, 16, LaunchConfig(1, 64, 4)),
