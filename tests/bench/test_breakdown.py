@@ -72,6 +72,9 @@ def test_a_kernel_that_starts_early_adds_what_it_ends_later():
     steps = {share.name: share.step_us for share in shares([early])}
     assert steps == {"a": 11, "b": 3, "c": 1}
     assert sum(steps.values()) == 15
+    # and one on a side stream that ends within another
+    within = [Span("long", 0, 10), Span("short", 1, 3)]
+    assert {share.name: share.step_us for share in shares([within])} == {"long": 7, "short": 3}
 
 
 def test_parts_of_a_call():
