@@ -1,12 +1,13 @@
 """Which launch is the fastest on this GPU: the measurements behind the launch tables.
 
-Matrix products: cuBLAS with the passes that it needs against each tile of gemm_hopper.py, and for
-few rows of gemm_few_rows.py, in bf16, every row live, for the linear layers of all towers at
-several M. Calls lie in CUDA graphs, with weights rotated beyond L2 under 16,384 rows as in a tower;
-a time is the median of interleaved rounds, and only candidates that are as accurate as plain
-PyTorch get one. The result is the table
-of kernels/gemm_tuning.py, as its literal or as the file in the user's cache that stands before it
-and before the tiles of few rows (kernels/tables.py).
+Matrix products: cuBLAS with the passes that it needs, by its own choice and by the fastest of the
+algorithms that it proposes, against each tile of gemm_hopper.py, and for few rows of
+gemm_few_rows.py, in bf16, every row live, for the linear layers of all towers at many M. Calls lie
+in CUDA graphs, with weights rotated beyond L2 under 16,384 rows as in a tower; a time is the median
+of interleaved rounds, and only candidates that are as accurate as plain PyTorch get one. The
+results are the tables of kernels/gemm_tuning.py and library_tuning.py, as their literals or as the
+file in the user's cache that stands before them and before the tiles of few rows
+(kernels/tables.py).
 
 Attention: our kernels, that for Hopper in each configuration, against each usable tile of
 FlashAttention-4, for classes of lengths, beside what the rules take (`choose_backend` of
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from triton import __version__ as triton_version
 
-from ..kernels import few_rows_tuning
+from ..kernels import cublaslt, few_rows_tuning, library_tuning
 from ..kernels.attention import choose_backend
 from ..kernels.attention_fa4 import choose_tile, usable_tiles
 from ..kernels.attention_hopper import launch_config
@@ -36,6 +37,7 @@ from .provenance import Sources, sources
 from .report import conditions, number, table
 from .timing import TimeBudget
 from .tune_contest import Outcome, contest_attention, contest_linear
+from .tune_library import algorithm_of
 from .tune_shapes import (
     PATCHES,
     AttentionShape,
@@ -44,7 +46,14 @@ from .tune_shapes import (
     linear_shapes,
     select,
 )
-from .tune_table import Row, literal, measured_few_rows, measured_table
+from .tune_table import (
+    Row,
+    library_literal,
+    literal,
+    measured_few_rows,
+    measured_library,
+    measured_table,
+)
 
 Log = Callable[[str], None]
 
@@ -61,6 +70,7 @@ class Result:
         rows: One for each shape and M, with microseconds, error ratios and reasons by candidate.
         table: Entries of the shapes measured at every M.
         few_rows: Their entries of few rows.
+        library: Algorithms of the library for them.
         labels: Names of the shapes, by the keys of `table`.
         unmeasured: Labels of the shapes without an entry, or without a time for attention.
     """
@@ -68,6 +78,7 @@ class Result:
     rows: list[Row]
     table: Table
     few_rows: few_rows_tuning.Table
+    library: library_tuning.Table
     labels: Mapping[tuple[int, int, str], str]
     unmeasured: list[str]
 
@@ -111,7 +122,9 @@ def run(
     unmeasured = [shape.label for shape in linears if shape.key not in found]
     unmeasured += [shape.label for shape in attentions if shape.label not in timed]
     few_rows = measured_few_rows(rows, found)
-    return Result(rows, found, few_rows, {shape.key: shape.label for shape in linears}, unmeasured)
+    library = measured_library(rows, linears, found)
+    labels = {shape.key: shape.label for shape in linears}
+    return Result(rows, found, few_rows, library, labels, unmeasured)
 
 
 def run_here(
@@ -199,6 +212,7 @@ def store(result: Result, gpu: str, made_of: Sources | None = None) -> Path:
     content = {
         "gemm": table_to_json(result.table),
         "few_rows": table_to_json(result.few_rows),
+        "library": table_to_json(result.library),
         "conditions": conditions(made_of=made_of),
     }
     return write_tuning(gpu, content)
@@ -210,6 +224,7 @@ def settings(result: Result, patches: Sequence[int]) -> dict[str, Any]:
         "patches": list(patches),
         "table": table_to_json(result.table),
         "few_rows": table_to_json(result.few_rows),
+        "library": table_to_json(result.library),
         "unmeasured": result.unmeasured,
     }
 
@@ -221,15 +236,16 @@ def summary(result: Result) -> str:
         rows = [row for row in result.rows if row["kind"] == kind]
         if not rows:
             continue
-        names = list(dict.fromkeys(name for row in rows for name in row["candidates"]))
+        times = [_by_column(row) for row in rows]
+        names = list(dict.fromkeys(name for columns in times for name in columns))
         extra = ["by rule"] if kind == "attention" else []
         header = [kind, "M", *(f"{name} us" for name in names), "fastest", *extra]
         lines = [
             [
-                _short(row), row["M"], *(number(row["us"].get(name)) for name in names),
+                _short(row), row["M"], *(number(columns.get(name)) for name in names),
                 _fastest(row) or "-", *(row["by_rule"] or "-" for _ in extra),
             ]
-            for row in rows
+            for row, columns in zip(rows, times, strict=True)
         ]  # fmt: skip
         parts.append(table(header, lines))
     reasons = {
@@ -243,11 +259,15 @@ def summary(result: Result) -> str:
 
 
 def printed_table(result: Result) -> str:
-    """The literal for kernels/gemm_tuning.py with the conditions of the run."""
+    """The literals of kernels/gemm_tuning.py and library_tuning.py with the run's conditions."""
     made = conditions()
-    versions = f"Triton {triton_version}, PyTorch {made['torch']} with CUDA {made['cuda']}"
+    versions = (
+        f"Triton {triton_version}, PyTorch {made['torch']} with CUDA {made['cuda']}, "
+        f"cuBLASLt {cublaslt.version()}"
+    )
     note = f"{made['gpu']}, {versions}, {str(made['date'])[:10]}"
-    return literal(result.table, result.labels, note)
+    ours = literal(result.table, result.labels, note)
+    return f"{ours}\n\n{library_literal(result.library, result.labels, note)}"
 
 
 def _linear_row(shape: LinearShape, M: int, measure: Callable[[LinearShape, int], Outcome]) -> Row:
@@ -293,6 +313,18 @@ def _short(row: Row) -> str:
     if row["kind"] == "attention":
         return row["label"]
     return f"{row['N']}x{row['K']} {row['epilogue'] or 'bias'}"
+
+
+def _by_column(row: Row) -> dict[str, float | None]:
+    """Microseconds by candidate, the library's algorithms as one: they differ from row to row."""
+    columns: dict[str, float | None] = {}
+    for name in row["candidates"]:
+        us = row["us"].get(name)
+        if algorithm_of(name) is not None:
+            name, best = "its algorithms", columns.get("its algorithms")
+            us = best if us is None or (best is not None and best < us) else us
+        columns[name] = us
+    return columns
 
 
 def _fastest(row: Row) -> str | None:

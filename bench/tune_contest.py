@@ -16,20 +16,22 @@ from ..kernels.attention_fa4 import usable_tiles, varlen_attention_fa4
 from ..kernels.attention_hopper import unusable_reason as hopper_attention_reason
 from ..kernels.attention_hopper import usable_configs, varlen_attention_hopper
 from ..kernels.attention_triton import varlen_attention_triton
+from ..kernels.cublaslt import Algorithm, multiply, product_of
 from ..kernels.few_rows_tuning import FewRowsConfig, shipped_few_rows
 from ..kernels.gated_linear import gated_linear, gated_linear_ref
 from ..kernels.gemm import gemm, gemm_ref, hopper_reason
 from ..kernels.gemm_few_rows import launch, linear_partials
 from ..kernels.gemm_tuning import GATED, RESIDUAL, ROTATED, HopperConfig, shipped_tiles
+from ..kernels.library_linear import library_epilogue, library_linear
 from ..kernels.linear import linear
 from ..kernels.norm import norm
 from ..kernels.pdl import kernel_chain
 from ..kernels.rotary_linear import Rotation, rotary_linear, rotary_linear_ref, turns_of
 from ..kernels.testing import error_ratio
 from .timing import Effort, record_each, time_graphs
+from .tune_library import LIBRARY, algorithm_name, fastest, proposed
 from .tune_shapes import AttentionShape, LinearShape
 
-LIBRARY = "library"
 TRITON, HOPPER = "triton", "hopper"
 MAX_ERR_RATIO = 2.0
 MOST_FEW_ROWS = 512  # up to which tiles of few rows are tried
@@ -41,6 +43,7 @@ Timer = Callable[[Mapping[str, Sequence[Work]]], Mapping[str, float]]
 _EFFORT = Effort(warmup_s=0.005, rounds=9, min_rounds=9)
 # from here on a call is longer than what surrounds it, and its x and output leave L2 by themselves
 _MANY_ROWS = 16384
+_SHORT_ROWS = 2048  # below, a graph of few calls would be short beside its own launch
 _SETS = 3  # of x and the output, which the calls of a graph rotate over
 _ATTENTION_CALLS = 10
 _CHECKED_ROWS = 8192  # at a time: in fp64 all of them would take gigabytes
@@ -113,7 +116,7 @@ def contest_linear(
     time: Timer = time_graphs_us,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Outcome:
-    """The library against each tile that is shipped for the epilogue.
+    """The library, by its own choice and by its best algorithms, against each shipped tile.
 
     Those of gemm_few_rows.py are tried up to `MOST_FEW_ROWS`; where they are, every candidate may
     start early, as in a forward. Parts of K are added up by the norm that reads the stream, so each
@@ -123,6 +126,10 @@ def contest_linear(
     is_gated, is_rotated = shape.epilogue == GATED, shape.epilogue == ROTATED
     product = gated_linear if is_gated else rotary_linear if is_rotated else linear
     functions: dict[str, Callable[..., object]] = {LIBRARY: partial(product, backend=LIBRARY)}
+    if product is linear:
+        functions = {LIBRARY: library_linear}
+        for algorithm in operands.algorithms():
+            functions[algorithm_name(algorithm)] = partial(library_linear, algorithm=algorithm)
     for tile in shipped_tiles(shape.epilogue):
         if is_rotated:  # which has one tile
             functions[tile_name(tile)] = partial(rotary_linear, backend="hopper")
@@ -212,6 +219,28 @@ class LinearOperands:
         angle = (position[:, :2, None] * inv_freq).flatten(1)
         return Rotation(position, turns_of(inv_freq, _HEADS), angle.cos(), angle.sin())
 
+    def algorithms(self) -> list[Algorithm]:
+        """Those of the library that are worth a careful measurement, if it has a choice."""
+        x, weight, out = self.xs[0], self.weights[0], self.outs[0]
+        if hopper_reason(x.device, x.dtype) is not None:
+            return []
+        has_bias = self.bias is not None
+        epilogue = library_epilogue(self.activation, has_bias, self.has_residual, x.dtype)
+        product = product_of(x, weight, self.bias, out, epilogue)
+        if product is None:
+            return []
+
+        def calls_of(algorithm: Algorithm) -> list[Callable[[], bool]]:
+            return [
+                partial(
+                    multiply, product, algorithm, self.xs[i % _SETS],
+                    self.weights[i % len(self.weights)], self.bias, self.outs[i % _SETS],
+                )
+                for i in range(self.num_calls)
+            ]  # fmt: skip
+
+        return fastest(proposed(product), calls_of)
+
     def works(self, function: Callable[..., object]) -> list[Work]:
         """Calls over all sets in turn, every row live."""
         return [
@@ -271,8 +300,9 @@ def num_calls_and_weights(M: int, weight_bytes: int, device: torch.device) -> tu
     """Calls in a graph, and the weights that they rotate over: twice of what L2 holds, if short."""
     if M >= _MANY_ROWS:
         return 10, _SETS + 1
+    calls = 48 if M < _SHORT_ROWS else 20
     l2 = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-    return 48, min(48, max(1, -(-2 * l2 // weight_bytes)))
+    return calls, min(calls, max(1, -(-2 * l2 // weight_bytes)))
 
 
 @torch.inference_mode()

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from ..capture.budgets import generate_budgets
 from ..encoder.families import FAMILIES
 from ..encoder.image_spec import ImageTowerSpec
 from ..encoder.spec import EncoderSpec
@@ -16,7 +17,9 @@ from .internvl_contest import INTERNVL_TOWERS, internvl_spec
 from .step_config import STEP_TOWERS
 from .towers_config import TOWERS
 
-PATCHES = (128, 256, 512, 784, 1568, 3136, 6272, 8192, 16384, 32768, 65536)
+# the rungs of the automatic ladder, four patches a token: which algorithm of the library is the
+# fastest changes from one to the next
+PATCHES = (128, *(4 * tokens for tokens in generate_budgets(64, 8192)), 65536)
 # frames and rows of each: one small image, one and eight of 448 x 448, 1024 x 1024, 2048 x 2048,
 # a long video; and those between which the rule changes from one kernel to another
 _SEGMENTS = (

@@ -1,44 +1,89 @@
 """From measured rows to the launch table of kernels/gemm_tuning.py, and its literal."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from textwrap import wrap
-from typing import Any
+from typing import Any, TypeVar
 
-from ..kernels import few_rows_tuning, gemm_tuning
+from ..kernels import few_rows_tuning, gemm_tuning, library_tuning
+from ..kernels.cublaslt import Algorithm
 from ..kernels.few_rows_tuning import FewRowsConfig, shipped_few_rows
-from ..kernels.gemm_tuning import RESIDUAL, ROTATED, HopperConfig, Table, shipped_tiles
-from .tune_contest import LIBRARY, MOST_FEW_ROWS, tile_name
+from ..kernels.gemm_tuning import GATED, RESIDUAL, ROTATED, HopperConfig, Table, shipped_tiles
+from .tune_contest import MOST_FEW_ROWS, tile_name
+from .tune_library import LIBRARY, algorithm_literal, algorithm_of, fastest_of_library, is_library
 from .tune_shapes import LinearShape
 
 Row = dict[str, Any]
 RowClasses = tuple[tuple[int, HopperConfig | None], ...]
+AlgorithmClasses = tuple[tuple[int, Algorithm | None], ...]
+Key = tuple[int, int, str]
+_Choice = TypeVar("_Choice")
 
 _WIDTH = 100
+_TOLERANCE = 1.01  # of a time to the fastest: what measurements tell apart
+
+
+def runs(times: Mapping[int, Mapping[_Choice, float]]) -> list[tuple[int, int, _Choice]]:
+    """First M, last M and choice of as few classes of M as keep every M near its fastest.
+
+    A class ends where no choice would be within `_TOLERANCE` of the fastest at each of its M; of
+    several choices that go as far, the one that is fastest there on the whole is taken.
+
+    Args:
+        times: Microseconds of each choice for each M; a choice may be missing at some.
+    """
+    ascending = sorted(times)
+    relative = [
+        {choice: time / min(times[M].values()) for choice, time in times[M].items()}
+        for M in ascending
+    ]
+    found = []
+    start = 0
+    while start < len(ascending):
+        left, end = set(relative[start]), start
+
+        def near(choices: set[_Choice], at: int) -> set[_Choice]:
+            return {c for c in choices if relative[at].get(c, math.inf) <= _TOLERANCE}
+
+        while end < len(ascending) and near(left, end):
+            left = near(left, end)
+            end += 1
+        part = relative[start:end]
+        choice = min(left, key=lambda c: (sum(each[c] for each in part), str(c)))
+        found.append((ascending[start], ascending[end - 1], choice))
+        start = end
+    return found
 
 
 def row_classes(
     times: Mapping[int, Mapping[str, float]], tiles: Mapping[str, HopperConfig]
 ) -> RowClasses:
-    """What each M takes: its fastest tile where that is no slower than the library.
+    """The tile of each M, or None for the library with the fastest of its algorithms.
 
     A class begins at the measured M from which on its tile is named, and ends at the next. A tile
     without a time at one M of these, because it was wrong or failed there, is named at none.
 
     Args:
         times: Microseconds by candidate for each M; the library is among them.
-        tiles: Candidates that are tiles; of equals the first is named.
+        tiles: Candidates that are tiles.
     """
     sound = [name for name in tiles if all(name in us for us in times.values())]
-    classes: list[tuple[int, HopperConfig | None]] = []
-    current: HopperConfig | None = None
-    for M in sorted(times):
-        us = times[M]
-        best = min(sound, key=us.__getitem__, default=None)
-        chosen = None if best is None or us[best] > us[LIBRARY] else tiles[best]
-        if chosen != current:
-            classes.append((M, chosen))
-            current = chosen
-    return tuple(classes)
+    choices = {
+        M: {None: fastest_of_library(us), **{tiles[name]: us[name] for name in sound}}
+        for M, us in times.items()
+    }
+    classes = tuple((first, tile) for first, _, tile in runs(choices))
+    return classes[1:] if classes and classes[0][1] is None else classes
+
+
+def library_classes(times: Mapping[int, Mapping[str, float]]) -> AlgorithmClasses:
+    """The algorithm of each M, or None for the library's own choice; a class ends at its M."""
+    choices = {
+        M: {algorithm_of(name): time for name, time in us.items() if is_library(name)}
+        for M, us in times.items()
+    }
+    classes = tuple((last, algorithm) for _, last, algorithm in runs(choices))
+    return classes[:-1] if classes and classes[-1][1] is None else classes
 
 
 def measured_table(
@@ -86,25 +131,59 @@ def measured_few_rows(rows: Sequence[Row], table: Table) -> few_rows_tuning.Tabl
     return found
 
 
-def literal(table: Table, labels: Mapping[tuple[int, int, str], str], note: str) -> str:
+def measured_library(
+    rows: Sequence[Row], shapes: Sequence[LinearShape], table: Table
+) -> library_tuning.Table:
+    """Algorithms of the shapes that `table` has, as far up as it leaves some M to the library.
+
+    Of two shapes that the library computes alike, with and without a pass after it, the one without
+    decides.
+    """
+    found: dict[tuple[int, int, str], AlgorithmClasses] = {}
+    for shape in sorted(shapes, key=lambda s: s.epilogue not in library_tuning.EPILOGUES):
+        if shape.key not in table or shape.epilogue in (GATED, ROTATED):
+            continue
+        epilogue = shape.epilogue if shape.epilogue in library_tuning.EPILOGUES else ""
+        times = {r["M"]: r["us"] for r in rows if r["kind"] == "linear" and _key(r) == shape.key}
+        first, tile = table[shape.key][-1] if table[shape.key] else (0, None)
+        if tile is not None:  # from there on
+            times = {M: us for M, us in times.items() if first > M}
+        found.setdefault((shape.N, shape.K, epilogue), library_classes(times))
+    return {key: classes for key, classes in found.items() if classes}
+
+
+def literal(table: Table, labels: Mapping[Key, str], note: str) -> str:
     """`table` as kernels/gemm_tuning.py holds it, under a comment `note`."""
     names = {v: k for k, v in vars(gemm_tuning).items() if isinstance(v, HopperConfig)}
-    lines = [
-        f"# {note}",
-        "TABLE: dict[tuple[int, int, str], tuple[tuple[int, HopperConfig | None], ...]] = {",
-    ]
+    kind = "dict[tuple[int, int, str], tuple[tuple[int, HopperConfig | None], ...]]"
+    return _literal(kind, table, lambda tile: str(names.get(tile, tile)), labels, note)
+
+
+def library_literal(table: library_tuning.Table, labels: Mapping[Key, str], note: str) -> str:
+    """`table` as kernels/library_tuning.py holds it, under a comment `note`."""
+    return _literal("Table", table, algorithm_literal, labels, note)
+
+
+def _literal(
+    kind: str,
+    table: Mapping[Key, tuple[tuple[int, Any], ...]],
+    name_of: Callable[[Any], str],
+    labels: Mapping[Key, str],
+    note: str,
+) -> str:
+    lines = [f"# {note}", f"TABLE: {kind} = {{"]
     for (N, K, epilogue), classes in table.items():
         label = labels.get((N, K, epilogue), "")
         lines += [f"    # {part}" for part in wrap(label, _WIDTH - 6, break_on_hyphens=False)]
         name = {RESIDUAL: "RESIDUAL", ROTATED: "ROTATED"}.get(epilogue, f'"{epilogue}"')
-        parts = [f"({first}, {names.get(tile, tile) if tile else None})" for first, tile in classes]
+        parts = [f"({bound}, {name_of(choice) if choice else None})" for bound, choice in classes]
         comma = "," if len(parts) == 1 else ""
         line = f"    ({N}, {K}, {name}): ({', '.join(parts)}{comma}),"
         if len(line) <= _WIDTH:
             lines.append(line)
         else:
             lines.append(f"    ({N}, {K}, {name}): (")
-            lines += [f"        {part}," for part in parts]
+            lines += [f"        {part}" for part in wrap(", ".join(parts) + ",", _WIDTH - 8)]
             lines.append("    ),")
     return "\n".join([*lines, "}  # fmt: skip"])
 

@@ -10,7 +10,7 @@ from .partials import load_stream
 
 
 @triton.jit
-def load_vector(ptr, d, D):
+def load_vector(ptr, d, D: tl.constexpr):
     """Columns d of a vector [1, D] in fp32; 0.0 where there is none."""
     values = 0.0
     if ptr is not None:
@@ -27,7 +27,7 @@ def load_centred(
     start,  # [ROWS, 1] int64, first elements of the rows
     live,  # [ROWS, 1]: others are not read, and zero but for the offset
     plane,  # T * D
-    D,
+    D: tl.constexpr,
     IS_RMS: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_D: tl.constexpr,

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .gemm_tuning import GATED, RESIDUAL, read_table
+from .gemm_tuning import GATED, RESIDUAL, one_of, read_table
 from .rows import ceil_div
 
 _SHARED_BYTES = 227 << 10  # that a program may have on compute capability 9.0
@@ -137,7 +137,7 @@ def few_rows_from_json(entries: Any) -> Table:
         ValueError: an entry is not of that form, or names a tile that is not among
             `shipped_few_rows`.
     """
-    return read_table(entries, shipped_few_rows, "last M")
+    return read_table(entries, one_of(shipped_few_rows), "last M")
 
 
 def few_rows_tile(

@@ -16,8 +16,9 @@ stands before both (tables.py).
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, TypeVar, get_args
 
 from .activation import Activation
@@ -179,6 +180,7 @@ def hopper_tile(
 
 
 _Tile = TypeVar("_Tile")
+TileReader = Callable[[Any, str, int], _Tile]
 AnyTable = Mapping[tuple[int, int, str], tuple[tuple[int, _Tile | None], ...]]
 
 
@@ -203,18 +205,38 @@ def table_from_json(entries: Any) -> Table:
             widths that are not multiples of 8, an unknown epilogue, a tile that is not among
             `shipped_tiles` of the epilogue.
     """
-    return read_table(entries, lambda epilogue, K: shipped_tiles(epilogue), "first M")
+    read_tile = one_of(lambda epilogue, K: shipped_tiles(epilogue))
+    return read_table(entries, read_tile, "first M")
+
+
+def one_of(tiles_for: Callable[[str, int], Iterable[_Tile]]) -> TileReader[_Tile]:
+    """A reader of tiles that an epilogue and K may have."""
+
+    def read_tile(content: Any, epilogue: str, K: int) -> _Tile:
+        known = {json.dumps(asdict(t), sort_keys=True): t for t in tiles_for(epilogue, K)}
+        name = json.dumps(content, sort_keys=True)
+        if name not in known:
+            raise ValueError(
+                f"tile {name} is none that {epilogue or 'bias'!r} runs with: {', '.join(known)}"
+            )
+        return known[name]
+
+    return read_tile
 
 
 def read_table(
-    entries: Any, tiles_for: Callable[[str, int], Iterable[_Tile]], bound: str
+    entries: Any,
+    read_tile: TileReader[_Tile],
+    bound: str,
+    epilogues: Sequence[str] = EPILOGUES,
 ) -> dict[tuple[int, int, str], tuple[tuple[int, _Tile | None], ...]]:
     """`table_from_json` of any tiles.
 
     Args:
         entries: What a file holds.
-        tiles_for: The tiles that an epilogue and K may have.
+        read_tile: From plain data, an epilogue and K to a tile; raises ValueError.
         bound: What the first number of a class of rows is.
+        epilogues: Those that an entry may have.
     """
     if not isinstance(entries, list):
         raise ValueError(f"its entries are a {type(entries).__name__} instead of a list")
@@ -225,17 +247,13 @@ def read_table(
         N, K, epilogue = entry["N"], entry["K"], entry["epilogue"]
         if not all(_is_count(width) and width % 8 == 0 for width in (N, K)):
             raise ValueError(f"entry {i}: N = {N!r} and K = {K!r} must be multiples of 8")
-        if epilogue not in EPILOGUES:
-            raise ValueError(f"entry {i}: epilogue {epilogue!r} is not one of {EPILOGUES}")
+        if epilogue not in epilogues:
+            raise ValueError(f"entry {i}: epilogue {epilogue!r} is not one of {epilogues}")
         if (N, K, epilogue) in table:
             raise ValueError(f"entry {i} repeats {(N, K, epilogue)}")
-        known = {_tile_json(tile): tile for tile in tiles_for(epilogue, K)}
-        table[N, K, epilogue] = _row_classes(entry["tiles"], known, epilogue, bound, f"entry {i}")
+        read = partial(read_tile, epilogue=epilogue, K=K)
+        table[N, K, epilogue] = _row_classes(entry["tiles"], read, bound, f"entry {i}")
     return table
-
-
-def _tile_json(tile: Any) -> str:
-    return json.dumps(asdict(tile), sort_keys=True)
 
 
 def _is_count(value: Any) -> bool:
@@ -243,7 +261,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _row_classes(
-    classes: Any, known: Mapping[str, _Tile], epilogue: str, bound: str, where: str
+    classes: Any, read_tile: Callable[[Any], _Tile], bound: str, where: str
 ) -> tuple[tuple[int, _Tile | None], ...]:
     if not isinstance(classes, list):
         raise ValueError(f"{where}: tiles is a {type(classes).__name__} instead of a list")
@@ -254,11 +272,8 @@ def _row_classes(
         limit, tile = pair
         if found and limit <= found[-1][0]:
             raise ValueError(f"{where}: {bound} {limit} does not ascend from {found[-1][0]}")
-        name = json.dumps(tile, sort_keys=True)
-        if tile is not None and name not in known:
-            raise ValueError(
-                f"{where}: tile {name} is none that {epilogue or 'bias'!r} runs with: "
-                f"{', '.join(known)}"
-            )
-        found.append((limit, None if tile is None else known[name]))
+        try:
+            found.append((limit, None if tile is None else read_tile(tile)))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
     return tuple(found)

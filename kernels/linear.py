@@ -5,11 +5,10 @@
 
 x [T, K], weight [N, K], bias [N], y and residual [T, N], all of one dtype.
 
-`backend="library"` is cuBLAS: fastest between the ranges of the two kernels below, with bias and
-tanh-GELU in its epilogue. It computes all T rows whatever `live_rows` says; other activations are a
-second pass, over live rows only. Through PyTorch it cannot add a bias and a residual in one call:
-leave the bias out and add the sum of the biases left out to what reads the residual, or use another
-backend.
+`backend="library"` is cuBLAS (library_linear.py): fastest between the ranges of the two kernels
+below, with bias and tanh-GELU in its epilogue. It computes all T rows whatever `live_rows` says;
+other activations are a second pass, over live rows only. It adds no bias to a residual: leave the
+bias out and add the sum of the biases left out to what reads the residual, or use another backend.
 `backend="triton"` is `gemm.gemm`: every epilogue, and only live rows are computed.
 `backend="hopper"` is the kernel of gemm_hopper.py, for fp16 and bf16 on compute capability 9.0:
 every epilogue, only live rows, and faster than the others from some 800 to 33,000 rows on, by layer
@@ -31,7 +30,6 @@ interpreter; "hopper" and "few_rows" refuse them.
 
 import torch
 
-from .activation import activation_
 from .few_rows_tuning import FewRowsConfig, few_rows_tile
 from .gemm import (
     check_arguments,
@@ -40,9 +38,9 @@ from .gemm import (
     gemm_ref,
     hopper_reason,
     is_aligned,
-    write_reference,
 )
 from .gemm_tuning import HopperConfig, hopper_tile, tile_by_waves
+from .library_linear import choose_algorithm, library_epilogue, library_linear
 from .rows import num_sms
 from .tables import tuning
 from .zero_padding import zero_padding_
@@ -208,19 +206,11 @@ def linear(
             x, weight, bias, activation=activation, residual=residual, out=out, live_rows=live_rows,
             config=tile,
         )  # fmt: skip
-    if not x.is_cuda:
-        return write_reference(x, weight, bias, activation, residual, out)
-    if residual is not None:
-        return residual.addmm_(x, weight.t())
-    if activation == "gelu_tanh" and bias is not None and x.dtype.itemsize == 2:
-        # on CUDA its GELU is the tanh form (on CPU it would be the erf form), by an approximate
-        # tanh whose error of 1e-5 shows in fp32
-        return torch._addmm_activation(bias, x, weight.t(), use_gelu=True, out=out)
-    if bias is None:
-        y = torch.mm(x, weight.t(), out=out)
-    else:
-        y = torch.addmm(bias, x, weight.t(), out=out)
-    return y if activation is None else activation_(y, activation, live_rows)
+    epilogue = library_epilogue(activation, bias is not None, has_residual, x.dtype)
+    return library_linear(
+        x, weight, bias, activation=activation, residual=residual, out=out, live_rows=live_rows,
+        algorithm=choose_algorithm(x, weight, epilogue),
+    )  # fmt: skip
 
 
 @torch.library.custom_op("vitgraph::linear", mutates_args=())

@@ -106,10 +106,41 @@ def cost(T: int, D: int, dtype: torch.dtype) -> Cost:
 
 
 @triton.jit
-def _store(y, weight, bias, y_ptr, row_start, live, in_rows, d, D):
+def _store(y, weight, bias, y_ptr, row_start, live, in_rows, d, D: tl.constexpr):
     """Scale and shift columns d of normalised rows, and write them."""
     y = tl.where(live, y * weight + bias, 0.0).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + row_start + d[None, :], y, mask=in_rows & (d < D)[None, :])
+
+
+@triton.jit
+def _norm_rows(
+    x_ptr, partials_ptr, weight_ptr, bias_ptr, offset_ptr, destination_ptr, y_ptr,
+    offset, weight, bias,  # columns of the first block; the latter two only with PDL
+    r, live, in_rows, T, eps,
+    D: tl.constexpr, IS_RMS: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_D: tl.constexpr, REST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Normalise rows r [ROWS]; of masks that are constants, nothing is left."""
+    d = tl.arange(0, BLOCK_D)
+    # int64 before the multiply: T * D passes 2**31 at 1.9M rows of width 1152
+    start = r[:, None].to(tl.int64) * D
+    x, rest, squares = load_centred(
+        x_ptr, partials_ptr, offset, offset_ptr, start, live, T.to(tl.int64) * D, D,
+        IS_RMS, SPLITS, BLOCK_D, REST,
+    )  # fmt: skip
+    if not PDL:  # many rows: registers hold more of them meanwhile
+        weight = load_vector(weight_ptr, d, D)
+        bias = load_vector(bias_ptr, d, D)
+    scale = (1.0 / tl.sqrt(squares / D + eps))[:, None]
+    if destination_ptr is not None:
+        row = tl.load(destination_ptr + r, mask=r < T, other=0)
+        start = row[:, None].to(tl.int64) * D
+    _store(x * scale, weight, bias, y_ptr, start, live, in_rows, d, D)
+    if REST > 0:
+        rest_d = BLOCK_D + tl.arange(0, REST)
+        rest_weight = load_vector(weight_ptr, rest_d, D)
+        rest_bias = load_vector(bias_ptr, rest_d, D)
+        _store(rest * scale, rest_weight, rest_bias, y_ptr, start, live, in_rows, rest_d, D)
 
 
 @triton.jit(do_not_specialize=["T"])  # one compilation for all row counts
@@ -123,8 +154,8 @@ def _norm_kernel(
     live_ptr,  # [1] or None, in units of 1 / LIVE_GROUP rows
     y_ptr,  # [T, D]
     T,
-    D,
     eps,
+    D: tl.constexpr,
     IS_RMS: tl.constexpr,
     LIVE_GROUP: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -145,27 +176,21 @@ def _norm_kernel(
     num_live = T
     if live_ptr is not None:
         num_live = tl.load(live_ptr) // LIVE_GROUP
-    live = (r < num_live)[:, None]
-    in_rows = (r < T)[:, None]
-    # int64 before the multiply: T * D passes 2**31 at 1.9M rows of width 1152
-    start = r[:, None].to(tl.int64) * D
-    x, rest, squares = load_centred(
-        x_ptr, partials_ptr, offset, offset_ptr, start, live, T.to(tl.int64) * D, D,
-        IS_RMS, SPLITS, BLOCK_D, REST,
-    )  # fmt: skip
-    if not PDL:  # many rows: registers hold more of them meanwhile
-        weight = load_vector(weight_ptr, d, D)
-        bias = load_vector(bias_ptr, d, D)
-    scale = (1.0 / tl.sqrt(squares / D + eps))[:, None]
-    if destination_ptr is not None:
-        row = tl.load(destination_ptr + r, mask=r < T, other=0)
-        start = row[:, None].to(tl.int64) * D
-    _store(x * scale, weight, bias, y_ptr, start, live, in_rows, d, D)
-    if REST > 0:
-        rest_d = BLOCK_D + tl.arange(0, REST)
-        rest_weight = load_vector(weight_ptr, rest_d, D)
-        rest_bias = load_vector(bias_ptr, rest_d, D)
-        _store(rest * scale, rest_weight, rest_bias, y_ptr, start, live, in_rows, rest_d, D)
+    num_live = tl.minimum(num_live, T)
+    # nearly all programs have live rows alone: theirs need no masks, a quarter of the instructions
+    if (tl.program_id(0) + 1) * ROWS <= num_live:
+        whole = tl.full([ROWS, 1], 1, tl.int1)
+        _norm_rows(
+            x_ptr, partials_ptr, weight_ptr, bias_ptr, offset_ptr, destination_ptr, y_ptr,
+            offset, weight, bias, r, whole, whole, T, eps,
+            D, IS_RMS, SPLITS, BLOCK_D, REST, PDL,
+        )  # fmt: skip
+    else:
+        _norm_rows(
+            x_ptr, partials_ptr, weight_ptr, bias_ptr, offset_ptr, destination_ptr, y_ptr,
+            offset, weight, bias, r, (r < num_live)[:, None], (r < T)[:, None], T, eps,
+            D, IS_RMS, SPLITS, BLOCK_D, REST, PDL,
+        )  # fmt: skip
 
 
 def norm(
@@ -232,7 +257,7 @@ def norm(
     block_d, rest = blocks(D, launch)
     launch_kernel(
         _norm_kernel, (triton.cdiv(T, launch.rows),),
-        x, partials, weight, bias, offset, destination, live_rows, y, T, D, eps,
+        x, partials, weight, bias, offset, destination, live_rows, y, T, eps, D=D,
         IS_RMS=kind == "rms", LIVE_GROUP=live_group, SPLITS=num_partials(partials),
         ROWS=launch.rows, BLOCK_D=block_d, REST=rest, num_warps=launch.num_warps, **pdl_options(x),
     )  # fmt: skip

@@ -64,49 +64,20 @@ def _normed(
     return torch.cat([v, v.new_zeros(x.shape[0] - n, x.shape[1])])
 
 
-@triton.jit(do_not_specialize=["T"])  # one compilation for all row counts
-def _norm_fp8_kernel(
-    x_ptr,  # [T, D]
-    weight_ptr,  # [D]
-    bias_ptr,  # [D] or None
-    offset_ptr,  # [D] fp32 or None
-    live_ptr,  # [1] or None
-    q_ptr,  # [T, D]
-    scale_ptr,  # [T]
-    norms_ptr,  # [2] or None
-    bound_ptr,  # [T] or None
-    T,
-    D,
-    stride_qt,
-    eps,
-    IS_RMS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    REST: tl.constexpr,  # width of the second block of a row, or 0
-    # rows of q start at multiples of 8: a thread then writes the columns that it has read of x, and
-    # none are exchanged between threads for stores of 16
-    ALIGNED: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    d = tl.arange(0, BLOCK_D)
-    offset = load_vector(offset_ptr, d, D)
-    weight = offset  # read below, or behind the sums
-    bias = offset
-    if PDL:
-        weight = load_vector(weight_ptr, d, D)
-        bias = load_vector(bias_ptr, d, D)
-    wait_for_previous(PDL)
-    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    num_live = T
-    if live_ptr is not None:
-        num_live = tl.load(live_ptr)
-    # rows past T are neither live nor written
-    live = (r < tl.minimum(num_live, T))[:, None]
-    in_rows = (r < T)[:, None]
+@triton.jit
+def _norm_fp8_rows(
+    x_ptr, weight_ptr, bias_ptr, offset_ptr, q_ptr, scale_ptr, norms_ptr, bound_ptr,
+    offset, weight, bias,  # columns of the first block; the latter two only with PDL
+    r, live, in_rows, T, stride_qt, eps,
+    D: tl.constexpr, IS_RMS: tl.constexpr, BLOCK_D: tl.constexpr, REST: tl.constexpr,
+    ALIGNED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Normalise and quantise rows r [ROWS]; of masks that are constants, nothing is left."""
     # int64 before the multiply: T * D passes 2**31 at 1.9M rows of width 1152
     row = r[:, None].to(tl.int64)
     start = row * D
     q_row = q_ptr + row * stride_qt
+    d = tl.arange(0, BLOCK_D)
     x, rest, squares = load_centred(
         x_ptr, None, offset, offset_ptr, start, live, 0, D, IS_RMS, 0, BLOCK_D, REST
     )
@@ -137,6 +108,58 @@ def _norm_fp8_kernel(
         tl.store(at, q, mask=in_rows & (rest_d < D)[None, :])
         squares += tl.sum(rest * rest, axis=1)
     store_bounds(bound_ptr, norms_ptr, r, T, squares)
+
+
+@triton.jit(do_not_specialize=["T"])  # one compilation for all row counts
+def _norm_fp8_kernel(
+    x_ptr,  # [T, D]
+    weight_ptr,  # [D]
+    bias_ptr,  # [D] or None
+    offset_ptr,  # [D] fp32 or None
+    live_ptr,  # [1] or None
+    q_ptr,  # [T, D]
+    scale_ptr,  # [T]
+    norms_ptr,  # [2] or None
+    bound_ptr,  # [T] or None
+    T,
+    stride_qt,
+    eps,
+    D: tl.constexpr,
+    IS_RMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    REST: tl.constexpr,  # width of the second block of a row, or 0
+    # rows of q start at multiples of 8: a thread then writes the columns that it has read of x, and
+    # none are exchanged between threads for stores of 16
+    ALIGNED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    d = tl.arange(0, BLOCK_D)
+    offset = load_vector(offset_ptr, d, D)
+    weight = offset  # read below, or behind the sums
+    bias = offset
+    if PDL:
+        weight = load_vector(weight_ptr, d, D)
+        bias = load_vector(bias_ptr, d, D)
+    wait_for_previous(PDL)
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    num_live = T
+    if live_ptr is not None:
+        num_live = tl.minimum(tl.load(live_ptr), T)
+    # as in norm.py: nearly all programs have live rows alone
+    if (tl.program_id(0) + 1) * ROWS <= num_live:
+        whole = tl.full([ROWS, 1], 1, tl.int1)
+        _norm_fp8_rows(
+            x_ptr, weight_ptr, bias_ptr, offset_ptr, q_ptr, scale_ptr, norms_ptr, bound_ptr,
+            offset, weight, bias, r, whole, whole, T, stride_qt, eps,
+            D, IS_RMS, BLOCK_D, REST, ALIGNED, PDL,
+        )  # fmt: skip
+    else:
+        _norm_fp8_rows(
+            x_ptr, weight_ptr, bias_ptr, offset_ptr, q_ptr, scale_ptr, norms_ptr, bound_ptr,
+            offset, weight, bias, r, (r < num_live)[:, None], (r < T)[:, None], T, stride_qt, eps,
+            D, IS_RMS, BLOCK_D, REST, ALIGNED, PDL,
+        )  # fmt: skip
 
 
 def norm_fp8(
@@ -196,7 +219,7 @@ def norm_fp8(
     launch_kernel(
         _norm_fp8_kernel, (ceil_div(T, launch.rows),),
         x, weight, bias, offset, live_rows, q, scale, bounds and bounds.norms,
-        bounds and bounds.out, T, D, q.stride(0), eps,
+        bounds and bounds.out, T, q.stride(0), eps, D=D,
         IS_RMS=kind == "rms", ROWS=launch.rows, BLOCK_D=block_d, REST=rest,
         ALIGNED=q.data_ptr() % 8 == 0 and q.stride(0) % 8 == 0,
         num_warps=launch.num_warps, **pdl_options(x),

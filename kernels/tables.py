@@ -5,7 +5,8 @@ For a layer of M rows the first of these that has an entry of its shape decides:
 1. what the user has measured on this GPU by `vitgraph tune`: tiles of few rows against all others,
    and those against the library (the file of tuning_cache.py);
 2. the shipped tiles of few rows (few_rows_tuning.py), up to the last M of their entry;
-3. the shipped table (gemm_tuning.py), else its rule between what was measured, else the library.
+3. the shipped table (gemm_tuning.py), else its rule between what was measured, else the library,
+   by the algorithm that was measured to be its fastest (library_tuning.py), if one was.
 
 The file is read once in a process, when a GPU is first asked for, so the choice cannot change under
 a graph.
@@ -20,9 +21,10 @@ from pathlib import Path
 
 import torch
 
-from . import few_rows_tuning, gemm_tuning
+from . import few_rows_tuning, gemm_tuning, library_tuning
 from .few_rows_tuning import few_rows_from_json
 from .gemm_tuning import table_from_json, table_to_json
+from .library_tuning import library_from_json
 from .tuning_cache import read_tuning, tuning_path
 
 
@@ -33,11 +35,13 @@ class Tuning:
     Attributes:
         table: As in gemm_tuning.py.
         few_rows: As in few_rows_tuning.py; asked first.
+        library: As in library_tuning.py; asked last.
         path: The user's file.
     """
 
     table: gemm_tuning.Table
     few_rows: few_rows_tuning.Table
+    library: library_tuning.Table
     path: Path | None = None
 
     @functools.cached_property
@@ -47,11 +51,13 @@ class Tuning:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def fingerprint(self) -> str:
-        """Changes with both tables."""
-        return f"gemm={self.digest} few_rows={few_rows_tuning.table_digest(self.few_rows)}"
+        """Changes with each of the tables."""
+        few_rows = few_rows_tuning.table_digest(self.few_rows)
+        library = library_tuning.table_digest(self.library)
+        return f"gemm={self.digest} few_rows={few_rows} library={library}"
 
 
-_SHIPPED = Tuning(gemm_tuning.TABLE, few_rows_tuning.TABLE)
+_SHIPPED = Tuning(gemm_tuning.TABLE, few_rows_tuning.TABLE, library_tuning.TABLE)
 _lock = threading.Lock()
 
 
@@ -94,6 +100,7 @@ def _tuning_of_gpu(gpu: str) -> Tuning:
             return _SHIPPED
         table = table_from_json(content.get("gemm"))
         few_rows = few_rows_from_json(content.get("few_rows"))
+        library = library_from_json(content.get("library"))
     except (ValueError, OSError, RecursionError) as error:
         raise ValueError(
             f"linear: {path}, the launch table measured on this GPU, cannot be used ({error}); "
@@ -101,4 +108,9 @@ def _tuning_of_gpu(gpu: str) -> Tuning:
         ) from error
     # a measured shape without a tile of few rows was faster without one
     measured = {**dict.fromkeys(table, ()), **few_rows}
-    return Tuning({**gemm_tuning.TABLE, **table}, {**few_rows_tuning.TABLE, **measured}, path)
+    return Tuning(
+        {**gemm_tuning.TABLE, **table},
+        {**few_rows_tuning.TABLE, **measured},
+        {**library_tuning.TABLE, **library},
+        path,
+    )

@@ -16,7 +16,7 @@ import torch
 import triton
 
 # of the file; another one is not found, so older files are left alone
-FORMAT = 2
+FORMAT = 3
 
 
 def cache_folder() -> Path:

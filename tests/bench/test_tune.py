@@ -11,11 +11,21 @@ from vitgraph.bench.__main__ import main
 from vitgraph.bench.registry import REGISTRY
 from vitgraph.bench.timing import TimeBudget
 from vitgraph.bench.tune_contest import Outcome, tile_name
+from vitgraph.bench.tune_library import algorithm_literal, algorithm_name, algorithm_of
 from vitgraph.bench.tune_shapes import PATCHES, AttentionShape, LinearShape, linear_shapes
-from vitgraph.bench.tune_table import few_rows_classes, literal, measured_table, row_classes
+from vitgraph.bench.tune_table import (
+    few_rows_classes,
+    library_classes,
+    literal,
+    measured_library,
+    measured_table,
+    row_classes,
+    runs,
+)
 from vitgraph.encoder.cli import app
 from vitgraph.kernels import gemm_tuning, tables
 from vitgraph.kernels.attention_fa4 import Tile
+from vitgraph.kernels.cublaslt import Algorithm
 from vitgraph.kernels.few_rows_tuning import FewRowsConfig, few_rows_from_json
 from vitgraph.kernels.gemm import hopper_reason
 from vitgraph.kernels.gemm_tuning import (
@@ -27,6 +37,7 @@ from vitgraph.kernels.gemm_tuning import (
     HopperConfig,
     table_from_json,
 )
+from vitgraph.kernels.library_tuning import library_from_json
 from vitgraph.kernels.tuning_cache import read_tuning
 
 SQUARE_NAME, WIDE_NAME = tile_name(SQUARE), tile_name(WIDE)
@@ -41,15 +52,84 @@ def us(library, square, wide):
 # what the table says of made-up times
 
 
-def test_a_tile_is_named_from_the_first_m_on_at_which_it_is_no_slower():
+def test_a_tile_is_named_from_the_first_m_on_at_which_it_is_faster():
     times = {
-        100: us(9.9, 10.0, 12.0),
-        200: us(10.0, 10.0, 11.0),
+        100: us(9.0, 10.0, 12.0),
+        200: us(10.0, 9.5, 11.0),
         300: us(20.0, 12.0, 11.0),
         400: us(30.0, 12.0, 11.0),
         500: us(40.0, 39.0, 41.0),
     }
     assert row_classes(times, TILES) == ((200, SQUARE), (300, WIDE), (500, SQUARE))
+
+
+def test_a_class_goes_on_while_its_choice_is_as_fast_as_can_be_told():
+    times = {100: us(10.0, 9.0, 9.05), 200: us(10.0, 9.08, 9.0), 300: us(9.0, 9.08, 9.2)}
+    assert row_classes(times, TILES) == ((100, SQUARE),)
+    times[300] = us(9.0, 9.1, 9.05)
+    assert row_classes(times, TILES) == ((100, WIDE),)
+    times[300] = us(8.9, 9.1, 9.05)
+    assert row_classes(times, TILES) == ((100, WIDE), (300, None))
+    assert runs({1: {"a": 1.0, "b": 1.0}, 2: {"a": 1.0}, 3: {"b": 1.0}}) == [
+        (1, 2, "a"),
+        (3, 3, "b"),
+    ]
+    assert runs({}) == []
+
+
+ONE, OTHER = Algorithm(183, 2, 7), Algorithm(24, 5, 3, kind=21, splits=2)
+
+
+def lib(own, **algorithms):
+    return {"library": own} | {algorithm_name(globals()[n]): us for n, us in algorithms.items()}
+
+
+def test_the_library_counts_by_its_fastest_algorithm():
+    times = {100: {**us(9.0, 8.0, 9.0), **lib(9.0, ONE=7.5)}, 200: us(9.0, 8.0, 9.0)}
+    assert row_classes(times, TILES) == ((200, SQUARE),)
+
+
+def test_an_algorithm_is_named_up_to_the_last_m_at_which_it_is_the_fastest():
+    times = {
+        100: lib(5.0, ONE=4.0),
+        200: lib(5.0, ONE=4.0, OTHER=4.5) | {SQUARE_NAME: 1.0},
+        300: lib(5.0, ONE=5.5, OTHER=4.0),
+        400: lib(5.0),
+    }
+    assert library_classes(times) == ((200, ONE), (300, OTHER))
+    assert library_classes({500: lib(1.0, ONE=2.0)}) == ()
+    times[50] = lib(3.0, ONE=4.0)
+    assert library_classes(times) == ((50, None), (200, ONE), (300, OTHER))
+
+
+def test_algorithms_go_as_far_up_as_the_library_does():
+    shape = LinearShape("qkv", 8, 8, "")
+    rows = [row(shape, M, {**us(9.0, own, 12.0), **lib(9.0, ONE=8.0)}) for M, own in TIMES]
+    table = measured_table(rows, [shape], [M for M, _ in TIMES])
+    assert table == {shape.key: ((10, SQUARE), (20, None), (40, SQUARE))}
+    assert measured_library(rows, [shape], table) == {shape.key: ((30, ONE),)}
+    assert measured_library(rows, [shape], {}) == {}
+
+
+TIMES = ((10, 7.0), (20, 9.0), (30, 9.0), (40, 7.0))
+
+
+def test_a_product_before_a_pass_goes_by_the_one_without_it():
+    plain, passed = LinearShape("fc2", 8, 8, ""), LinearShape("fc1", 8, 8, "gelu_erf")
+    gate = LinearShape("gate", 16, 8, GATED)
+    rows = [row(passed, 10, lib(9.0, ONE=8.0)), row(gate, 10, lib(9.0, ONE=8.0))]
+    table = {shape.key: () for shape in (passed, plain, gate)}
+    assert measured_library(rows, [passed, gate], table) == {plain.key: ((10, ONE),)}
+    rows.append(row(plain, 10, lib(9.0, OTHER=8.0)))
+    assert measured_library(rows, [passed, gate, plain], table) == {plain.key: ((10, OTHER),)}
+
+
+def test_names_of_algorithms_lead_back_to_them():
+    for algorithm in (ONE, OTHER):
+        assert algorithm_of(algorithm_name(algorithm)) == algorithm
+        assert eval(algorithm_literal(algorithm)) == algorithm
+    assert algorithm_name(ONE) == "library tile=183 custom=2 cluster=7"
+    assert [algorithm_of(name) for name in ("library", SQUARE_NAME, "few 64x64s6p3")] == [None] * 3
 
 
 def test_the_library_comes_back_where_it_is_faster_again():
@@ -111,7 +191,12 @@ def test_a_tile_that_the_epilogue_cannot_have_is_never_named():
 def evaluated(text):
     body = text.partition(" = ")[2]
     names = {name: value for name, value in vars(gemm_tuning).items() if name.isupper()}
-    return eval(body, {**names, "HopperConfig": HopperConfig})
+    return eval(body, {**names, "HopperConfig": HopperConfig, "Algorithm": Algorithm})
+
+
+def both(text):
+    ours, library = text.strip().split("\n\n")
+    return evaluated(ours), evaluated(library)
 
 
 def test_the_literal_is_the_table():
@@ -185,7 +270,7 @@ def test_a_run_measures_every_shape_at_its_rows():
     assert "8x8 bias" in text
     line = next(line for line in text.splitlines() if line.startswith(FRAMES.label))
     assert line.split()[-3:] == ["fa4", "64x112_rs", "triton"]
-    assert evaluated(tune.printed_table(result)) == result.table
+    assert both(tune.printed_table(result)) == (result.table, result.library)
 
 
 def test_without_time_the_rest_is_left_out_and_named():
@@ -217,6 +302,23 @@ def test_tiles_of_few_rows_are_stored_beside_the_others(user_cache):
     content = json.loads(tune.store(result, GPU).read_text())
     assert few_rows_from_json(content["few_rows"]) == result.few_rows
     assert few_rows_from_json(tune.settings(result, [256])["few_rows"]) == result.few_rows
+
+
+def test_algorithms_of_the_library_are_stored_beside_the_tiles(user_cache):
+    def measure(shape, M):
+        return outcome_of({**us(9.0, 8.0 if M > 300 else 9.0, 9.0), **lib(9.0, ONE=8.5)})
+
+    shape = LinearShape("qkv", 64, 64, "")
+    result = tune.run([shape], [], [256, 512], measure_linear=measure, measure_attention=None)
+    assert result.table == {shape.key: ((512, SQUARE),)}
+    assert result.library == {shape.key: ((256, ONE),)}
+    content = json.loads(tune.store(result, GPU).read_text())
+    assert library_from_json(content["library"]) == result.library
+    assert library_from_json(tune.settings(result, [256])["library"]) == result.library
+    assert both(tune.printed_table(result)) == (result.table, result.library)
+    head = next(line.split() for line in tune.summary(result).splitlines() if " us " in line)
+    columns = ["library", SQUARE_NAME, WIDE_NAME, "its algorithms"]
+    assert " ".join(head) == f"linear M {' us '.join(columns)} us fastest"
 
 
 def test_the_table_is_stored_for_this_gpu(user_cache):
@@ -292,7 +394,7 @@ def test_bench_tune(imaginary_gpu, tmp_path, capsys, monkeypatch):
     assert [r["kind"] for r in content["rows"]] == ["linear"] * 2 + ["attention"] * 22
     assert "3072x1024 bias" in capsys.readouterr().out
     assert main([*command, "qkv qwen3-vl-2b", "--print"]) == 0
-    assert evaluated(capsys.readouterr().out) == {(3072, 1024, ""): ((784, WIDE),)}
+    assert both(capsys.readouterr().out) == ({(3072, 1024, ""): ((784, WIDE),)}, {})
 
 
 @pytest.mark.parametrize(

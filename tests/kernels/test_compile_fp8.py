@@ -39,14 +39,14 @@ def test_norm_fp8(D, T, is_rms, has_bounds):
         {
             "x_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*bf16", "offset_ptr": "*fp32",
             "live_ptr": "*i32", "q_ptr": "*fp8e4nv", "scale_ptr": "*fp32",
-            "norms_ptr": "*fp32", "bound_ptr": "*fp32", "T": "i32", "D": "i32",
+            "norms_ptr": "*fp32", "bound_ptr": "*fp32", "T": "i32",
             "stride_qt": "i32", "eps": "fp32",
         },
         absent | {
-            "IS_RMS": is_rms, "ROWS": launch.rows, "BLOCK_D": block_d,
+            "D": D, "IS_RMS": is_rms, "ROWS": launch.rows, "BLOCK_D": block_d,
             "REST": rest, "ALIGNED": True, "PDL": False,
         },
-        divisible=["D", "stride_qt"],
+        divisible=["stride_qt"],
         num_warps=launch.num_warps,
     )  # fmt: skip
     assert info.spill_bytes == 0
@@ -54,7 +54,9 @@ def test_norm_fp8(D, T, is_rms, has_bounds):
         assert info.registers <= 72  # seven programs of four warps on a multiprocessor
     else:  # five to a sum or maximum of each row and block; none for vectors and columns of q
         results = 3 if is_rms else 4
-        assert info.count("SHFL") <= 5 * results * launch.rows * (2 if rest else 1) + 4
+        exchanges = 5 * results * launch.rows * (2 if rest else 1) + 4
+        # once for programs of live rows alone, which are spared a fifth of the instructions
+        assert info.count("SHFL") <= 2 * exchanges
     assert loads(info) >= launch.rows * block_d // (launch.num_warps * 32 * 8)
     assert stores(info) >= 1
     assert CAST in info.ptx

@@ -27,13 +27,12 @@ def test_norm(D, T, is_rms):
         norm._norm_kernel,
         {
             "x_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*bf16", "offset_ptr": "*fp32",
-            "live_ptr": "*i32", "y_ptr": "*bf16", "T": "i32", "D": "i32", "eps": "fp32",
+            "live_ptr": "*i32", "y_ptr": "*bf16", "T": "i32", "eps": "fp32",
         },
         none | {
-            "IS_RMS": is_rms, "LIVE_GROUP": 1, "SPLITS": 0, "ROWS": launch.rows,
+            "D": D, "IS_RMS": is_rms, "LIVE_GROUP": 1, "SPLITS": 0, "ROWS": launch.rows,
             "BLOCK_D": block_d, "REST": rest, "PDL": False,
         },
-        divisible=["D"],
         num_warps=launch.num_warps,
     )  # fmt: skip
     assert info.spill_bytes == 0
@@ -41,7 +40,8 @@ def test_norm(D, T, is_rms):
     assert info.count("STG.E.128") >= 1
     if launch.split:  # five to a sum of each row and block; none for vectors
         sums = 1 if is_rms else 2
-        assert info.count("SHFL") <= 5 * sums * launch.rows * (2 if rest else 1)
+        # once for programs of live rows alone, which are spared a third of the instructions
+        assert info.count("SHFL") <= 2 * 5 * sums * launch.rows * (2 if rest else 1)
 
 
 @pytest.mark.parametrize("has_norm", [False, True], ids=["plain", "norm"])

@@ -57,9 +57,9 @@ def forget():
     tables._tuning_of_gpu.cache_clear()
 
 
-def keep(table, gpu=GPU, few_rows=None):
-    few_rows = table_to_json(few_rows or {})
-    return write_tuning(gpu, {"gemm": table_to_json(table), "few_rows": few_rows})
+def keep(table, gpu=GPU, few_rows=None, library=None):
+    tables = {"gemm": table, "few_rows": few_rows or {}, "library": library or {}}
+    return write_tuning(gpu, {name: table_to_json(table) for name, table in tables.items()})
 
 
 def chosen(M=16384, N=3456, K=1152, device=DEVICE):
@@ -389,7 +389,7 @@ def entry(**changes):
 def test_a_damaged_entry_is_refused_with_the_file_and_the_way_out(entries, message):
     with pytest.raises(ValueError, match=message):
         table_from_json(entries)
-    path = write_tuning(GPU, {"gemm": entries, "few_rows": []})
+    path = write_tuning(GPU, {"gemm": entries, "few_rows": [], "library": []})
     for use in (chosen, lambda: tuning(DEVICE).digest, chosen):  # each time, not only the first
         with pytest.raises(ValueError, match="vitgraph tune") as caught:
             use()

@@ -107,14 +107,14 @@ def inspect_norm(early, splits=0, D=1152):
         norm._norm_kernel,
         {
             "x_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*bf16", "offset_ptr": "*fp32",
-            "live_ptr": "*i32", "y_ptr": "*bf16", "T": "i32", "D": "i32", "eps": "fp32",
+            "live_ptr": "*i32", "y_ptr": "*bf16", "T": "i32", "eps": "fp32",
             **({"partials_ptr": "*fp32"} if splits else {}),
         },
         absent | {
             "IS_RMS": False, "LIVE_GROUP": 1, "SPLITS": splits, "ROWS": launch.rows,
-            "BLOCK_D": width, "REST": rest, "PDL": early,
+            "D": D, "BLOCK_D": width, "REST": rest, "PDL": early,
         },
-        divisible=["D"], num_warps=launch.num_warps, launch_pdl=early,
+        num_warps=launch.num_warps, launch_pdl=early,
     )  # fmt: skip
 
 
@@ -173,13 +173,13 @@ def inspect_norm_fp8(early):
         {
             "x_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*bf16", "offset_ptr": "*fp32",
             "live_ptr": "*i32", "q_ptr": "*fp8e4nv", "scale_ptr": "*fp32", "norms_ptr": "*fp32",
-            "bound_ptr": "*fp32", "T": "i32", "D": "i32", "stride_qt": "i32", "eps": "fp32",
+            "bound_ptr": "*fp32", "T": "i32", "stride_qt": "i32", "eps": "fp32",
         },
         {
-            "IS_RMS": False, "ROWS": launch.rows, "BLOCK_D": width, "REST": rest,
+            "D": 1152, "IS_RMS": False, "ROWS": launch.rows, "BLOCK_D": width, "REST": rest,
             "ALIGNED": True, "PDL": early,
         },
-        divisible=["D", "stride_qt"], num_warps=launch.num_warps, launch_pdl=early,
+        divisible=["stride_qt"], num_warps=launch.num_warps, launch_pdl=early,
     )  # fmt: skip
 
 
