@@ -162,9 +162,10 @@ def proposals(product: Product) -> list[Algorithm]:
     if _library() is None:
         return []
     found, count = (_Found * _MOST_PROPOSALS)(), c_int(0)
+    matrices = _Matrices(product)
     with _preference() as preference, _description(product, None) as description:
         status = _library().cublasLtMatmulAlgoGetHeuristic(
-            _handle(product.device), description, *_Matrices(product).abcd, preference,
+            _handle(product.device), description, *matrices.abcd, preference,
             c_int(_MOST_PROPOSALS), found, byref(count),
         )  # fmt: skip
     if status == _NOT_SUPPORTED:
@@ -206,7 +207,7 @@ def multiply(
 
 
 class _Matrices:
-    """Weight, x and y as cuBLASLt describes them.
+    """Weight, x and y as cuBLASLt describes them, as long as this object lives.
 
     It works by columns, and a row of ours is a column of its: y.T = weight @ x.T.
     """
@@ -271,13 +272,14 @@ def _described(words: Any) -> Algorithm:
 
 @contextmanager
 def _description(product: Product, bias: torch.Tensor | None) -> Iterator[c_void_p]:
-    """A `cublasLtMatmulDesc_t`, with the address of `bias` if there is one."""
+    """A `cublasLtMatmulDesc_t`; `bias` may be None for what reads none of its values."""
     epilogue = _GELU_WITH_BIAS if product.epilogue == "gelu_tanh" else _PLAIN
     if product.has_bias and epilogue == _PLAIN:
         epilogue = _WITH_BIAS
     attributes = [(_TRANS_A, c_int32(1)), (_TRANS_B, c_int32(0)), (_EPILOGUE, c_uint32(epilogue))]
-    if bias is not None:
-        attributes.append((_BIAS, c_void_p(bias.data_ptr())))
+    if product.has_bias:
+        address = _ALIGNMENT if bias is None else bias.data_ptr()  # 0 would stand for no bias
+        attributes.append((_BIAS, c_void_p(address)))
     description = c_void_p()
     _call("cublasLtMatmulDescCreate", byref(description), c_int(_COMPUTE_FLOAT), c_int(_FLOAT))
     try:

@@ -1,8 +1,13 @@
 """Products by a named algorithm of cuBLASLt, and the table that names them."""
 
+import ctypes
+import gc
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,6 +128,167 @@ def test_without_the_library_everything_is_left_to_pytorch(monkeypatch):
 def test_operands_on_a_cpu_are_no_product():
     x = torch.ones(8, 8, dtype=BF16)
     assert product_of(x, x, None, x, "") is None
+
+
+# what is handed to the library
+
+
+class FakeLibrary:
+    """Keeps what cuBLASLt would, and knows what is alive."""
+
+    def __init__(self, proposed=(), sound=True):
+        self.proposed, self.sound = proposed, sound
+        self.alive, self.made, self.multiplied = {}, 0, []
+
+    def __getattr__(self, name):
+        kind = name.removeprefix("cublasLt").removeprefix("Matmul")
+        if not kind:
+            return self.multiply
+        for end, what in (("Create", self._create), ("Destroy", self._destroy)):
+            if kind.endswith(end):
+                return partial(what, kind.removesuffix(end))
+        return getattr(self, re.sub("(?=[A-Z])", "_", kind).lower())
+
+    def _create(self, kind, pointer, *settings):
+        self.made += 1
+        pointer._obj.value = self.made
+        self.alive[self.made] = [kind, *(setting.value for setting in settings)]
+        return 0
+
+    def _destroy(self, kind, pointer):
+        assert self.alive.pop(pointer.value)[0] == kind
+        return 0
+
+    def _get_version(self):
+        return 130102
+
+    def _desc_set_attribute(self, pointer, number, value, size):
+        assert size.value == ctypes.sizeof(value._obj)
+        self.alive[pointer.value].append((number.value, value._obj.value))
+        return 0
+
+    _preference_set_attribute = _desc_set_attribute
+
+    def _algo_init(self, handle, *rest):
+        *types, kind, words = rest
+        assert [t.value for t in types] == [68, 0, 14, 14, 14, 14]
+        words[0] = kind.value
+        return 0
+
+    def _algo_config_set_attribute(self, words, number, value, size):
+        assert size.value == ctypes.sizeof(value._obj)
+        words[number.value % 8] += value._obj.value << (32 if number.value > 7 else 0)
+        return 0
+
+    def _algo_config_get_attribute(self, words, number, value, size, written):
+        assert size.value == ctypes.sizeof(value._obj)
+        word = words[number.value % 8]
+        value._obj.value = word >> 32 if number.value > 7 else word & 0xFFFFFFFF
+        return 0
+
+    def _operands(self, description, matrices):
+        return [self.alive[pointer.value] for pointer in (description, *matrices)]
+
+    def _algo_check(self, handle, description, a, b, c, d, words, found):
+        self._operands(description, (a, b, c, d))
+        return 0 if self.sound else 15
+
+    def _algo_get_heuristic(self, handle, description, a, b, c, d, preference, *rest):
+        self._operands(description, (a, b, c, d))
+        assert self.alive[preference.value][1:] == [(1, 0)]  # no workspace
+        _most, found, count = rest
+        if not self.proposed:
+            return 15
+        for i, (algorithm, state) in enumerate(self.proposed):
+            found[i].words[0], found[i].state = algorithm.kind, state
+            for name, (number, kind) in cublaslt._ATTRIBUTES.items():
+                if name != "kind":
+                    value = kind(getattr(algorithm, name))
+                    self._algo_config_set_attribute(
+                        found[i].words, ctypes.c_int(number), ctypes.byref(value),
+                        ctypes.c_size_t(ctypes.sizeof(value)),
+                    )  # fmt: skip
+        count._obj.value = len(self.proposed)
+        return 0
+
+    def multiply(self, handle, description, *rest):
+        one, of_a, a, of_b, b, scale, of_c, c, of_d, d, words, workspace, size, _stream = rest
+        assert (one._obj.value, workspace, size.value) == (1.0, None, 0)
+        made = cublaslt._described(words)
+        addresses = [pointer.value for pointer in (of_a, of_b, of_c, of_d)]
+        operands = self._operands(description, (a, b, c, d))
+        self.multiplied.append((made, scale._obj.value, addresses, operands))
+        return 0
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    made = FakeLibrary([(ONE, 0), (OTHER, 0), (UNKNOWN, 15)])
+    monkeypatch.setattr(cublaslt, "_library", lambda: made)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
+    for cache in (cublaslt._plan, cublaslt._handle):
+        cache.cache_clear()
+    yield made
+    for cache in (cublaslt._plan, cublaslt._handle):
+        cache.cache_clear()
+
+
+def product_like(epilogue, has_bias):
+    return cublaslt.Product(6, 8, 24, (32, 24, 16), BF16, epilogue, has_bias, 0)
+
+
+def test_proposals_are_those_that_the_library_can_do(fake):
+    assert cublaslt.version() == "13.1.2"
+    assert proposals(product_like("", True)) == [ONE, OTHER]
+    assert [kind for kind, *_ in fake.alive.values()] == [""]  # the handle, which is kept
+    fake.proposed = ()
+    assert proposals(product_like("", True)) == []
+
+
+@pytest.mark.parametrize(
+    ("epilogue", "has_bias", "number", "scale"),
+    [
+        ("", False, 1, 0.0),
+        ("", True, 4, 0.0),
+        ("gelu_tanh", True, 36, 0.0),
+        (RESIDUAL, False, 1, 1.0),
+    ],
+)
+def test_what_the_library_is_told(epilogue, has_bias, number, scale, fake):
+    x, weight, y = torch.ones(6, 24), torch.ones(8, 24), torch.ones(6, 8)
+    bias = torch.ones(8) if has_bias else None
+    for _ in range(2):
+        assert cublaslt.multiply(product_like(epilogue, has_bias), OTHER, x, weight, bias, y)
+    assert len(fake.multiplied) == 2
+    made, factor, addresses, (description, *matrices) = fake.multiplied[1]
+    assert made == OTHER
+    assert factor == scale
+    assert addresses == [m.data_ptr() for m in (weight, x, y, y)]
+    asked = [(3, 1), (4, 0), (7, number)]
+    if has_bias:
+        asked.append((8, bias.data_ptr()))
+    assert description == ["Desc", 68, 0, *asked]
+    kinds = [["MatrixLayout", 14, *size] for size in ((24, 8, 24), (24, 6, 32), (8, 6, 16))]
+    assert matrices == [*kinds, kinds[-1]]
+    assert sorted(kind for kind, *_ in fake.alive.values()) == ["", *["MatrixLayout"] * 3]
+    cublaslt._plan.cache_clear()
+    gc.collect()
+    assert [kind for kind, *_ in fake.alive.values()] == [""]
+
+
+def test_an_algorithm_that_the_library_refuses_is_not_run(fake):
+    fake.sound = False
+    assert not cublaslt.multiply(product_like("", False), ONE, *[torch.ones(1)] * 2, None, None)
+    assert fake.multiplied == []
+
+
+def test_an_error_of_the_library_is_told(fake):
+    fake.multiply = lambda *arguments: 14
+    with pytest.raises(
+        RuntimeError, match=r"cublasLtMatmul of cuBLASLt 13.1.2 failed with status 14"
+    ):
+        cublaslt.multiply(product_like("", False), ONE, *[torch.ones(1)] * 2, None, torch.ones(1))
 
 
 # on a GPU
