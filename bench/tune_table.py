@@ -20,6 +20,9 @@ Key = tuple[int, int, str]
 _Choice = TypeVar("_Choice")
 
 _WIDTH = 100
+# Live rows fill so much of a rung on average: the automatic ladder has steps of 6 to 12 per cent.
+# The library computes all rows; our tiles, of up to 256 rows, spare some where that is many.
+_MEAN_LIVE, _SPARED_FROM = 0.96, 4096
 _TOLERANCE = 1.01  # of a time to the fastest: what measurements tell apart
 
 
@@ -60,6 +63,8 @@ def row_classes(
 ) -> RowClasses:
     """The tile of each M, or None for the library with the fastest of its algorithms.
 
+    From `_SPARED_FROM` rows on they are compared as if `_MEAN_LIVE` of them were live.
+
     A class begins at the measured M from which on its tile is named, and ends at the next. A tile
     without a time at one M of these, because it was wrong or failed there, is named at none.
 
@@ -68,10 +73,11 @@ def row_classes(
         tiles: Candidates that are tiles.
     """
     sound = [name for name in tiles if all(name in us for us in times.values())]
-    choices = {
-        M: {None: fastest_of_library(us), **{tiles[name]: us[name] for name in sound}}
-        for M, us in times.items()
-    }
+    choices: dict[int, dict[HopperConfig | None, float]] = {}
+    for M, us in times.items():
+        live = _MEAN_LIVE if M >= _SPARED_FROM else 1.0
+        choices[M] = {tiles[name]: us[name] * live for name in sound}
+        choices[M][None] = fastest_of_library(us)
     classes = tuple((first, tile) for first, _, tile in runs(choices))
     return classes[1:] if classes and classes[0][1] is None else classes
 
@@ -183,9 +189,11 @@ def _literal(
             lines.append(line)
         else:
             lines.append(f"    ({N}, {K}, {name}): (")
-            lines += [f"        {part}" for part in wrap(", ".join(parts) + ",", _WIDTH - 8)]
+            # lines are broken between classes alone
+            text = ", ".join(part.replace(" ", "\0") for part in parts) + ","
+            lines += [f"        {part}" for part in wrap(text, _WIDTH - 8)]
             lines.append("    ),")
-    return "\n".join([*lines, "}  # fmt: skip"])
+    return "\n".join([*lines, "}  # fmt: skip"]).replace("\0", " ")
 
 
 def _key(row: Row) -> tuple[int, int, str]:

@@ -7,6 +7,10 @@ of these in layers on merged patches; InternViT-6B from 3136 on). The table name
 from the first of these on at which it is no slower than cuBLAS with all rows live; with fewer live
 rows it gains, as cuBLAS computes them all. (Products that rotate: 2026-11-22.)
 
+The layers of library_tuning.py were measured on 2026-11-22 at 32 numbers of rows up to 20480 (a
+quarter of these on merged patches) against the fastest algorithm of cuBLAS, and from 4096 on as if
+96 per cent of the rows were live, which is the mean of the ladder's rungs; past that as above.
+
 To extend it: add (first M, tile) to the entries of a shape, in ascending order of M; None as the
 tile names the library. A new tile goes into `SHIPPED` as well, which is what the tests go through.
 `python -m vitgraph.bench tune --print` measures the shapes of all towers and prints the literal.
@@ -53,36 +57,51 @@ Table = Mapping[tuple[int, int, str], tuple[tuple[int, HopperConfig | None], ...
 
 TABLE: dict[tuple[int, int, str], tuple[tuple[int, HopperConfig | None], ...]] = {
     # Qwen3-VL 8B and 32B, Qwen3.5, SigLIP 2 so400m, ...: qkv, proj, up, down
-    (3456, 1152, ""): ((3136, SQUARE), (6272, WIDE), (16384, SQUARE)),
+    (3456, 1152, ""): ((16384, SQUARE),),
     (3456, 1152, ROTATED): ((1568, SQUARE),),
-    (1152, 1152, RESIDUAL): ((8192, WIDE), (65536, SQUARE)),
-    (4304, 1152, "gelu_tanh"): ((3136, SQUARE),),
-    (1152, 4304, RESIDUAL): ((16384, WIDE),),
+    (1152, 1152, RESIDUAL): ((20481, WIDE), (65536, SQUARE)),
+    (4304, 1152, "gelu_tanh"): (
+        (3584, WIDE), (4096, SQUARE), (4608, None), (5120, WIDE), (6144, SQUARE),
+    ),
+    (1152, 4304, RESIDUAL): (
+        (1536, SQUARE), (1792, None), (8192, WIDE), (9216, None), (20481, WIDE),
+    ),
     # mergers of Qwen3-VL 8B
-    (4608, 4608, "gelu_erf"): ((2048, WIDE), (4096, SQUARE)),
-    (4096, 4608, ""): ((4096, SQUARE),),
+    (4608, 4608, "gelu_erf"): (
+        (1792, SQUARE), (2048, WIDE), (2304, SQUARE), (2560, None), (4096, SQUARE),
+    ),
+    (4096, 4608, ""): ((2048, SQUARE), (2304, None), (2560, SQUARE), (3072, None), (4096, SQUARE)),
     # Qwen2.5-VL and Qwen2-VL: qkv, proj
-    (3840, 1280, ""): ((1568, SQUARE), (65536, WIDE)),
+    (3840, 1280, ""): (
+        (512, SQUARE), (640, None), (6656, SQUARE), (9216, WIDE), (10240, SQUARE), (65536, WIDE),
+    ),
     (3840, 1280, ROTATED): ((1568, SQUARE),),
-    (1280, 1280, RESIDUAL): ((8192, SQUARE),),
+    (1280, 1280, RESIDUAL): ((20481, SQUARE),),
     # Qwen2.5-VL: gate and up, down
     (6912, 1280, GATED): ((1, SQUARE),),
-    (1280, 3456, RESIDUAL): ((8192, SQUARE),),
+    (1280, 3456, RESIDUAL): ((16384, SQUARE), (20480, None), (20481, SQUARE)),
     # Qwen2-VL: up, down
     (5120, 1280, "quick_gelu"): ((1568, SQUARE), (65536, WIDE)),
     (1280, 5120, RESIDUAL): ((8192, SQUARE),),
     # mergers of Qwen2.5-VL and Qwen2-VL
-    (5120, 5120, "gelu_erf"): ((1568, SQUARE),),
-    (3584, 5120, ""): ((1568, SQUARE), (2048, None), (4096, SQUARE)),
+    (5120, 5120, "gelu_erf"): (
+        (384, SQUARE), (416, None), (2048, SQUARE), (2560, None), (3072, WIDE), (4096, SQUARE),
+    ),
+    (3584, 5120, ""): ((4096, SQUARE),),
     (5120, 5120, ""): ((2048, SQUARE),),
     # Qwen3-VL 2B and 4B, GLM-OCR, InternViT-300M: qkv, proj, up by its activation, down
-    (3072, 1024, ""): ((3136, SQUARE),),
+    (3072, 1024, ""): (
+        (9216, WIDE), (10240, None), (12288, SQUARE), (14336, None), (20481, SQUARE),
+    ),
     (3072, 1024, ROTATED): ((3136, SQUARE),),
-    (1024, 1024, RESIDUAL): ((16384, SQUARE),),
-    (4096, 1024, "gelu_tanh"): ((3136, SQUARE),),
+    (1024, 1024, RESIDUAL): ((20481, SQUARE),),
+    (4096, 1024, "gelu_tanh"): (
+        (512, SQUARE), (640, None), (1536, SQUARE), (1664, None), (2048, SQUARE), (2304, WIDE),
+        (2560, None), (4608, SQUARE), (5120, None), (18432, SQUARE),
+    ),
     (4096, 1024, "gelu_erf"): ((3136, SQUARE),),
     (8192, 1024, GATED): ((1568, SQUARE),),
-    (1024, 4096, RESIDUAL): ((1568, SQUARE), (3136, None), (16384, SQUARE)),
+    (1024, 4096, RESIDUAL): ((1664, SQUARE), (1792, None), (20481, SQUARE)),
     # mergers of Qwen3-VL 2B and 4B, of GLM-OCR, projector of InternVL3-8B
     (4096, 4096, "gelu_erf"): ((2048, SQUARE),),
     (9216, 1536, GATED): ((1568, SQUARE),),

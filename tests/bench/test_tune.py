@@ -66,7 +66,7 @@ def test_a_tile_is_named_from_the_first_m_on_at_which_it_is_faster():
 def test_a_class_goes_on_while_its_choice_is_as_fast_as_can_be_told():
     times = {100: us(10.0, 9.0, 9.05), 200: us(10.0, 9.08, 9.0), 300: us(9.0, 9.08, 9.2)}
     assert row_classes(times, TILES) == ((100, SQUARE),)
-    times[300] = us(9.0, 9.1, 9.05)
+    times[300] = us(9.0, 9.2, 9.05)
     assert row_classes(times, TILES) == ((100, WIDE),)
     times[300] = us(8.9, 9.1, 9.05)
     assert row_classes(times, TILES) == ((100, WIDE), (300, None))
@@ -130,6 +130,12 @@ def test_names_of_algorithms_lead_back_to_them():
         assert eval(algorithm_literal(algorithm)) == algorithm
     assert algorithm_name(ONE) == "library tile=183 custom=2 cluster=7"
     assert [algorithm_of(name) for name in ("library", SQUARE_NAME, "few 64x64s6p3")] == [None] * 3
+
+
+def test_the_library_is_charged_for_rows_that_are_not_live():
+    assert row_classes({4096: us(9.0, 9.3, 9.5)}, TILES) == ((4096, SQUARE),)
+    assert row_classes({4096: us(9.0, 9.5, 9.5)}, TILES) == ()
+    assert row_classes({3840: us(9.0, 9.3, 9.5)}, TILES) == ()  # too few to fill a tile
 
 
 def test_the_library_comes_back_where_it_is_faster_again():

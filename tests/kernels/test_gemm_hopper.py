@@ -42,11 +42,11 @@ def test_table_is_well_formed():
 @pytest.mark.parametrize(
     ("M", "N", "K", "activation", "has_residual", "tile"),
     [
-        (3135, 3456, 1152, None, False, None),
-        (3136, 3456, 1152, None, False, SQUARE),
-        (8192, 3456, 1152, None, False, WIDE),
-        (16383, 1152, 4304, None, True, None),
-        (16384, 1152, 1152, None, True, WIDE),
+        (16383, 3456, 1152, None, False, None),
+        (16384, 3456, 1152, None, False, SQUARE),
+        (9216, 3840, 1280, None, False, WIDE),
+        (20480, 1152, 4304, None, True, None),
+        (20481, 1152, 1152, None, True, WIDE),
         (65535, 1152, 1152, None, True, WIDE),
         (65536, 1152, 1152, None, True, SQUARE),
         (500_000, 4304, 1152, "gelu_tanh", False, SQUARE),
