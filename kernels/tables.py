@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from . import few_rows_tuning, gemm_tuning, library_tuning
+from . import cublaslt, few_rows_tuning, gemm_tuning, library_tuning
 from .few_rows_tuning import few_rows_from_json
 from .gemm_tuning import table_from_json, table_to_json
 from .library_tuning import library_from_json
@@ -78,7 +78,15 @@ def tuning_report(device: torch.device) -> str:
         path = tuning(device).path
     except ValueError as error:
         return str(error)
-    return "shipped" if path is None else f"measured on this GPU: {path}"
+    if path is not None:
+        return f"measured on this GPU: {path}"
+    here = cublaslt.version()
+    if here in (None, library_tuning.VERSION):
+        return "shipped"
+    return (
+        f"shipped; algorithms of the library were measured with cuBLASLt {library_tuning.VERSION}, "
+        f"here it is {here}: those that it has not are left to its own choice"
+    )
 
 
 @functools.cache

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from vitgraph.kernels import few_rows_tuning, tables, tuning_cache
+from vitgraph.kernels import cublaslt, few_rows_tuning, library_tuning, tables, tuning_cache
 from vitgraph.kernels import gated_linear as gated_module
 from vitgraph.kernels import gemm as gemm_module
 from vitgraph.kernels import gemm_few_rows as few_rows_module
@@ -72,6 +72,16 @@ def test_without_a_file_the_shipped_table_stands():
     assert tuning_report(DEVICE) == "shipped"
     assert chosen() == ("hopper", SQUARE)
     assert chosen(M=1000) == ("library", None)
+
+
+def test_info_tells_of_another_release_of_the_library(monkeypatch):
+    told = {library_tuning.VERSION: "shipped", "99.1.0": "here it is 99.1.0"}
+    for version, words in told.items():
+        monkeypatch.setattr(cublaslt, "version", lambda version=version: version)
+        assert words in tuning_report(DEVICE)
+    keep(MEASURED)
+    forget()
+    assert tuning_report(DEVICE).startswith("measured on this GPU")
 
 
 def test_measured_entries_stand_before_shipped_ones():
