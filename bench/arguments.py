@@ -61,18 +61,21 @@ def parser() -> argparse.ArgumentParser:
     tune.add_argument(
         "--print", action="store_true", help="print the literal of kernels/gemm_tuning.py instead"
     )
-    few_rows = add("few-rows", "tiles of products of few rows, by the time of whole towers")
-    few_rows.add_argument("--towers", nargs="+", metavar="NAME")
-    few_rows.add_argument(
-        "--rows", nargs="+", type=int, metavar="N", help="patches of an image; default: 128 256"
+    products = add("products", "what computes each layer, by the time of whole captured towers")
+    products.add_argument("--towers", nargs="+", metavar="NAME")
+    products.add_argument(
+        "--rows", nargs="+", type=int, metavar="N", help="patches in a batch; default: 128 256"
     )
-    few_rows.add_argument(
+    products.add_argument(
+        "--images", type=int, default=1, metavar="N", help="that share them; default: 1"
+    )
+    products.add_argument(
         "--layers",
         nargs="+",
         metavar="NAME",
-        help="of qkv, proj, up and down those to exchange; the others keep their tiles",
+        help="of qkv, proj, up and down those to exchange; the others stay as they are",
     )
-    few_rows.add_argument(
+    products.add_argument(
         "--turns", type=int, default=2, metavar="N", help="of each layer; default: 2"
     )
 
@@ -87,14 +90,14 @@ def parser() -> argparse.ArgumentParser:
             action="store_true",
             help="`ours` as it is without any package of FlashAttention",
         )
-    for command in (towers, peers, scaling, images, tune, few_rows):
+    for command in (towers, peers, scaling, images, tune, products):
         command.add_argument(
             "--budget-s", type=float, metavar="SECONDS", help="start nothing new after that"
         )
     for command in (towers, peers, scaling, images, kernels):
         command.add_argument("--dtype", choices=DTYPES, default="bfloat16")
         command.add_argument("--device", help="default: the GPU if there is one")
-    few_rows.add_argument("--seed", type=int, default=0)
+    products.add_argument("--seed", type=int, default=0)
     for command in (towers, peers, scaling, images, kernels, capture, breakdown):
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--quick", action="store_true", help="fewer repetitions and points")
@@ -108,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
         breakdown,
         packing,
         tune,
-        few_rows,
+        products,
     )
     for command in measured:
         command.add_argument("--json", metavar="FILE", help="write conditions and rows")

@@ -174,22 +174,23 @@ def run_tune(arguments: argparse.Namespace) -> Outcome:
     return result.rows, {**tune.settings(result, patches), **time_budget.to_json()}, text
 
 
-def run_few_rows(arguments: argparse.Namespace) -> Outcome:
-    """`few-rows`."""
-    from . import few_rows
+def run_products(arguments: argparse.Namespace) -> Outcome:
+    """`products`."""
+    from . import products
     from .towers_config import DEFAULT_TOWERS
 
     time_budget = TimeBudget(arguments.budget_s)
-    rows = few_rows.run(
+    rows = products.run(
         arguments.towers or DEFAULT_TOWERS,
-        arguments.rows or few_rows.DEFAULT_ROWS,
-        only=arguments.layers or few_rows.LAYERS,
+        arguments.rows or products.DEFAULT_ROWS,
+        images=arguments.images,
+        only=arguments.layers or products.LAYERS,
         turns=arguments.turns,
         seed=arguments.seed,
         time_budget=time_budget,
     )
     settings = {"dtype": "bfloat16", "seed": arguments.seed, **time_budget.to_json()}
-    return rows, settings, "\n".join(filter(None, [few_rows.summary(rows), time_budget.note()]))
+    return rows, settings, "\n".join(filter(None, [products.summary(rows), time_budget.note()]))
 
 
 MEASURING: Mapping[str, Callable[[argparse.Namespace], Outcome]] = {
@@ -202,7 +203,7 @@ MEASURING: Mapping[str, Callable[[argparse.Namespace], Outcome]] = {
     "images": run_images,
     "packing": run_packing,
     "tune": run_tune,
-    "few-rows": run_few_rows,
+    "products": run_products,
 }
 
 

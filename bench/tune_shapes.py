@@ -12,6 +12,7 @@ from ..capture.budgets import generate_budgets
 from ..encoder.families import FAMILIES
 from ..encoder.image_spec import ImageTowerSpec
 from ..encoder.spec import EncoderSpec
+from ..kernels import library_tuning
 from ..kernels.gemm_tuning import GATED, RESIDUAL, ROTATED
 from .internvl_contest import INTERNVL_TOWERS, internvl_spec
 from .step_config import STEP_TOWERS
@@ -44,6 +45,12 @@ class LinearShape:
     def key(self) -> tuple[int, int, str]:
         """As the launch table names it."""
         return self.N, self.K, self.epilogue
+
+    @property
+    def library_key(self) -> tuple[int, int, str]:
+        """As library_tuning.py names it, by what the library itself does after the product."""
+        in_library = self.epilogue in library_tuning.EPILOGUES
+        return self.N, self.K, self.epilogue if in_library else ""
 
     def rows(self, patches: Iterable[int]) -> tuple[int, ...]:
         """M of this layer for batches of so many patches, ascending."""

@@ -146,15 +146,14 @@ def measured_library(
     decides.
     """
     found: dict[tuple[int, int, str], AlgorithmClasses] = {}
-    for shape in sorted(shapes, key=lambda s: s.epilogue not in library_tuning.EPILOGUES):
+    for shape in sorted(shapes, key=lambda s: s.key != s.library_key):
         if shape.key not in table or shape.epilogue in (GATED, ROTATED):
             continue
-        epilogue = shape.epilogue if shape.epilogue in library_tuning.EPILOGUES else ""
         times = {r["M"]: r["us"] for r in rows if r["kind"] == "linear" and _key(r) == shape.key}
         first, tile = table[shape.key][-1] if table[shape.key] else (0, None)
         if tile is not None:  # from there on
             times = {M: us for M, us in times.items() if first > M}
-        found.setdefault((shape.N, shape.K, epilogue), library_classes(times))
+        found.setdefault(shape.library_key, library_classes(times))
     return {key: classes for key, classes in found.items() if classes}
 
 

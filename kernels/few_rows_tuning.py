@@ -4,12 +4,12 @@ One NVIDIA H200, Triton 3.6.0, PyTorch 2.11.0 with CUDA 13.0, 2026-11-21, bf16. 
 takes a few microseconds, and how much of it hides under its neighbours decides. So up to 256 rows
 these are the tiles with which the captured tower as a whole was fastest, one layer after another
 exchanged, twice over, at 224 (Qwen3-VL) or 256 rows; where two towers share a shape, the better one
-for both (`python -m vitgraph.bench few-rows` measures so). Up to 128 rows, and from 257 on, a
+for both (`python -m vitgraph.bench products` measures so). Up to 128 rows, and from 257 on, a
 product was measured behind or before its norm, by a script that is not here. Past
 the last entry, and in shapes without one, gemm_tuning.py and the library decide: from some 500 rows
 on, tiles that share operands between multiprocessors, as only the library has them, are faster.
 
-To measure again: `python -m vitgraph.bench few-rows` exchanges tiles in a captured tower.
+To measure again: `python -m vitgraph.bench products` exchanges them in a captured tower.
 `vitgraph tune` measures them product by product on the user's GPU, and what it found stands before
 this table (tables.py).
 """

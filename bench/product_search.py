@@ -1,22 +1,26 @@
-"""Which tiles of gemm_few_rows.py are tried for a tower's layers, and in what order.
+"""Which products are tried for a tower's layers, and in what order.
 
-A product of few rows runs under its neighbours, so the time of the whole tower decides: layer after
-layer takes the candidate with which that is least while the others stay as they are, several times
-over. The clock is an argument.
+A product runs under its neighbours, or in what they leave of caches and clocks, so the time of the
+whole tower decides: layer after layer takes the candidate with which that is least while the others
+stay as they are, several times over. The clock is an argument.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..kernels.cublaslt import Algorithm
 from ..kernels.few_rows_tuning import FewRowsConfig, few_rows_tile
 from ..kernels.gemm_few_rows import BLOCK_K, STORE_N
-from ..kernels.gemm_tuning import GATED, RESIDUAL
+from ..kernels.gemm_tuning import GATED, RESIDUAL, HopperConfig, shipped_tiles
+from ..kernels.pdl import FEW_ROWS
 from ..kernels.rows import ceil_div
 from .timing import TimeBudget
+from .tune_library import LIBRARY, algorithm_name
 from .tune_shapes import LinearShape
 
-Tile = FewRowsConfig | None  # None: what gemm_tuning.py names, as a rule the library
-Choice = Mapping[str, Tile]  # by layer
+# a tile of gemm_few_rows.py or gemm_hopper.py, an algorithm of the library, or its own choice
+Candidate = FewRowsConfig | HopperConfig | Algorithm | None
+Choice = Mapping[str, Candidate]  # by layer
 
 _BLOCKS_M = (64, 128)
 _BLOCKS_N = (64, 128, 192, 256)
@@ -42,25 +46,35 @@ class Sweep:
 
     layer: str
     turn: int
-    us: Mapping[Tile, float]
-    reasons: Mapping[Tile, str]
-    chosen: Tile
+    us: Mapping[Candidate, float]
+    reasons: Mapping[Candidate, str]
+    chosen: Candidate
 
 
-def tile_name(tile: Tile) -> str:
-    """Rows x columns, stages and parts; "-" for no tile."""
-    if tile is None:
-        return "-"
-    name = f"{tile.block_m}x{tile.block_n} s{tile.num_stages}"
-    return name if tile.splits == 1 else f"{name} in {tile.splits}"
+def candidate_name(candidate: Candidate) -> str:
+    """An algorithm's name, or rows x columns, stages, and groups of warps or parts of K."""
+    if candidate is None:
+        return LIBRARY
+    if isinstance(candidate, Algorithm):
+        return algorithm_name(candidate)
+    name = f"{candidate.block_m}x{candidate.block_n} s{candidate.num_stages}"
+    if isinstance(candidate, HopperConfig):
+        return f"{name} by 2"
+    return name if candidate.splits == 1 else f"{name} in {candidate.splits}"
 
 
-def candidates(shape: LinearShape, rows: int, num_sms: int) -> list[Tile]:
-    """None, the tile of the table, and every tile that could be of use for so many rows.
+def candidates(
+    shape: LinearShape, rows: int, num_sms: int, algorithms: Sequence[Algorithm] = ()
+) -> list[Candidate]:
+    """The library, by its own choice and by `algorithms`, and all tiles that could be of use.
 
-    Pipelines are as deep as leaves room for one, two or three programs on a multiprocessor.
+    Those of few rows are tried up to `FEW_ROWS`, with pipelines as deep as leaves room for one, two
+    or three programs on a multiprocessor.
     """
-    found: list[Tile] = [None, few_rows_tile(rows, *shape.key)]
+    found: list[Candidate] = [None, *algorithms, *shipped_tiles(shape.epilogue)]
+    if rows > FEW_ROWS:
+        return found
+    found.append(few_rows_tile(rows, *shape.key))
     for block_m in _BLOCKS_M[: ceil_div(rows, 64)]:
         for block_n in _BLOCKS_N:
             if shape.epilogue == GATED and block_n not in (128, 256):
@@ -75,7 +89,7 @@ def candidates(shape: LinearShape, rows: int, num_sms: int) -> list[Tile]:
 
 
 def descend(
-    layers: Mapping[str, Sequence[Tile]],
+    layers: Mapping[str, Sequence[Candidate]],
     measure: Callable[[Choice], float],
     *,
     turns: int,
@@ -83,31 +97,31 @@ def descend(
     label: str = "",
     log: Callable[[Sweep], None] = lambda sweep: None,
 ) -> list[Sweep]:
-    """Exchange one layer after another, from no tile at all.
+    """Exchange one layer after another, from the library's own choice for all of them.
 
     Args:
         layers: Candidates by layer.
-        measure: Microseconds of the tower with a tile for each layer. What it raises is the reason
-            why the candidate has no time.
+        measure: Microseconds of the tower with a candidate for each layer. What it raises is the
+            reason why the candidate has no time.
         turns: Of each layer.
         time_budget: Asked before each turn of a layer.
         label: What `time_budget` is told, before the layer.
         log: Takes each sweep.
     """
-    current: dict[str, Tile] = dict.fromkeys(layers)
+    current: dict[str, Candidate] = dict.fromkeys(layers)
     sweeps: list[Sweep] = []
     for turn in range(1, turns + 1):
-        for layer, tiles in layers.items():
+        for layer, tried in layers.items():
             if not time_budget.allows(f"{label} {layer} turn {turn}".strip()):
                 continue
-            us: dict[Tile, float] = {}
-            reasons: dict[Tile, str] = {}
-            for tile in tiles:
+            us: dict[Candidate, float] = {}
+            reasons: dict[Candidate, str] = {}
+            for candidate in tried:
                 # a table of many goes on when one fails, and its row carries the failure
                 try:
-                    us[tile] = measure({**current, layer: tile})
+                    us[candidate] = measure({**current, layer: candidate})
                 except Exception as error:
-                    reasons[tile] = f"{type(error).__name__}: {error}".partition("\n")[0]
+                    reasons[candidate] = f"{type(error).__name__}: {error}".partition("\n")[0]
             current[layer] = min(us, key=us.__getitem__, default=current[layer])
             sweeps.append(Sweep(layer, turn, us, reasons, current[layer]))
             log(sweeps[-1])

@@ -1,24 +1,36 @@
-"""The search for tiles of few rows: what is tried, by a made-up clock, and what is said of it."""
+"""The search for products: what is tried, by a made-up clock, and what is said of it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 import vitgraph.bench.towers_config as towers
-from vitgraph.bench import few_rows, report
+from vitgraph.bench import products, report
 from vitgraph.bench.__main__ import main
-from vitgraph.bench.few_rows import CapturedTower, image_of, row_of, summary
-from vitgraph.bench.few_rows_search import Sweep, candidates, descend, tile_name
+from vitgraph.bench.product_search import Sweep, candidate_name, candidates, descend
+from vitgraph.bench.products import CapturedTower, image_of, row_of, summary
 from vitgraph.bench.timing import TimeBudget
 from vitgraph.bench.tune_shapes import LinearShape, layers, tower_specs
 from vitgraph.encoder import VisionEncoder
+from vitgraph.kernels import gemm_tuning, library_tuning
+from vitgraph.kernels.cublaslt import Algorithm
 from vitgraph.kernels.few_rows_tuning import TABLE, FewRowsConfig, few_rows_tile
 from vitgraph.kernels.gated_linear import gated_linear_ref
 from vitgraph.kernels.gemm_few_rows import partials_ref
-from vitgraph.kernels.gemm_tuning import GATED, RESIDUAL
+from vitgraph.kernels.gemm_tuning import (
+    GATED,
+    RESIDUAL,
+    ROTATED,
+    SQUARE,
+    HopperConfig,
+    shipped_tiles,
+)
+from vitgraph.kernels.gemm_tuning import WIDE as TALL
 from vitgraph.kernels.linear import linear_ref
 from vitgraph.kernels.tables import tuning
 
+ALGORITHM = Algorithm(183, 2, 7)
 SMALL = FewRowsConfig(64, 64, 4)
 WIDE = FewRowsConfig(64, 128, 4)
 PARTS = FewRowsConfig(64, 64, 4, splits=3)
@@ -28,7 +40,7 @@ PARTS = FewRowsConfig(64, 64, 4, splits=3)
 SHAPES = [
     (name, layers(spec)[layer])
     for name, spec in tower_specs().items()
-    for layer in few_rows.LAYERS
+    for layer in products.LAYERS
     if name in ("qwen3-vl-8b", "qwen2.5-vl-7b", "qwen2-vl-7b")
 ]
 
@@ -38,12 +50,14 @@ SHAPES = [
     "shape", [shape for _, shape in SHAPES], ids=[f"{n} {s.label}" for n, s in SHAPES]
 )
 def test_candidates_can_run(shape, rows):
-    tried = candidates(shape, rows, num_sms=132)
-    assert tried[0] is None
-    assert len(tried) == len(set(tried)) > 1
+    tried = candidates(shape, rows, 132, [ALGORITHM])
+    assert tried[:2] == [None, ALGORITHM]
+    assert len(tried) == len(set(tried))
     assert few_rows_tile(rows, *shape.key) in tried
-    for tile in tried[1:]:
-        assert tile is not None
+    assert [t for t in tried if isinstance(t, HopperConfig)] == list(shipped_tiles(shape.epilogue))
+    few = [tile for tile in tried if isinstance(tile, FewRowsConfig)]
+    assert few
+    for tile in few:
         assert tile.block_m in (64, 128)
         assert rows > 64 or tile.block_m == 64
         assert tile.splits == 1 or shape.epilogue == RESIDUAL
@@ -53,13 +67,15 @@ def test_candidates_can_run(shape, rows):
         columns = tile.block_n // (2 if shape.epilogue == GATED else 1)
         staged = 0 if shape.epilogue == RESIDUAL else min(columns, 128) * tile.block_m * 2
         assert ring + staged < 227 << 10
-    assert {tile.block_m for tile in tried[1:] if tile} == ({64} if rows == 64 else {64, 128})
+    assert {tile.block_m for tile in few} == ({64} if rows == 64 else {64, 128})
+    assert candidates(shape, 2048, 132) == [None, *shipped_tiles(shape.epilogue)]
 
 
 def test_k_is_cut_where_tiles_are_few():
     def parts(N, K, rows):
         tried = candidates(LinearShape("", N, K, RESIDUAL), rows, num_sms=132)
-        return {t.splits for t in tried if t and (t.block_m, t.block_n) == (64, 64)}
+        few = [tile for tile in tried if isinstance(tile, FewRowsConfig)]
+        return {tile.splits for tile in few if (tile.block_m, tile.block_n) == (64, 64)}
 
     # 18 tiles for 132 multiprocessors, in 19 steps along K: three steps a part at least
     assert parts(1152, 1216, 64) == {4, 6}
@@ -69,7 +85,7 @@ def test_k_is_cut_where_tiles_are_few():
 
 def test_a_product_of_many_waves_is_left_alone():
     shape = LinearShape("", 65536, 1152, "")
-    assert candidates(shape, 256, num_sms=132) == [None]
+    assert candidates(shape, 256, num_sms=132) == [None, SQUARE, TALL]
 
 
 # the descent
@@ -164,12 +180,14 @@ def encoder():
 
 @pytest.fixture
 def tower(encoder):
-    return CapturedTower(encoder, rows=32, seed=0)
+    return CapturedTower(encoder, rows=32, images=2, seed=0)
 
 
 def test_an_image_too_thin_for_its_graph_is_refused(encoder):
-    with pytest.raises(ValueError, match=r"2036 patches, 2 x 1018, has 128 windows, .* holds 65"):
-        CapturedTower(encoder, rows=2036, seed=0)
+    for images in (1, 2):
+        told = rf"{images} x 2036 patches, 2 x 1018, have {128 * images} windows, .* holds \d+"
+        with pytest.raises(ValueError, match=told):
+            CapturedTower(encoder, rows=2036 * images, images=images, seed=0)
 
 
 @pytest.fixture
@@ -184,23 +202,28 @@ def stand_ins(monkeypatch):
         out.copy_(linear_ref(x, weight, bias, activation=activation))
 
     def gated_linear(x, weight, bias, *, out, live_rows, backend, config):
-        assert backend == "few_rows"
+        assert backend == ("hopper" if isinstance(config, HopperConfig) else "few_rows")
         # `SMALL` stands for a tile that computes something else
         out.copy_(gated_linear_ref(x, weight, bias) * (2 if config == SMALL else 1))
 
+    def gemm(x, weight, bias, *, live_rows, config, out=None, residual=None, activation=None):
+        y = linear_ref(x, weight, bias, activation=activation, residual=residual)
+        (out if residual is None else residual).copy_(y)
+
     def record(work):
-        seen.append(dict(tuning(torch.device("cpu")).few_rows))
+        seen.append(replace(tuning(torch.device("cpu"))))
         work()
         return "graph", None
 
     class Ms:
         ms = 0.25
 
-    monkeypatch.setattr(few_rows, "linear_partials", linear_partials)
-    monkeypatch.setattr(few_rows, "launch", launch)
-    monkeypatch.setattr(few_rows, "gated_linear", gated_linear)
-    monkeypatch.setattr(few_rows, "record", record)
-    monkeypatch.setattr(few_rows, "time_graphs", lambda graphs, effort: {"tower": Ms})
+    monkeypatch.setattr(products, "linear_partials", linear_partials)
+    monkeypatch.setattr(products, "launch", launch)
+    monkeypatch.setattr(products, "gemm", gemm)
+    monkeypatch.setattr(products, "gated_linear", gated_linear)
+    monkeypatch.setattr(products, "record", record)
+    monkeypatch.setattr(products, "time_graphs", lambda graphs, effort: {"tower": Ms})
     return seen
 
 
@@ -208,35 +231,64 @@ def test_a_choice_stands_in_for_the_shipped_table(tower, stand_ins):
     keys = {name: shape.key for name, shape in tower.shapes.items()}
     choice = {"qkv": WIDE, "proj": PARTS, "up": None, "down": None}
     assert tower.us(choice) == 250.0
-    (table,) = stand_ins
-    assert {layer: [tile for _, tile in table[key]] for layer, key in keys.items()} == {
+    (tables,) = stand_ins
+    assert {layer: [tile for _, tile in tables.few_rows[key]] for layer, key in keys.items()} == {
         "qkv": [WIDE], "proj": [PARTS], "up": [], "down": [],
     }  # fmt: skip
-    assert tuning(torch.device("cpu")).few_rows is TABLE
+    assert [tables.table[key] for key in keys.values()] == [()] * 4
+    assert [tables.library[keys[layer]] for layer in ("qkv", "proj", "down")] == [()] * 3
+    assert_shipped()
     tower.compile({"qkv": [None, WIDE]})
-    assert tuning(torch.device("cpu")).few_rows is TABLE
+    assert_shipped()
+
+
+def assert_shipped():
+    tables = tuning(torch.device("cpu"))
+    assert tables.few_rows is TABLE
+    assert tables.table is gemm_tuning.TABLE
+    assert tables.library is library_tuning.TABLE
+
+
+def test_algorithms_and_tiles_of_many_rows_stand_in_as_well(tower, stand_ins):
+    choice = {"qkv": SQUARE, "proj": ALGORITHM, "up": SQUARE, "down": TALL}
+    tower.us(choice)
+    (tables,) = stand_ins
+    keys = {name: shape.key for name, shape in tower.shapes.items()}
+    assert {layer: tables.table[key] for layer, key in keys.items()} == {
+        "qkv": ((1, SQUARE),), "proj": (), "up": ((1, SQUARE),), "down": ((1, TALL),),
+    }  # fmt: skip
+    assert tables.table[(*keys["qkv"][:2], ROTATED)] == ((1, SQUARE),)
+    assert tables.library[keys["proj"]] == ((32, ALGORITHM),)
+    assert tables.library[keys["down"]] == ()
+    assert all(tables.few_rows[key] == () for key in keys.values())
+    assert_shipped()
+    tower.us({"qkv": TALL})  # with which nothing rotates
+    assert stand_ins[1].table[(*keys["qkv"][:2], ROTATED)] == ()
+    tower.us({"qkv": ALGORITHM, "up": None})
+    assert stand_ins[2].library[keys["qkv"]] == ((32, ALGORITHM),)
+    assert tower.algorithms("up") == tower.algorithms("proj") == []  # of a CPU
 
 
 def test_layers_that_are_not_exchanged_keep_their_tiles(tower, stand_ins, monkeypatch):
     key = tower.shapes["down"].key
     monkeypatch.setattr(tuning(torch.device("cpu")), "few_rows", {key: ((512, PARTS),)})
     tower.us({"qkv": WIDE})
-    (table,) = stand_ins
-    assert table[key] == ((512, PARTS),)
-    assert [tile for _, tile in table[tower.shapes["qkv"].key]] == [WIDE]
-    # "no tile" is a choice as well
+    (tables,) = stand_ins
+    assert tables.few_rows[key] == ((512, PARTS),)
+    assert [tile for _, tile in tables.few_rows[tower.shapes["qkv"].key]] == [WIDE]
+    # the library is a choice as well
     tower.us({"down": None})
-    assert stand_ins[1][key] == ()
+    assert stand_ins[1].few_rows[key] == ()
 
 
 def test_the_shipped_table_is_back_after_an_error(tower, stand_ins, monkeypatch):
     def fails(work):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(few_rows, "record", fails)
+    monkeypatch.setattr(products, "record", fails)
     with pytest.raises(RuntimeError, match="no memory"):
         tower.us({"qkv": WIDE})
-    assert tuning(torch.device("cpu")).few_rows is TABLE
+    assert_shipped()
 
 
 def test_a_wrong_tile_gets_no_time(tower, stand_ins):
@@ -253,7 +305,7 @@ def measured_rows():
     shape = LinearShape("proj", 1152, 1152, RESIDUAL)
     first = Sweep("proj", 1, {None: 400.0, SMALL: 390.0}, {}, SMALL)
     last = Sweep("proj", 2, {None: 380.0, SMALL: 371.0, PARTS: 360.0}, {WIDE: "too wide"}, PARTS)
-    return [row_of("qwen3-vl-8b", 128, shape, sweep) for sweep in (first, last)]
+    return [row_of("qwen3-vl-8b", 128, 1, shape, sweep) for sweep in (first, last)]
 
 
 def test_the_last_turn_of_a_layer_is_told():
@@ -267,29 +319,29 @@ def test_the_last_turn_of_a_layer_is_told():
 
 def test_rows_are_plain_data():
     row = json.loads(json.dumps(measured_rows()[1]))
-    assert row["us"] == {"-": 380.0, "64x64 s4": 371.0, "64x64 s4 in 3": 360.0}
+    assert row["us"] == {"library": 380.0, "64x64 s4": 371.0, "64x64 s4 in 3": 360.0}
     assert FewRowsConfig(**row["config"]) == PARTS
-    assert row["chosen"] == tile_name(PARTS)
+    assert row["chosen"] == candidate_name(PARTS)
     assert (row["N"], row["K"], row["epilogue"]) == (1152, 1152, RESIDUAL)
 
 
-def test_bench_few_rows(monkeypatch, tmp_path, capsys):
+def test_bench_products(monkeypatch, tmp_path, capsys):
     asked = []
 
-    def run(towers, rows, *, only, turns, seed, time_budget):
-        asked.append((towers, rows, only, turns, seed))
+    def run(towers, rows, *, images, only, turns, seed, time_budget):
+        asked.append((towers, rows, images, only, turns, seed))
         assert not Hurried(0).allows("x")
         time_budget.skipped.append("qwen2-vl-7b 128 rows qkv turn 1")
         return measured_rows()
 
-    monkeypatch.setattr(few_rows, "run", run)
+    monkeypatch.setattr(products, "run", run)
     monkeypatch.setattr(report, "_query_gpu", dict)
     monkeypatch.delenv("VITGRAPH_COMMIT", raising=False)
     path = tmp_path / "few.json"
-    command = ["few-rows", "--towers", "qwen3-vl-8b", "--rows", "128", "--budget-s", "60"]
-    command += ["--turns", "3", "--layers", "up", "qkv"]
+    command = ["products", "--towers", "qwen3-vl-8b", "--rows", "128", "--budget-s", "60"]
+    command += ["--turns", "3", "--layers", "up", "qkv", "--images", "2"]
     assert main([*command, "--json", str(path)]) == 0
-    assert asked == [(["qwen3-vl-8b"], [128], ["up", "qkv"], 3, 0)]
+    assert asked == [(["qwen3-vl-8b"], [128], 2, ["up", "qkv"], 3, 0)]
     content = json.loads(path.read_text())
     assert content["rows"] == measured_rows()
     assert content["meta"]["budget_s"] == 60
@@ -303,18 +355,20 @@ def test_bench_few_rows(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rows", "130"], "rows [130] must be multiples of 4, from 4 to 2047"),
-        (["--rows", "128", "4096"], "rows [4096] must be multiples of 4"),
+        (["--rows", "130", "128"], "rows [130] must be multiples of 4 for each of 1 images"),
+        (["--rows", "0"], "rows [0] must be multiples of 4"),
+        (["--rows", "128", "132", "--images", "8"], "rows [132] must be multiples of 4 for each"),
+        (["--images", "0"], "rows [128, 256] must be multiples of 4 for each of 0 images"),
         (["--turns", "0"], "turns = 0 must be at least 1"),
         (["--layers", "qkv", "fc1"], "layer fc1 is not known; use qkv, proj, up, down"),
         (["--towers", "gpt"], "tower 'gpt' is not known"),
         (["--budget-s", "0"], "must be more than 0"),
-        ([], "few-rows: measuring needs a CUDA device, and there is none"),
+        ([], "products: measuring needs a CUDA device, and there is none"),
     ],
 )
-def test_bench_few_rows_refuses(arguments, message, capsys, monkeypatch):
+def test_bench_products_refuses(arguments, message, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["few-rows", *arguments]) == 2
+    assert main(["products", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -323,17 +377,17 @@ def test_other_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     with pytest.raises(ValueError, match="nothing to measure here, as our kernel: it needs"):
-        few_rows.run(["qwen3-vl-8b"])
+        products.run(["qwen3-vl-8b"])
 
 
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_one_tower_on_a_gpu(monkeypatch):
     device = torch.device("cuda", torch.cuda.current_device())
-    if reason := few_rows.hopper_reason(device, torch.bfloat16):
+    if reason := products.hopper_reason(device, torch.bfloat16):
         pytest.skip(reason)
-    monkeypatch.setattr(few_rows, "candidates", lambda *_: [None, WIDE])
-    rows = few_rows.run(["qwen3-vl-2b"], [128], only=["proj", "up"], turns=1)
+    monkeypatch.setattr(products, "candidates", lambda *_: [None, WIDE])
+    rows = products.run(["qwen3-vl-2b"], [128], only=["proj", "up"], turns=1)
     assert [row["layer"] for row in rows] == ["proj", "up"]
-    assert all(set(row["us"]) == {"-", tile_name(WIDE)} for row in rows), summary(rows)
+    assert all(set(row["us"]) == {"-", candidate_name(WIDE)} for row in rows), summary(rows)
     assert tuning(device).few_rows is not TABLE or tuning(device).path is None

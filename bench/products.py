@@ -1,0 +1,292 @@
+"""Which products make a captured tower fastest: what kernels/few_rows_tuning.py rests on.
+
+Images fill a graph of so many rows. Each candidate of each layer is checked against the definition
+by itself; then the tower is captured with it, and a time is the median of replays. Nothing is
+stored: the tables are code.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..encoder.vision_encoder import VisionEncoder
+from ..kernels.cublaslt import Algorithm
+from ..kernels.few_rows_tuning import FewRowsConfig
+from ..kernels.gated_linear import gated_linear
+from ..kernels.gemm import gemm, hopper_reason
+from ..kernels.gemm_few_rows import launch, linear_partials
+from ..kernels.gemm_tuning import GATED, RESIDUAL, ROTATED, HopperConfig, shipped_tiles
+from ..kernels.launch import compiling
+from ..kernels.library_linear import library_linear
+from ..kernels.residual import residual
+from ..kernels.rows import num_sms
+from ..kernels.tables import tuning
+from .ours_providers import encoder_of
+from .product_search import Candidate, Choice, Sweep, candidate_name, candidates, descend
+from .report import number, table
+from .timing import Effort, TimeBudget, record, time_graphs
+from .towers_config import build_tower, tower_config
+from .tune_contest import MAX_ERR_RATIO, LinearOperands
+from .tune_library import LIBRARY
+from .tune_shapes import LinearShape, layers
+
+DEFAULT_ROWS = (128, 256)
+LAYERS = ("qkv", "proj", "up", "down")
+TURNS = 2
+_EFFORT = Effort(warmup_s=0.005, rounds=15, min_rounds=15)
+
+Row = dict[str, Any]
+
+
+def run(
+    towers: Sequence[str],
+    rows: Sequence[int] = DEFAULT_ROWS,
+    *,
+    images: int = 1,
+    only: Sequence[str] = LAYERS,
+    turns: int = TURNS,
+    seed: int = 0,
+    time_budget: TimeBudget | None = None,
+) -> list[Row]:
+    """A row for each turn of each layer of each tower, at each number of rows.
+
+    Args:
+        towers: Names of towers.
+        rows: Patches of all images, all of them live.
+        images: Images of one size that share them.
+        only: Layers of `LAYERS` that are exchanged; the others keep what the tables name.
+        turns: Of each layer.
+        seed: Of weights and pixels.
+        time_budget: Asked before each turn of a layer; None for no limit.
+
+    Raises:
+        ValueError: there is no GPU that our kernels run on, an unknown tower or layer, no turn, or
+            a number of rows that so many images of one size cannot have.
+    """
+    for name in towers:
+        tower_config(name)
+    bad = [count for count in rows if images < 1 or count < 1 or count % (4 * images)]
+    if bad or not rows:
+        raise ValueError(
+            f"products: rows {bad or list(rows)} must be multiples of 4 for each of {images} images"
+        )
+    if unknown := [name for name in only if name not in LAYERS]:
+        raise ValueError(
+            f"products: layer {', '.join(unknown)} is not known; use {', '.join(LAYERS)}"
+        )
+    if turns < 1:
+        raise ValueError(f"products: turns = {turns} must be at least 1")
+    if not torch.cuda.is_available():
+        raise ValueError("products: measuring needs a CUDA device, and there is none")
+    device = torch.device("cuda", torch.cuda.current_device())
+    if reason := hopper_reason(device, torch.bfloat16):
+        raise ValueError(f"products: there is nothing to measure here, as our kernel: {reason}")
+    time_budget = time_budget or TimeBudget()
+    found: list[Row] = []
+    for name in towers:
+        hf = build_tower(name, device=device, dtype=torch.bfloat16, seed=seed)
+        encoder = encoder_of(hf, tower_config(name).spec)
+        for count in rows:
+            tower = CapturedTower(encoder, count, images, seed)
+            tried = {
+                layer: candidates(shape, count, num_sms(device), tower.algorithms(layer))
+                for layer, shape in tower.shapes.items()
+                if layer in only
+            }
+            tower.compile(tried)
+            sweeps = descend(
+                tried, tower.us, turns=turns, time_budget=time_budget,
+                label=f"{name} {count} rows", log=partial(_log, name, count),
+            )  # fmt: skip
+            found += [row_of(name, count, images, tower.shapes[s.layer], s) for s in sweeps]
+    return found
+
+
+def row_of(tower: str, rows: int, images: int, shape: LinearShape, sweep: Sweep) -> Row:
+    """What the JSON says of one turn of a layer; candidates by `candidate_name`."""
+    return {
+        "tower": tower,
+        "rows": rows,
+        "images": images,
+        "layer": sweep.layer,
+        "turn": sweep.turn,
+        "N": shape.N,
+        "K": shape.K,
+        "epilogue": shape.epilogue,
+        "us": {candidate_name(tried): us for tried, us in sweep.us.items()},
+        "reasons": {candidate_name(tried): reason for tried, reason in sweep.reasons.items()},
+        "chosen": candidate_name(sweep.chosen),
+        "config": None if sweep.chosen is None else asdict(sweep.chosen),
+    }
+
+
+def summary(rows: Sequence[Row], most: int = 3) -> str:
+    """For each layer the tower's time by the library's own choice and the best, last turns."""
+    last = {(row["tower"], row["rows"], row["layer"]): row for row in rows}
+    header = ["us of the tower", "layer", "turn", LIBRARY]
+    header += [cell for i in range(1, most + 1) for cell in (f"best {i}", "us")]
+    lines = []
+    for (tower, count, layer), row in last.items():
+        best = sorted((us, name) for name, us in row["us"].items() if name != LIBRARY)
+        cells = [cell for us, name in best[:most] for cell in (name, number(us, 4))]
+        cells += ["-"] * (2 * most - len(cells))
+        library = number(row["us"].get(LIBRARY), 4)
+        lines.append([f"{tower} {count} rows", layer, row["turn"], library, *cells])
+    reasons = {
+        f"{row['tower']} {row['rows']} rows {row['layer']} {name}: {reason}"
+        for row in rows
+        for name, reason in row["reasons"].items()
+    }
+    return "\n".join([table(header, lines), *sorted(reasons)])
+
+
+class CapturedTower:
+    """One tower at one number of rows, captured anew for every choice of products."""
+
+    def __init__(self, encoder: VisionEncoder, rows: int, images: int, seed: int):
+        """Static inputs of a graph that `images` of together `rows` patches fill.
+
+        Raises:
+            ValueError: the image is so thin that a graph has no room for its windows.
+        """
+        device, spec = encoder.device, encoder.spec
+        self._encoder = encoder
+        self._rows = rows
+        image = image_of(rows // images, spec.merge_size)
+        self._limits = encoder.rung_limits(rows // spec.patches_per_token, images, images)
+        num_windows = sum(item.num_windows for item in encoder.item_specs([image] * images))
+        if num_windows > self._limits.max_windows:
+            raise ValueError(
+                f"products: {images} x {rows // images} patches, {image[1]} x {image[2]}, have "
+                f"{num_windows} windows, and the graph holds {self._limits.max_windows}; "
+                "choose rows of which a quarter has more divisors"
+            )
+        self._inputs = _zeros(encoder.input_specs(self._limits), device)
+        self._outputs = _zeros(encoder.output_specs(self._limits), device)
+        generator = torch.Generator(device).manual_seed(seed)
+        self._inputs["pixel_values"].normal_(generator=generator)
+        self._inputs["grid"].copy_(torch.tensor([image] * images, dtype=torch.int32))
+        self._checked: dict[tuple[str, Candidate], float] = {}
+        found = layers(spec)
+        self.shapes = {name: found[name] for name in LAYERS}
+        self._operands = {
+            name: LinearOperands(shape, rows, device, encoder.dtype)
+            for name, shape in self.shapes.items()
+        }
+
+    def algorithms(self, layer: str) -> list[Algorithm]:
+        """Those of the library that are worth a try."""
+        operands = self._operands[layer]
+        return [] if operands.is_gated else operands.algorithms()
+
+    def compile(self, tried: Mapping[str, Sequence[Candidate]]) -> None:
+        """Compile the kernels of all candidates, several at a time."""
+        with compiling():
+            for layer, several in tried.items():
+                for candidate in several:
+                    with self._tables({layer: candidate}):
+                        self._forward()
+
+    @torch.inference_mode()
+    def us(self, choice: Choice) -> float:
+        """Microseconds of a replay.
+
+        Raises:
+            ValueError: a candidate of `choice` is not as accurate as plain PyTorch.
+        """
+        for layer, candidate in choice.items():
+            if candidate is not None and not self._error(layer, candidate) <= MAX_ERR_RATIO:
+                raise ValueError(
+                    f"error is {self._error(layer, candidate):.3g} times plain PyTorch's own"
+                )
+        with self._tables(choice):
+            graph, _ = record(self._forward)
+        return time_graphs({"tower": (graph, 1)}, _EFFORT)["tower"].ms * 1e3
+
+    def _forward(self) -> None:
+        self._encoder.graph_forward(self._inputs, self._outputs, self._limits)
+
+    def _error(self, layer: str, candidate: Candidate) -> float:
+        if (layer, candidate) not in self._checked:
+            product = partial(_product, candidate, self.shapes[layer].epilogue)
+            self._checked[layer, candidate] = self._operands[layer].check(product)
+        return self._checked[layer, candidate]
+
+    @contextmanager
+    def _tables(self, choice: Choice) -> Iterator[None]:
+        """The tables in force, but for what `choice` names instead."""
+        tables = tuning(self._encoder.device)
+        in_force = tables.few_rows, tables.table, tables.library
+        few_rows, table, library = dict(tables.few_rows), dict(tables.table), dict(tables.library)
+        for layer, candidate in choice.items():
+            shape = self.shapes[layer]
+            few_rows[shape.key] = table[shape.key] = ()
+            if shape.epilogue != GATED:  # no algorithm is tried there
+                library[shape.library_key] = ()
+            rotated = (shape.N, shape.K, ROTATED)
+            if layer == "qkv":
+                table[rotated] = ()
+            if isinstance(candidate, FewRowsConfig):
+                few_rows[shape.key] = ((self._rows, candidate),)
+            elif isinstance(candidate, Algorithm):
+                library[shape.library_key] = ((self._rows, candidate),)
+            elif candidate is not None:
+                table[shape.key] = ((1, candidate),)
+                if layer == "qkv" and candidate in shipped_tiles(ROTATED):
+                    table[rotated] = ((1, candidate),)
+        tables.few_rows, tables.table, tables.library = few_rows, table, library
+        try:
+            yield
+        finally:
+            tables.few_rows, tables.table, tables.library = in_force
+
+
+def image_of(rows: int, merge: int) -> tuple[int, int, int]:
+    """The grid of one frame of so many patches that is nearest to a square."""
+    tokens = rows // merge**2
+    height = max(h for h in range(1, tokens + 1) if h * h <= tokens and tokens % h == 0)
+    return 1, height * merge, tokens // height * merge
+
+
+def _product(
+    candidate: Candidate, epilogue: str, x, weight, bias, *, live_rows, **options: Any
+) -> None:
+    """One layer as a forward computes it with `candidate`, parts added up."""
+    if candidate is None or isinstance(candidate, Algorithm):
+        library_linear(x, weight, bias, live_rows=live_rows, algorithm=candidate, **options)
+    elif epilogue == GATED:
+        backend = "hopper" if isinstance(candidate, HopperConfig) else "few_rows"
+        place = {"backend": backend, "config": candidate, "live_rows": live_rows}
+        gated_linear(x, weight, bias, out=options["out"], **place)
+    elif isinstance(candidate, HopperConfig):
+        gemm(x, weight, bias, live_rows=live_rows, config=candidate, **options)
+    else:
+        _few_rows(candidate, epilogue, x, weight, bias, live_rows=live_rows, **options)
+
+
+def _few_rows(
+    tile: FewRowsConfig, epilogue: str, x, weight, bias, *, live_rows, **options: Any
+) -> None:
+    if epilogue == RESIDUAL:
+        partials = linear_partials(x, weight, config=tile, live_rows=live_rows)
+        stream = options["residual"]
+        residual(stream, None, live_rows=live_rows, partials=partials, out=stream)
+    else:
+        activation = options["activation"]
+        launch(x, weight, bias, options["out"], live_rows, activation=activation, config=tile)
+
+
+def _zeros(specs: Mapping[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
+    return {n: torch.zeros(s.shape, dtype=s.dtype, device=device) for n, s in specs.items()}
+
+
+def _log(tower: str, rows: int, sweep: Sweep) -> None:
+    best = sorted((us, candidate_name(tried)) for tried, us in sweep.us.items())[:4]
+    cells = ", ".join(f"{name} {us:.1f}" for us, name in best)
+    place = f"{tower} {rows} rows, turn {sweep.turn}, {sweep.layer}"
+    print(f"{place}  us: {cells or 'none'}", file=sys.stderr, flush=True)
