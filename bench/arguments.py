@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         "--rows", nargs="+", type=int, metavar="N", help="patches in a batch; default: the table's"
     )
     tune.add_argument(
-        "--print", action="store_true", help="print the literal of kernels/gemm_tuning.py instead"
+        "--print", action="store_true", help="print the literals of kernels/*_tuning.py"
     )
     products = add("products", "what computes each layer, by the time of whole captured towers")
     products.add_argument("--towers", nargs="+", metavar="NAME")

@@ -230,11 +230,13 @@ class LinearOperands:
         if product is None:
             return []
 
+        scratch = torch.zeros_like(out)  # what is added up here must not be checked against
+
         def calls_of(algorithm: Algorithm) -> list[Callable[[], bool]]:
             return [
                 partial(
                     multiply, product, algorithm, self.xs[i % _SETS],
-                    self.weights[i % len(self.weights)], self.bias, self.outs[i % _SETS],
+                    self.weights[i % len(self.weights)], self.bias, scratch,
                 )
                 for i in range(self.num_calls)
             ]  # fmt: skip

@@ -5,18 +5,19 @@ into the contest of tune_contest.py, where they are checked.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from fractions import Fraction
 
-import torch
-
 from ..kernels import cublaslt
 from ..kernels.cublaslt import Algorithm, Product
+from .timing import Effort, record_each, time_graphs
 
 LIBRARY = "library"  # its own choice, and how the names of its algorithms begin
 MOST_ALGORITHMS = 4  # that are measured with care
 _OTHER_ROWS = (Fraction(1), Fraction(1, 2), Fraction(3, 4), Fraction(3, 2), Fraction(2))
 _QUICK_CALLS = 3
+_QUICK = Effort(warmup_s=0.0, rounds=3, min_rounds=3)
 
 # calls one after the other, each on operands of its own; False if the algorithm cannot
 Calls = Sequence[Callable[[], bool]]
@@ -65,17 +66,15 @@ def proposed(product: Product) -> list[Algorithm]:
 def fastest(
     algorithms: Iterable[Algorithm], calls_of: Callable[[Algorithm], Calls]
 ) -> list[Algorithm]:
-    """The `MOST_ALGORITHMS` quickest in a few calls, of those that can do them."""
-    times: dict[Algorithm, float] = {}
+    """The `MOST_ALGORITHMS` quickest in a graph of a few calls, of those that can do them."""
+    names: dict[str, Algorithm] = {}
+    graphs = {}
     for algorithm in algorithms:
         first, *calls = calls_of(algorithm)[: 1 + _QUICK_CALLS]
-        if not first():
-            continue
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for call in calls:
-            call()
-        end.record()
-        end.synchronize()
-        times[algorithm] = start.elapsed_time(end)
-    return sorted(times, key=times.__getitem__)[:MOST_ALGORITHMS]
+        # a table of many goes on when one fails, and the others are measured
+        with suppress(RuntimeError):
+            if first():
+                names[algorithm_name(algorithm)] = algorithm
+                graphs[algorithm_name(algorithm)] = record_each(calls)
+    times = time_graphs(graphs, _QUICK) if graphs else {}
+    return [names[name] for name in sorted(times, key=lambda n: times[n].ms)][:MOST_ALGORITHMS]

@@ -142,6 +142,8 @@ def measured_library(
 ) -> library_tuning.Table:
     """Algorithms of the shapes that `table` has, as far up as it leaves some M to the library.
 
+    An empty entry is a finding too: its own choice everywhere.
+
     Of two shapes that the library computes alike, with and without a pass after it, the one without
     decides.
     """
@@ -154,7 +156,7 @@ def measured_library(
         if tile is not None:  # from there on
             times = {M: us for M, us in times.items() if first > M}
         found.setdefault(shape.library_key, library_classes(times))
-    return {key: classes for key, classes in found.items() if classes}
+    return found
 
 
 def literal(table: Table, labels: Mapping[Key, str], note: str) -> str:

@@ -6,12 +6,13 @@
 x [M, K], weight [N, K], bias [N], y and residual [M, N], all fp16 or all bf16, elements of a row
 adjacent; sums are fp32, and the GELU is that of `torch._addmm_activation`.
 
-For a product cuBLASLt proposes several algorithms, and PyTorch takes the first. Which one is the
-fastest has to be measured: at 800 rows a later one is up to a fifth faster. library_tuning.py holds
-what was measured. Everything else is PyTorch's (library_linear.py).
+For a product cuBLASLt proposes several algorithms, and PyTorch runs its own choice, as a rule the
+first. Which one is the fastest has to be measured: at 800 rows a later one is up to a fifth faster.
+library_tuning.py holds what was measured. Everything else is PyTorch's (library_linear.py).
 
-No algorithm is given a workspace, so calls on several streams share nothing. The library is the one
-that PyTorch has loaded.
+No algorithm is given a workspace, so calls on several streams share nothing. Some can use four
+bytes for a queue of tiles; without them they deal the tiles out beforehand. The library is that of
+PyTorch's CUDA release, which PyTorch has loaded.
 
 https://docs.nvidia.com/cuda/cublas/#using-the-cublaslt-api
 """
@@ -48,6 +49,7 @@ _PLAIN, _WITH_BIAS, _GELU_WITH_BIAS = 1, 4, 36  # cublasLtEpilogue_t
 _MAX_WORKSPACE = 1  # cublasLtMatmulPreferenceAttributes_t
 _NOT_SUPPORTED = 15  # cublasStatus_t
 _MOST_PROPOSALS = 16
+_SPARED_WORKSPACE = 4  # bytes that an algorithm can do without
 _ALIGNMENT = 256  # of operands, which cuBLASLt takes for granted
 
 
@@ -138,8 +140,9 @@ def product_of(
     """
     if x.dtype not in _DATA_TYPES or x.device.index is None:
         return None
-    if any(m.stride(1) != 1 or m.stride(0) % 8 for m in (x, weight, y)):
-        return None
+    for m in (x, weight, y):  # rows apart from each other, elements side by side
+        if m.stride(1) != 1 or m.stride(0) % 8 or m.stride(0) < m.shape[1]:
+            return None
     given = [m for m in (x, weight, bias, y) if m is not None]
     (M, K), N = x.shape, weight.shape[0]
     if M * N * K == 0 or any(m.data_ptr() % _ALIGNMENT for m in given):
@@ -214,16 +217,17 @@ class _Matrices:
 
     def __init__(self, product: Product):
         of_x, of_weight, of_y = product.strides
-        kind, (M, N, K) = _DATA_TYPES[product.dtype], (product.M, product.N, product.K)
+        data_type, (M, N, K) = _DATA_TYPES[product.dtype], (product.M, product.N, product.K)
         weight, x, y = (
-            self._layout(kind, *size) for size in ((K, N, of_weight), (K, M, of_x), (N, M, of_y))
+            self._layout(data_type, *size)
+            for size in ((K, N, of_weight), (K, M, of_x), (N, M, of_y))
         )
         self.abcd = (weight, x, y, y)
 
-    def _layout(self, kind: int, rows: int, columns: int, stride: int) -> c_void_p:
+    def _layout(self, data_type: int, rows: int, columns: int, stride: int) -> c_void_p:
         layout = c_void_p()
         size = c_uint64(rows), c_uint64(columns), c_int64(stride)
-        _call("cublasLtMatrixLayoutCreate", byref(layout), c_int(kind), *size)
+        _call("cublasLtMatrixLayoutCreate", byref(layout), c_int(data_type), *size)
         weakref.finalize(self, _library().cublasLtMatrixLayoutDestroy, layout).atexit = False
         return layout
 
@@ -234,34 +238,32 @@ def _plan(product: Product, algorithm: Algorithm) -> tuple[Any, _Matrices] | Non
     library = _library()
     if library is None:
         return None
-    words, kind = (c_uint64 * 8)(), c_int(_DATA_TYPES[product.dtype])
+    words, data_type = (c_uint64 * 8)(), c_int(_DATA_TYPES[product.dtype])
     handle = _handle(product.device)
     wrong = library.cublasLtMatmulAlgoInit(
-        handle, c_int(_COMPUTE_FLOAT), c_int(_FLOAT), kind, kind, kind, kind,
+        handle, c_int(_COMPUTE_FLOAT), c_int(_FLOAT), *[data_type] * 4,
         c_int(algorithm.kind), words,
     )  # fmt: skip
     for name, setting in asdict(algorithm).items():
-        number, kind = _ATTRIBUTES[name]
-        value = kind(setting)
+        number, value_type = _ATTRIBUTES[name]
+        value = value_type(setting)
         if name != "kind":
             wrong = wrong or library.cublasLtMatmulAlgoConfigSetAttribute(
                 words, c_int(number), byref(value), c_size_t(sizeof(value))
             )
-    matrices = _Matrices(product)
+    matrices, found = _Matrices(product), _Found()
     with _description(product, None) as description:
-        # The workspace that this may ask for, of four bytes, is for a queue of tiles; without one
-        # they are dealt out beforehand.
         wrong = wrong or library.cublasLtMatmulAlgoCheck(
-            handle, description, *matrices.abcd, words, byref(_Found())
+            handle, description, *matrices.abcd, words, byref(found)
         )
-    return None if wrong else (words, matrices)
+    return None if wrong or found.workspace > _SPARED_WORKSPACE else (words, matrices)
 
 
 def _described(words: Any) -> Algorithm:
     """The algorithm that cuBLASLt keeps in `words`."""
     settings = {}
-    for name, (number, kind) in _ATTRIBUTES.items():
-        value, written = kind(0), c_size_t(0)
+    for name, (number, value_type) in _ATTRIBUTES.items():
+        value, written = value_type(0), c_size_t(0)
         _call(
             "cublasLtMatmulAlgoConfigGetAttribute",
             words, c_int(number), byref(value), c_size_t(sizeof(value)), byref(written),

@@ -39,10 +39,11 @@ def choose_algorithm(
     Raises:
         ValueError: the user's table for this GPU is damaged.
     """
-    if hopper_reason(x.device, x.dtype) is not None:
-        return None
     (M, K), N = x.shape, weight.shape[0]
-    return library_algorithm(M, N, K, epilogue, tuning(x.device).library)
+    algorithm = library_algorithm(M, N, K, epilogue, tuning(x.device).library)
+    if algorithm is None or hopper_reason(x.device, x.dtype) is not None:
+        return None
+    return algorithm
 
 
 def library_linear(

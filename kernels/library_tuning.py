@@ -1,13 +1,15 @@
 """Which algorithm of cuBLASLt a product of the library takes, as measured.
 
-The first that cuBLASLt proposes, which is what PyTorch takes, is rarely its fastest. Each entry
+What cuBLASLt chooses itself is rarely its fastest algorithm. Each entry
 names the fastest of its proposals for these or for some more or fewer rows, in bf16, up to a number
 of rows; a range goes on while its algorithm is within 1 per cent of the fastest.
 
 One NVIDIA H200, cuBLASLt 13.1.0, PyTorch 2.11.0 with CUDA 13.0, 2026-11-22, at 32 numbers of rows
 from 288 to 20480 (a quarter of these on merged patches), as far up as gemm_tuning.py leaves them to
 the library: in 289 of 544 measurements more than 3 per cent faster than its own choice, at most 29.
-Where an algorithm does not run, in another release say, the library chooses itself.
+(Our tiles and these algorithms were timed in two runs, each beside the library's own choice.) In
+another release of the same major version an entry holds where its algorithm runs; in all others the
+library chooses itself.
 
 `python -m vitgraph.bench tune --print` measures and prints the literal. What a user has measured by
 `vitgraph tune` stands before it (tables.py).

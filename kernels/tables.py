@@ -23,6 +23,7 @@ import torch
 
 from . import cublaslt, few_rows_tuning, gemm_tuning, library_tuning
 from .few_rows_tuning import few_rows_from_json
+from .gemm import hopper_reason
 from .gemm_tuning import table_from_json, table_to_json
 from .library_tuning import library_from_json
 from .tuning_cache import read_tuning, tuning_path
@@ -58,6 +59,7 @@ class Tuning:
 
 
 _SHIPPED = Tuning(gemm_tuning.TABLE, few_rows_tuning.TABLE, library_tuning.TABLE)
+_ELSEWHERE = Tuning(gemm_tuning.TABLE, few_rows_tuning.TABLE, {})
 _lock = threading.Lock()
 
 
@@ -78,15 +80,21 @@ def tuning_report(device: torch.device) -> str:
         path = tuning(device).path
     except ValueError as error:
         return str(error)
-    if path is not None:
-        return f"measured on this GPU: {path}"
+    report = "shipped" if path is None else f"measured on this GPU: {path}"
     here = cublaslt.version()
-    if here in (None, library_tuning.VERSION):
-        return "shipped"
+    is_used = here is not None and hopper_reason(device, torch.bfloat16) is None
+    if not is_used or here == library_tuning.VERSION:
+        return report
     return (
-        f"shipped; algorithms of the library were measured with cuBLASLt {library_tuning.VERSION}, "
-        f"here it is {here}: those that it has not are left to its own choice"
+        f"{report}; shipped algorithms of the library are of cuBLASLt {library_tuning.VERSION}, "
+        f"here it is {here}: what it does not have of them is left to its own choice"
     )
+
+
+def _is_major_release() -> bool:
+    """Whether algorithms may be called here what they were called where they were measured."""
+    here = cublaslt.version()
+    return here is None or here.split(".")[0] == library_tuning.VERSION.split(".")[0]
 
 
 @functools.cache
@@ -104,8 +112,9 @@ def _tuning_of_gpu(gpu: str) -> Tuning:
     path = tuning_path(gpu)
     try:
         content = read_tuning(gpu)
+        shipped = _SHIPPED if _is_major_release() else _ELSEWHERE
         if content is None:
-            return _SHIPPED
+            return shipped
         table = table_from_json(content.get("gemm"))
         few_rows = few_rows_from_json(content.get("few_rows"))
         library = library_from_json(content.get("library"))
@@ -119,6 +128,6 @@ def _tuning_of_gpu(gpu: str) -> Tuning:
     return Tuning(
         {**gemm_tuning.TABLE, **table},
         {**few_rows_tuning.TABLE, **measured},
-        {**library_tuning.TABLE, **library},
+        {**shipped.library, **library},
         path,
     )

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import triton
 
+from . import cublaslt
+
 # of the file; another one is not found, so older files are left alone
 FORMAT = 3
 
@@ -33,6 +35,7 @@ def made_on(gpu: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": triton.__version__,
+        "cublaslt": cublaslt.version(),
     }
 
 

@@ -11,6 +11,7 @@ from vitgraph.bench.__main__ import main
 from vitgraph.bench.product_search import Sweep, candidate_name, candidates, descend
 from vitgraph.bench.products import CapturedTower, image_of, row_of, summary
 from vitgraph.bench.timing import TimeBudget
+from vitgraph.bench.tune_contest import LinearOperands
 from vitgraph.bench.tune_shapes import LinearShape, layers, tower_specs
 from vitgraph.encoder import VisionEncoder
 from vitgraph.kernels import gemm_tuning, library_tuning
@@ -266,7 +267,13 @@ def test_algorithms_and_tiles_of_many_rows_stand_in_as_well(tower, stand_ins):
     assert stand_ins[1].table[(*keys["qkv"][:2], ROTATED)] == ()
     tower.us({"qkv": ALGORITHM, "up": None})
     assert stand_ins[2].library[keys["qkv"]] == ((32, ALGORITHM),)
-    assert tower.algorithms("up") == tower.algorithms("proj") == []  # of a CPU
+
+
+def test_a_gate_has_no_algorithms(tower, monkeypatch):
+    assert tower.algorithms("proj") == []  # on a CPU
+    monkeypatch.setattr(LinearOperands, "algorithms", lambda operands: [ALGORITHM])
+    assert tower.algorithms("proj") == [ALGORITHM]
+    assert tower.algorithms("up") == []
 
 
 def test_layers_that_are_not_exchanged_keep_their_tiles(tower, stand_ins, monkeypatch):

@@ -109,6 +109,9 @@ def test_algorithms_go_as_far_up_as_the_library_does():
     assert table == {shape.key: ((10, SQUARE), (20, None), (40, SQUARE))}
     assert measured_library(rows, [shape], table) == {shape.key: ((30, ONE),)}
     assert measured_library(rows, [shape], {}) == {}
+    # the library's own choice everywhere is a finding too
+    own = [row(shape, 10, us(8.0, 9.0, 9.0))]
+    assert measured_library(own, [shape], {shape.key: ()}) == {shape.key: ()}
 
 
 TIMES = ((10, 7.0), (20, 9.0), (30, 9.0), (40, 7.0))
@@ -312,7 +315,8 @@ def test_tiles_of_few_rows_are_stored_beside_the_others(user_cache):
 
 def test_algorithms_of_the_library_are_stored_beside_the_tiles(user_cache):
     def measure(shape, M):
-        return outcome_of({**us(9.0, 8.0 if M > 300 else 9.0, 9.0), **lib(9.0, ONE=8.5)})
+        tiles = us(9.0, 8.0 if M > 300 else 9.0, 9.0)
+        return outcome_of({**tiles, **lib(9.0, ONE=8.5, OTHER=8.7)})
 
     shape = LinearShape("qkv", 64, 64, "")
     result = tune.run([shape], [], [256, 512], measure_linear=measure, measure_attention=None)
@@ -322,7 +326,8 @@ def test_algorithms_of_the_library_are_stored_beside_the_tiles(user_cache):
     assert library_from_json(content["library"]) == result.library
     assert library_from_json(tune.settings(result, [256])["library"]) == result.library
     assert both(tune.printed_table(result)) == (result.table, result.library)
-    head = next(line.split() for line in tune.summary(result).splitlines() if " us " in line)
+    head, first, *_ = (line.split() for line in tune.summary(result).splitlines())
+    assert first[first.index("256") :][:5] == ["256", "9", "9", "9", "8.5"]
     columns = ["library", SQUARE_NAME, WIDE_NAME, "its algorithms"]
     assert " ".join(head) == f"linear M {' us '.join(columns)} us fastest"
 
@@ -400,7 +405,10 @@ def test_bench_tune(imaginary_gpu, tmp_path, capsys, monkeypatch):
     assert [r["kind"] for r in content["rows"]] == ["linear"] * 2 + ["attention"] * 22
     assert "3072x1024 bias" in capsys.readouterr().out
     assert main([*command, "qkv qwen3-vl-2b", "--print"]) == 0
-    assert both(capsys.readouterr().out) == ({(3072, 1024, ""): ((784, WIDE),)}, {})
+    assert both(capsys.readouterr().out) == (
+        {(3072, 1024, ""): ((784, WIDE),)},
+        {(3072, 1024, ""): ()},
+    )
 
 
 @pytest.mark.parametrize(

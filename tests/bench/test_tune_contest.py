@@ -4,15 +4,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from vitgraph.bench import tune_contest, tune_shapes
+from vitgraph.bench import tune_contest, tune_library, tune_shapes
 from vitgraph.bench.tune_contest import (
     Candidate,
+    LinearOperands,
     contest,
     contest_attention,
     contest_linear,
     tile_name,
     worst,
 )
+from vitgraph.bench.tune_library import algorithm_name
 from vitgraph.bench.tune_shapes import (
     AttentionShape,
     LinearShape,
@@ -22,14 +24,16 @@ from vitgraph.bench.tune_shapes import (
     select,
     tower_specs,
 )
-from vitgraph.kernels import pdl
+from vitgraph.kernels import cublaslt, pdl
 from vitgraph.kernels.attention_fa4 import Tile
 from vitgraph.kernels.attention_hopper import CANDIDATES, usable_configs
+from vitgraph.kernels.cublaslt import Algorithm
 from vitgraph.kernels.few_rows_tuning import FewRowsConfig, shipped_few_rows
 from vitgraph.kernels.gated_linear import gated_linear_ref
 from vitgraph.kernels.gemm import hopper_reason
 from vitgraph.kernels.gemm_few_rows import partials_ref
 from vitgraph.kernels.gemm_tuning import GATED, RESIDUAL, ROTATED, SQUARE, TABLE, WIDE
+from vitgraph.kernels.library_linear import library_linear
 from vitgraph.kernels.linear import linear_ref
 
 CPU = torch.device("cpu")
@@ -257,6 +261,94 @@ def test_tiles_of_few_rows_take_part_where_rows_are_few(epilogue, few_rows):
     assert asked[1] == asked[0][: -len(few)]
 
 
+ONE, OTHER, THIRD = Algorithm(183, 2, 7), Algorithm(24, 5, 3), Algorithm(9, 9, 9)
+
+
+@pytest.mark.parametrize("epilogue", ["", "silu", RESIDUAL])
+def test_the_library_takes_part_by_its_choice_and_by_algorithms(epilogue, monkeypatch):
+    used = []
+
+    def layer(*operands, algorithm=None, **options):
+        used.append(algorithm)
+        return library_linear(*operands, **options)
+
+    monkeypatch.setattr(tune_contest, "library_linear", layer)
+    monkeypatch.setattr(LinearOperands, "algorithms", lambda operands: [ONE, OTHER])
+    time, asked = made_up({})
+    shape = LinearShape("tiny", 16, 192, epilogue)
+    outcome = contest_linear(shape, 600, device=CPU, time=time, dtype=torch.float32)
+    assert asked[0][:3] == ["library", algorithm_name(ONE), algorithm_name(OTHER)]
+    assert set(used) == {None, ONE, OTHER}
+    assert outcome.reasons == {}
+
+
+def test_a_gate_has_no_algorithms(monkeypatch):
+    monkeypatch.delattr(LinearOperands, "algorithms")
+    time, asked = made_up({})
+    shape = LinearShape("tiny", 16, 192, GATED)
+    contest_linear(shape, 600, device=CPU, time=time, dtype=torch.float32)
+    assert asked[0][0] == "library"
+
+
+@pytest.mark.parametrize(
+    ("epilogue", "in_library"),
+    [("", ""), ("silu", ""), ("gelu_tanh", "gelu_tanh"), (RESIDUAL, "residual")],
+)
+def test_algorithms_are_those_of_what_the_library_does(epilogue, in_library, monkeypatch):
+    asked = []
+
+    def product_of(x, weight, bias, out, epilogue):
+        asked.append((tuple(x.shape), tuple(weight.shape), tuple(out.shape), epilogue))
+        assert (bias is None) == (epilogue == "residual")
+        return product
+
+    def fastest(algorithms, calls_of):
+        assert algorithms == [ONE]
+        assert [call() for call in calls_of(ONE)[:2]] == [True, True]
+        return [ONE]
+
+    product = "product"
+    monkeypatch.setattr(tune_contest, "product_of", product_of)
+    monkeypatch.setattr(tune_contest, "proposed", lambda product: [ONE])
+    monkeypatch.setattr(tune_contest, "fastest", fastest)
+    monkeypatch.setattr(tune_contest, "multiply", lambda product, algorithm, *operands: True)
+    operands = LinearOperands(LinearShape("tiny", 16, 24, epilogue), 6, CPU, torch.bfloat16)
+    assert operands.algorithms() == []  # on a CPU there is no choice
+    monkeypatch.setattr(tune_contest, "hopper_reason", lambda device, dtype: None)
+    assert operands.algorithms() == [ONE]
+    assert asked == [((6, 24), (16, 24), (6, 16), in_library)]
+    product = None
+    assert operands.algorithms() == []
+
+
+def test_proposals_for_more_and_fewer_rows_are_tried(monkeypatch):
+    of = {100: [ONE, OTHER], 50: [OTHER], 75: [], 150: [THIRD], 200: [ONE]}
+    monkeypatch.setattr(cublaslt, "proposals", lambda product: of[product.M])
+    product = cublaslt.Product(100, 8, 8, (8, 8, 8), torch.bfloat16, "", True, 0)
+    assert tune_library.proposed(product) == [ONE, OTHER, THIRD]
+
+
+def test_the_quickest_go_on(monkeypatch):
+    def calls_of(algorithm):
+        def call():
+            if algorithm.tile == 12:
+                raise RuntimeError("status 14")
+            return algorithm.tile != 13  # which cannot
+
+        return [call, *[algorithm] * 9]
+
+    def time_graphs(graphs, effort):
+        return {name: SimpleNamespace(ms=calls[0].custom) for name, calls in graphs.items()}
+
+    monkeypatch.setattr(tune_library, "record_each", list)
+    monkeypatch.setattr(tune_library, "time_graphs", time_graphs)
+    several = [Algorithm(tile, 20 - tile, 1) for tile in range(10, 20)]
+    assert tune_library.fastest(several, calls_of) == several[:-5:-1]
+    assert tune_library.MOST_ALGORITHMS == 4
+    assert tune_library.fastest(several[:4], calls_of) == several[1::-1]
+    assert tune_library.fastest(several[2:4], calls_of) == []
+
+
 def test_all_products_into_the_stream_are_timed_with_its_norm(few_rows, monkeypatch):
     """Parts wait for the norm, so the others have to have it too."""
     right, parts = tune_contest.norm, []
@@ -380,7 +472,9 @@ def test_a_layer_on_a_gpu():
     assert outcome.us["library"] > 0
     if hopper_reason(device, torch.bfloat16) is None:
         assert outcome.reasons == {}
-        assert set(outcome.us) == {"library", SQUARE_NAME, WIDE_NAME}
+        algorithms = [name for name in outcome.us if tune_library.algorithm_of(name)]
+        assert len(algorithms) == tune_library.MOST_ALGORITHMS
+        assert set(outcome.us) == {"library", SQUARE_NAME, WIDE_NAME, *algorithms}
     else:
         assert set(outcome.reasons) == {SQUARE_NAME, WIDE_NAME}
 

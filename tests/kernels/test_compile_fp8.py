@@ -55,8 +55,8 @@ def test_norm_fp8(D, T, is_rms, has_bounds):
     else:  # five to a sum or maximum of each row and block; none for vectors and columns of q
         results = 3 if is_rms else 4
         exchanges = 5 * results * launch.rows * (2 if rest else 1) + 4
-        # once for programs of live rows alone, which are spared a fifth of the instructions
-        assert info.count("SHFL") <= 2 * exchanges
+        # once more for programs of live rows alone, which are spared a quarter of the instructions
+        assert exchanges < info.count("SHFL") <= 2 * exchanges
     assert loads(info) >= launch.rows * block_d // (launch.num_warps * 32 * 8)
     assert stores(info) >= 1
     assert CAST in info.ptx

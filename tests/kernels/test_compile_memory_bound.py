@@ -40,8 +40,9 @@ def test_norm(D, T, is_rms):
     assert info.count("STG.E.128") >= 1
     if launch.split:  # five to a sum of each row and block; none for vectors
         sums = 1 if is_rms else 2
-        # once for programs of live rows alone, which are spared a third of the instructions
-        assert info.count("SHFL") <= 2 * 5 * sums * launch.rows * (2 if rest else 1)
+        exchanges = 5 * sums * launch.rows * (2 if rest else 1)
+        # once more for programs of live rows alone, which are spared a third of the instructions
+        assert exchanges < info.count("SHFL") <= 2 * exchanges
 
 
 @pytest.mark.parametrize("has_norm", [False, True], ids=["plain", "norm"])

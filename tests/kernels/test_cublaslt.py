@@ -4,7 +4,7 @@ import ctypes
 import gc
 import json
 import re
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from types import SimpleNamespace
@@ -22,7 +22,8 @@ from vitgraph.kernels.linear import linear, linear_ref
 from vitgraph.kernels.testing import error_ratio
 
 BF16, FP16 = torch.bfloat16, torch.float16
-ONE, OTHER = Algorithm(183, 2, 7), Algorithm(24, 5, 3, splits=2)
+ONE = Algorithm(183, 2, 7)
+OTHER = Algorithm(24, 5, 3, splits=2, reduction=1, swizzle=1, stages=4, inner=6)
 UNKNOWN = Algorithm(65000, 7, 500)
 
 
@@ -62,7 +63,7 @@ def test_shipped_entries_ascend_and_are_of_what_the_library_does():
         assert N % 8 == K % 8 == 0
         bounds = [last for last, _ in classes]
         assert bounds == sorted(set(bounds))
-        assert classes[-1][1] is not None
+        assert not classes or classes[-1][1] is not None
     assert library_from_json(json.loads(json.dumps(table_to_json(TABLE)))) == TABLE
 
 
@@ -125,9 +126,106 @@ def test_without_the_library_everything_is_left_to_pytorch(monkeypatch):
     cublaslt._plan.cache_clear()
 
 
-def test_operands_on_a_cpu_are_no_product():
-    x = torch.ones(8, 8, dtype=BF16)
-    assert product_of(x, x, None, x, "") is None
+class Operand:
+    """What `product_of` asks of a tensor on a GPU."""
+
+    def __init__(self, *shape, strides=None, address=512, dtype=BF16):
+        self.shape, self.dtype, self.device = shape, dtype, torch.device("cuda", 3)
+        self.strides, self.address = strides or (*shape[1:], 1), address
+
+    def stride(self, dim):
+        return self.strides[dim]
+
+    def data_ptr(self):
+        return self.address
+
+
+def test_which_operands_make_a_product():
+    x, weight, bias, y = (
+        Operand(6, 24, strides=(32, 1)),
+        Operand(16, 24),
+        Operand(16),
+        Operand(6, 16),
+    )
+    found = product_of(x, weight, bias, y, "gelu_tanh")
+    assert found == cublaslt.Product(6, 16, 24, (32, 24, 16), BF16, "gelu_tanh", True, 3)
+    assert product_of(x, weight, None, y, "residual").has_bias is False
+    for wrong in (
+        Operand(6, 24, strides=(1, 8)), Operand(6, 24, strides=(36, 1)), Operand(0, 24),
+        Operand(6, 24, strides=(0, 1)), Operand(6, 24, strides=(16, 1)),
+        Operand(6, 24, address=528), Operand(6, 24, dtype=torch.float32),
+    ):  # fmt: skip
+        assert product_of(wrong, weight, bias, y, "") is None
+    assert product_of(x, weight, Operand(16, address=528), y, "") is None
+    assert product_of(x, weight, bias, Operand(6, 16, address=768 + 16), "") is None
+    on_cpu = torch.ones(8, 8, dtype=BF16)
+    assert product_of(on_cpu, on_cpu, None, on_cpu, "") is None
+
+
+# the layer
+
+
+class OnGpu(torch.Tensor):
+    """Of a CPU, but does not say so."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("has_residual", [False, True])
+@pytest.mark.parametrize("path", ["algorithm", "refused", "no product", "own choice"])
+def test_the_layer_by_an_algorithm_or_by_pytorch(path, has_residual, activation, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias, before = (
+        torch.randn(*size, generator=generator) for size in ((6, 24), (16, 24), (16,), (6, 16))
+    )
+    asked = []
+
+    def multiply(product, algorithm, x, weight, bias, y):
+        asked.append(algorithm)
+        if path == "refused":
+            return False
+        options = {"residual": y.clone()} if has_residual else {}
+        y.copy_(linear_ref(x, weight, bias, **options))
+        return True
+
+    product = None if path == "no product" else "product"
+    monkeypatch.setattr(cublaslt, "product_of", lambda *operands: product)
+    monkeypatch.setattr(cublaslt, "multiply", multiply)
+    given = {"activation": None if has_residual else activation}
+    if has_residual:
+        bias, given["residual"] = None, before.clone()
+    want = linear_ref(x, weight, bias, **given)
+    algorithm = None if path == "own choice" else ONE
+    by_layer = library_linear.library_linear(
+        x.as_subclass(OnGpu), weight, bias, algorithm=algorithm, **given
+    )
+    torch.testing.assert_close(torch.Tensor(by_layer), want)
+    assert asked == ([ONE] if path in ("algorithm", "refused") else [])
+    out = torch.empty(6, 16)
+    if not has_residual:
+        layer = library_linear.library_linear
+        layer(x.as_subclass(OnGpu), weight, bias, algorithm=algorithm, out=out, **given)
+        torch.testing.assert_close(out, want)
+
+
+def test_a_gelu_in_the_epilogue_is_not_followed_by_another(monkeypatch):
+    monkeypatch.setattr(cublaslt, "product_of", lambda *operands: "product")
+    monkeypatch.setattr(cublaslt, "multiply", lambda *operands: operands[-1].fill_(2.0) is not None)
+    x = torch.ones(4, 8, dtype=BF16).as_subclass(OnGpu)
+    y = library_linear.library_linear(
+        x, torch.ones(8, 8, dtype=BF16), torch.ones(8), activation="gelu_tanh", algorithm=ONE
+    )
+    assert (y == 2.0).all()
+
+
+def test_other_devices_have_no_algorithm(monkeypatch):
+    mine = tables.Tuning({}, {}, {(8, 16, ""): ((4, ONE),)})
+    monkeypatch.setattr(library_linear, "tuning", lambda device: mine)
+    x, weight = torch.ones(4, 16, dtype=BF16), torch.ones(8, 16, dtype=BF16)
+    assert library_linear.choose_algorithm(x, weight, "") is None
+    monkeypatch.setattr(library_linear, "hopper_reason", lambda device, dtype: None)
+    assert library_linear.choose_algorithm(x, weight, "") == ONE
 
 
 # what is handed to the library
@@ -136,8 +234,9 @@ def test_operands_on_a_cpu_are_no_product():
 class FakeLibrary:
     """Keeps what cuBLASLt would, and knows what is alive."""
 
-    def __init__(self, proposed=(), sound=True):
-        self.proposed, self.sound = proposed, sound
+    def __init__(self, proposed=()):
+        self.proposed, self.statuses = proposed, {}
+        self.workspace, self.data_type = 4, 14
         self.alive, self.made, self.multiplied = {}, 0, []
 
     def __getattr__(self, name):
@@ -171,14 +270,14 @@ class FakeLibrary:
 
     def _algo_init(self, handle, *rest):
         *types, kind, words = rest
-        assert [t.value for t in types] == [68, 0, 14, 14, 14, 14]
+        assert [t.value for t in types] == [68, 0, *[self.data_type] * 4]
         words[0] = kind.value
-        return 0
+        return self.statuses.get("init", 0)
 
     def _algo_config_set_attribute(self, words, number, value, size):
         assert size.value == ctypes.sizeof(value._obj)
         words[number.value % 8] += value._obj.value << (32 if number.value > 7 else 0)
-        return 0
+        return self.statuses.get("set", 0)
 
     def _algo_config_get_attribute(self, words, number, value, size, written):
         assert size.value == ctypes.sizeof(value._obj)
@@ -191,7 +290,8 @@ class FakeLibrary:
 
     def _algo_check(self, handle, description, a, b, c, d, words, found):
         self._operands(description, (a, b, c, d))
-        return 0 if self.sound else 15
+        found._obj.workspace = self.workspace
+        return self.statuses.get("check", 0)
 
     def _algo_get_heuristic(self, handle, description, a, b, c, d, preference, *rest):
         self._operands(description, (a, b, c, d))
@@ -212,8 +312,9 @@ class FakeLibrary:
         return 0
 
     def multiply(self, handle, description, *rest):
-        one, of_a, a, of_b, b, scale, of_c, c, of_d, d, words, workspace, size, _stream = rest
-        assert (one._obj.value, workspace, size.value) == (1.0, None, 0)
+        one, of_a, a, of_b, b, scale, of_c, c, of_d, d, words, workspace, size, stream = rest
+        assert (one._obj.value, workspace, size.value, stream.value) == (1.0, None, 0, 7)
+        assert self.device == 2
         made = cublaslt._described(words)
         addresses = [pointer.value for pointer in (of_a, of_b, of_c, of_d)]
         operands = self._operands(description, (a, b, c, d))
@@ -225,7 +326,14 @@ class FakeLibrary:
 def fake(monkeypatch):
     made = FakeLibrary([(ONE, 0), (OTHER, 0), (UNKNOWN, 15)])
     monkeypatch.setattr(cublaslt, "_library", lambda: made)
-    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+
+    @contextmanager
+    def device(index):
+        made.device = index
+        yield
+        made.device = None
+
+    monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
     for cache in (cublaslt._plan, cublaslt._handle):
         cache.cache_clear()
@@ -234,8 +342,8 @@ def fake(monkeypatch):
         cache.cache_clear()
 
 
-def product_like(epilogue, has_bias):
-    return cublaslt.Product(6, 8, 24, (32, 24, 16), BF16, epilogue, has_bias, 0)
+def product_like(epilogue, has_bias, dtype=BF16):
+    return cublaslt.Product(6, 8, 24, (32, 24, 16), dtype, epilogue, has_bias, 2)
 
 
 def test_proposals_are_those_that_the_library_can_do(fake):
@@ -277,10 +385,27 @@ def test_what_the_library_is_told(epilogue, has_bias, number, scale, fake):
     assert [kind for kind, *_ in fake.alive.values()] == [""]
 
 
-def test_an_algorithm_that_the_library_refuses_is_not_run(fake):
-    fake.sound = False
+@pytest.mark.parametrize("refused", ["init", "set", "check", "workspace"])
+def test_an_algorithm_that_the_library_refuses_is_not_run(refused, fake):
+    if refused == "workspace":
+        fake.workspace = 5
+    else:
+        fake.statuses[refused] = 15
     assert not cublaslt.multiply(product_like("", False), ONE, *[torch.ones(1)] * 2, None, None)
     assert fake.multiplied == []
+
+
+def test_fp16_has_a_type_of_its_own(fake):
+    fake.data_type = 2
+    ones = torch.ones(1)
+    assert cublaslt.multiply(product_like("", False, FP16), ONE, ones, ones, None, ones)
+    _, _, _, (_, *matrices) = fake.multiplied[0]
+    assert [matrix[1] for matrix in matrices] == [2] * 4
+
+
+def test_structures_are_as_large_as_those_of_the_library():
+    assert ctypes.sizeof(cublaslt._Found) == 96
+    assert cublaslt._Found.state.offset == 72
 
 
 def test_an_error_of_the_library_is_told(fake):

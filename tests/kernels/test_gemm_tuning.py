@@ -12,6 +12,7 @@ from vitgraph.kernels import gated_linear as gated_module
 from vitgraph.kernels import gemm as gemm_module
 from vitgraph.kernels import gemm_few_rows as few_rows_module
 from vitgraph.kernels import linear as linear_module
+from vitgraph.kernels.cublaslt import Algorithm
 from vitgraph.kernels.few_rows_tuning import FewRowsConfig, few_rows_from_json, few_rows_tile
 from vitgraph.kernels.gated_linear import choose_gated_backend
 from vitgraph.kernels.gemm_few_rows import choose_partials
@@ -75,13 +76,31 @@ def test_without_a_file_the_shipped_table_stands():
 
 
 def test_info_tells_of_another_release_of_the_library(monkeypatch):
-    told = {library_tuning.VERSION: "shipped", "99.1.0": "here it is 99.1.0"}
-    for version, words in told.items():
+    for version in (library_tuning.VERSION, None):
         monkeypatch.setattr(cublaslt, "version", lambda version=version: version)
-        assert words in tuning_report(DEVICE)
+        assert tuning_report(DEVICE) == "shipped"
+    monkeypatch.setattr(cublaslt, "version", lambda: "13.9.0")
+    assert "here it is 13.9.0" in tuning_report(DEVICE)
     keep(MEASURED)
     forget()
-    assert tuning_report(DEVICE).startswith("measured on this GPU")
+    report = tuning_report(DEVICE)
+    assert report.startswith("measured on this GPU")
+    assert "here it is 13.9.0" in report
+    monkeypatch.setattr(tables, "hopper_reason", lambda device, dtype: "of another kind")
+    assert ";" not in tuning_report(DEVICE)  # nothing of it is used there
+
+
+@pytest.mark.parametrize(
+    ("version", "shipped"), [("13.9.9", library_tuning.TABLE), ("14.0.0", {}), ("12.9.1", {})]
+)
+def test_algorithms_are_of_one_major_release(version, shipped, monkeypatch):
+    monkeypatch.setattr(cublaslt, "version", lambda: version)
+    assert tuning(DEVICE).library == shipped
+    assert tuning(DEVICE).table is TABLE
+    forget()
+    mine = {(8, 8, ""): ((64, Algorithm(1, 2, 3)),)}
+    keep({}, library=mine)
+    assert tuning(DEVICE).library == {**shipped, **mine}
 
 
 def test_measured_entries_stand_before_shipped_ones():
@@ -113,6 +132,16 @@ def test_what_the_user_measured_stands_before_shipped_tiles_of_few_rows():
     shipped = few_rows_tile(256, 3840, 1280, "")
     assert shipped is not None
     assert chosen(M=256, N=3840, K=1280) == ("few_rows", shipped)  # not measured by the user
+
+
+def test_measured_algorithms_stand_before_shipped_ones():
+    mine = {(*QKV[:2], ""): ((64, Algorithm(1, 2, 3)),)}
+    keep({}, library=mine)
+    assert tuning(DEVICE).library == {**library_tuning.TABLE, **mine}
+    before = tuning(DEVICE).fingerprint()
+    forget()
+    keep({}, library={key: ((65, Algorithm(1, 2, 3)),) for key in mine})
+    assert tuning(DEVICE).fingerprint() != before
 
 
 def test_a_measured_shape_without_tiles_of_few_rows_has_none():

@@ -89,6 +89,19 @@ def test_padding_is_zero_and_never_read(live, kind, device):
     assert (y[live:] == 0).all()
 
 
+def test_more_live_rows_than_there_are(device):
+    """What lies behind x and y is left alone, also by the program of their last row."""
+    T, D = 2049, 32  # two rows a program
+    weight = torch.ones(D, device=device)
+    stream, target = (torch.full((T + 3, D), 7.0, device=device) for _ in range(2))
+    stream[:T].normal_()
+    live = torch.tensor([T + 3], dtype=torch.int32, device=device)
+    assert config(T, D).rows > 1
+    norm(stream[:T], weight, None, 1e-6, kind="rms", live_rows=live, out=target[:T])
+    torch.testing.assert_close(target[:T], norm_ref(stream[:T], weight, None, 1e-6, kind="rms"))
+    assert (target[T:] == 7.0).all()
+
+
 def test_destination(device):
     args, offset = arguments(9, 64, torch.float32, device, "rms")
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0)).int().to(device)
