@@ -1,5 +1,6 @@
 import pytest
 import torch
+import vitgraph.bench.floor as floor_module
 from vitgraph.bench.floor import (
     TowerShape,
     gemms,
@@ -8,6 +9,7 @@ from vitgraph.bench.floor import (
     segment_lengths,
 )
 from vitgraph.bench.towers_config import TOWERS
+from vitgraph.kernels.cublaslt import Algorithm
 
 SHAPES = {name: TowerShape.of(config.vision_config()) for name, config in TOWERS.items()}
 PEAK = 790e12  # FLOP/s at which the figures below were taken
@@ -98,3 +100,27 @@ def test_kernel_counts(name, kernels):
 
 def test_segments():
     assert segment_lengths([(2, 4, 6), (1, 2, 2)]) == (24, 24, 4)
+
+
+@pytest.mark.parametrize("product", ["product", None])
+def test_a_gemm_counts_with_its_fastest_algorithm(product, monkeypatch):
+    slow, quick = Algorithm(1, 1, 1), Algorithm(2, 2, 2)
+    computed = []
+
+    def timed(works):
+        before = len(computed)
+        for work in works:
+            work()
+        return {slow: 3.0, quick: 1.0, None: 2.0}[computed[before] if computed[before:] else None]
+
+    monkeypatch.setattr(floor_module, "product_of", lambda *operands: product)
+    monkeypatch.setattr(floor_module, "proposed", lambda product: [slow, quick])
+    monkeypatch.setattr(floor_module, "fastest", lambda algorithms, calls_of: algorithms)
+    monkeypatch.setattr(
+        floor_module, "multiply", lambda product, algorithm, *operands: computed.append(algorithm)
+    )
+    monkeypatch.setattr(floor_module, "_time", timed)
+    meter = floor_module.FloorMeter(torch.device("cpu"))
+    assert meter._gemm(8, 16, 24) == (2.0 if product is None else 1.0)
+    assert set(computed) == (set() if product is None else {slow, quick})
+    assert meter._gemm(8, 16, 24) == meter._gemm(8, 16, 24)
