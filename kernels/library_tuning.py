@@ -1,8 +1,8 @@
 """Which algorithm of cuBLASLt a product of the library takes, as measured.
 
-What cuBLASLt chooses itself is rarely its fastest algorithm. Each entry
-names the fastest of its proposals for these or for some more or fewer rows, in bf16, up to a number
-of rows; a range goes on while its algorithm is within 1 per cent of the fastest.
+What cuBLASLt chooses itself is often not its fastest algorithm. Each entry names the fastest of its
+proposals for these or for some more or fewer rows, in bf16, up to a number of rows; a range goes on
+while its algorithm is within 1 per cent of the fastest.
 
 One NVIDIA H200, cuBLASLt 13.1.0, PyTorch 2.11.0 with CUDA 13.0, 2026-11-22, at 32 numbers of rows
 from 288 to 20480 (a quarter of these on merged patches), as far up as gemm_tuning.py leaves them to
