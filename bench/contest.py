@@ -213,7 +213,6 @@ def _row(
             "norm_ms": floor.norm_ms,
             "gap_ms": floor.gap_ms,
             "attention_backend": floor.backend,
-            "gemm_algorithm": "fastest",
         },
         "patches": len(job.pixel_values),
         "padded_patches": provider and provider.padded_patches,

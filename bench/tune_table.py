@@ -20,7 +20,7 @@ Key = tuple[int, int, str]
 _Choice = TypeVar("_Choice")
 
 _WIDTH = 100
-# Live rows fill so much of a rung on average: the automatic ladder has steps of 6 to 12 per cent.
+# Live rows fill about so much of a rung: the automatic ladder has steps of 6 to 12 per cent.
 # The library computes all rows; our tiles, of up to 256 rows, spare some where that is many.
 _MEAN_LIVE, _SPARED_FROM = 0.96, 4096
 _TOLERANCE = 1.01  # of a time to the fastest: what measurements tell apart
