@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..capture.graph import CudaGraphRecorder, Recorder, paused_gc
 from ..encoder.vision_encoder import VisionEncoder
 from ..kernels.cublaslt import Algorithm
 from ..kernels.few_rows_tuning import FewRowsConfig
@@ -29,7 +30,7 @@ from ..kernels.tables import tuning
 from .ours_providers import encoder_of
 from .product_search import Candidate, Choice, Sweep, candidate_name, candidates, descend
 from .report import number, table
-from .timing import Effort, TimeBudget, record, time_graphs
+from .timing import Effort, TimeBudget, time_graphs
 from .towers_config import build_tower, tower_config
 from .tune_contest import MAX_ERR_RATIO, LinearOperands
 from .tune_library import LIBRARY
@@ -88,31 +89,42 @@ def run(
         raise ValueError(f"products: there is nothing to measure here, as our kernel: {reason}")
     time_budget = time_budget or TimeBudget()
     found: list[Row] = []
+    recorder = CudaGraphRecorder(device)
     for name in towers:
         hf = build_tower(name, device=device, dtype=torch.bfloat16, seed=seed)
         encoder = encoder_of(hf, tower_config(name).spec)
         for count in rows:
-            tower = CapturedTower(encoder, count, images, seed)
+            tower = CapturedTower(encoder, recorder, count, images, seed)
             tried = {
                 layer: candidates(shape, count, num_sms(device), tower.algorithms(layer))
                 for layer, shape in tower.shapes.items()
                 if layer in only
             }
             tower.compile(tried)
+            in_force = tower.us({})
             sweeps = descend(
                 tried, tower.us, turns=turns, time_budget=time_budget,
                 label=f"{name} {count} rows", log=partial(_log, name, count),
             )  # fmt: skip
-            found += [row_of(name, count, images, tower.shapes[s.layer], s) for s in sweeps]
+            found += [
+                row_of(name, count, images, in_force, tower.shapes[sweep.layer], sweep)
+                for sweep in sweeps
+            ]
     return found
 
 
-def row_of(tower: str, rows: int, images: int, shape: LinearShape, sweep: Sweep) -> Row:
-    """What the JSON says of one turn of a layer; candidates by `candidate_name`."""
+def row_of(
+    tower: str, rows: int, images: int, in_force: float, shape: LinearShape, sweep: Sweep
+) -> Row:
+    """What the JSON says of one turn of a layer; candidates by `candidate_name`.
+
+    `in_force` are the microseconds of the tower by the tables as they are.
+    """
     return {
         "tower": tower,
         "rows": rows,
         "images": images,
+        "tables_us": in_force,
         "layer": sweep.layer,
         "turn": sweep.turn,
         "N": shape.N,
@@ -126,9 +138,9 @@ def row_of(tower: str, rows: int, images: int, shape: LinearShape, sweep: Sweep)
 
 
 def summary(rows: Sequence[Row], most: int = 3) -> str:
-    """For each layer the tower's time by the library's own choice and the best, last turns."""
+    """For each layer the tower's time by the tables, the library's own choice and the best."""
     last = {(row["tower"], row["rows"], row["layer"]): row for row in rows}
-    header = ["us of the tower", "layer", "turn", LIBRARY]
+    header = ["us of the tower", "tables", "layer", "turn", LIBRARY]
     header += [cell for i in range(1, most + 1) for cell in (f"best {i}", "us")]
     lines = []
     for (tower, count, layer), row in last.items():
@@ -136,7 +148,8 @@ def summary(rows: Sequence[Row], most: int = 3) -> str:
         cells = [cell for us, name in best[:most] for cell in (name, number(us, 4))]
         cells += ["-"] * (2 * most - len(cells))
         library = number(row["us"].get(LIBRARY), 4)
-        lines.append([f"{tower} {count} rows", layer, row["turn"], library, *cells])
+        tables = number(row["tables_us"], 4)
+        lines.append([f"{tower} {count} rows", tables, layer, row["turn"], library, *cells])
     reasons = {
         f"{row['tower']} {row['rows']} rows {row['layer']} {name}: {reason}"
         for row in rows
@@ -148,7 +161,9 @@ def summary(rows: Sequence[Row], most: int = 3) -> str:
 class CapturedTower:
     """One tower at one number of rows, captured anew for every choice of products."""
 
-    def __init__(self, encoder: VisionEncoder, rows: int, images: int, seed: int):
+    def __init__(
+        self, encoder: VisionEncoder, recorder: Recorder, rows: int, images: int, seed: int
+    ):
         """Static inputs of a graph that `images` of together `rows` patches fill.
 
         Raises:
@@ -171,6 +186,8 @@ class CapturedTower:
         generator = torch.Generator(device).manual_seed(seed)
         self._inputs["pixel_values"].normal_(generator=generator)
         self._inputs["grid"].copy_(torch.tensor([image] * images, dtype=torch.int32))
+        self._recorder = recorder
+        self._pool = recorder.new_pool()
         self._checked: dict[tuple[str, Candidate], float] = {}
         found = layers(spec)
         self.shapes = {name: found[name] for name in LAYERS}
@@ -204,8 +221,9 @@ class CapturedTower:
                 raise ValueError(
                     f"error is {self._error(layer, candidate):.3g} times plain PyTorch's own"
                 )
-        with self._tables(choice):
-            graph, _ = record(self._forward)
+        with self._tables(choice), paused_gc(collect=False):
+            self._recorder.warm_up(self._forward)
+            graph = self._recorder.record(self._forward, self._pool)
         return time_graphs({"tower": (graph, 1)}, _EFFORT)["tower"].ms * 1e3
 
     def _forward(self) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from ..capture.graph import Recording
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -117,12 +119,12 @@ def time_calls(
 
 
 def time_graphs(
-    graphs: Mapping[str, tuple[torch.cuda.CUDAGraph, int]],
+    graphs: Mapping[str, tuple[Recording, int]],
     effort: Effort = Effort(),
 ) -> dict[str, Timing]:
     """Time one call inside each graph; a graph comes with the number of calls it holds."""
 
-    def once(graph: torch.cuda.CUDAGraph, num_calls: int) -> float:
+    def once(graph: Recording, num_calls: int) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()

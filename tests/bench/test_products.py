@@ -180,19 +180,19 @@ def encoder():
 
 
 @pytest.fixture
-def tower(encoder):
-    return CapturedTower(encoder, rows=32, images=2, seed=0)
+def tower(encoder, rerun_recorder):
+    return CapturedTower(encoder, rerun_recorder, rows=32, images=2, seed=0)
 
 
-def test_an_image_too_thin_for_its_graph_is_refused(encoder):
+def test_an_image_too_thin_for_its_graph_is_refused(encoder, rerun_recorder):
     for images in (1, 2):
         told = rf"{images} x 2036 patches, 2 x 1018, have {128 * images} windows, .* holds \d+"
         with pytest.raises(ValueError, match=told):
-            CapturedTower(encoder, rows=2036 * images, images=images, seed=0)
+            CapturedTower(encoder, rerun_recorder, rows=2036 * images, images=images, seed=0)
 
 
 @pytest.fixture
-def stand_ins(monkeypatch):
+def stand_ins(rerun_recorder, monkeypatch):
     """The kernel by its definition, and a clock that shows what table the tower was run with."""
     seen = []
 
@@ -211,10 +211,9 @@ def stand_ins(monkeypatch):
         y = linear_ref(x, weight, bias, activation=activation, residual=residual)
         (out if residual is None else residual).copy_(y)
 
-    def record(work):
+    def record(work, pool):
         seen.append(replace(tuning(torch.device("cpu"))))
         work()
-        return "graph", None
 
     class Ms:
         ms = 0.25
@@ -223,7 +222,7 @@ def stand_ins(monkeypatch):
     monkeypatch.setattr(products, "launch", launch)
     monkeypatch.setattr(products, "gemm", gemm)
     monkeypatch.setattr(products, "gated_linear", gated_linear)
-    monkeypatch.setattr(products, "record", record)
+    monkeypatch.setattr(rerun_recorder, "record", record)
     monkeypatch.setattr(products, "time_graphs", lambda graphs, effort: {"tower": Ms})
     return seen
 
@@ -288,11 +287,11 @@ def test_layers_that_are_not_exchanged_keep_their_tiles(tower, stand_ins, monkey
     assert stand_ins[1].few_rows[key] == ()
 
 
-def test_the_shipped_table_is_back_after_an_error(tower, stand_ins, monkeypatch):
-    def fails(work):
+def test_the_shipped_table_is_back_after_an_error(tower, stand_ins, rerun_recorder, monkeypatch):
+    def fails(work, pool):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(products, "record", fails)
+    monkeypatch.setattr(rerun_recorder, "record", fails)
     with pytest.raises(RuntimeError, match="no memory"):
         tower.us({"qkv": WIDE})
     assert_shipped()
@@ -312,14 +311,14 @@ def measured_rows():
     shape = LinearShape("proj", 1152, 1152, RESIDUAL)
     first = Sweep("proj", 1, {None: 400.0, SMALL: 390.0}, {}, SMALL)
     last = Sweep("proj", 2, {None: 380.0, SMALL: 371.0, PARTS: 360.0}, {WIDE: "too wide"}, PARTS)
-    return [row_of("qwen3-vl-8b", 128, 1, shape, sweep) for sweep in (first, last)]
+    return [row_of("qwen3-vl-8b", 128, 1, 390.0, shape, sweep) for sweep in (first, last)]
 
 
 def test_the_last_turn_of_a_layer_is_told():
     lines = summary(measured_rows()).splitlines()
     assert len(lines) == 3
     cells = lines[1].split()
-    assert cells[:6] == ["qwen3-vl-8b", "128", "rows", "proj", "2", "380"]
+    assert cells[:7] == ["qwen3-vl-8b", "128", "rows", "390", "proj", "2", "380"]
     assert lines[1].index("64x64 s4 in 3") < lines[1].index("360") < lines[1].rindex("64x64 s4")
     assert lines[2] == "qwen3-vl-8b 128 rows proj 64x128 s4: too wide"
 
@@ -330,6 +329,7 @@ def test_rows_are_plain_data():
     assert FewRowsConfig(**row["config"]) == PARTS
     assert row["chosen"] == candidate_name(PARTS)
     assert (row["N"], row["K"], row["epilogue"]) == (1152, 1152, RESIDUAL)
+    assert row["tables_us"] == 390.0
 
 
 def test_bench_products(monkeypatch, tmp_path, capsys):
@@ -396,5 +396,7 @@ def test_one_tower_on_a_gpu(monkeypatch):
     monkeypatch.setattr(products, "candidates", lambda *_: [None, WIDE])
     rows = products.run(["qwen3-vl-2b"], [128], only=["proj", "up"], turns=1)
     assert [row["layer"] for row in rows] == ["proj", "up"]
-    assert all(set(row["us"]) == {"-", candidate_name(WIDE)} for row in rows), summary(rows)
+    assert all(set(row["us"]) == {candidate_name(None), candidate_name(WIDE)} for row in rows), (
+        summary(rows)
+    )
     assert tuning(device).few_rows is not TABLE or tuning(device).path is None
