@@ -7,6 +7,7 @@ stay as they are, several times over. The clock is an argument.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from ..kernels.cublaslt import Algorithm
 from ..kernels.few_rows_tuning import FewRowsConfig, few_rows_tile
@@ -24,7 +25,7 @@ Choice = Mapping[str, Candidate]  # by layer
 
 _BLOCKS_M = (64, 128)
 _BLOCKS_N = (64, 128, 192, 256)
-_MOST_STAGES = 12
+_LEAST_STAGES, _MOST_STAGES = 3, 12
 _MOST_PARTS = 8
 _LEAST_STEPS = 3  # of a part
 _WAVES = (0.5, 0.8, 1.0, 1.6)  # programs for each multiprocessor that cutting K aims at
@@ -68,8 +69,7 @@ def candidates(
 ) -> list[Candidate]:
     """The library, by its own choice and by `algorithms`, and all tiles that could be of use.
 
-    Those of few rows are tried up to `FEW_ROWS`, with pipelines as deep as leaves room for one, two
-    or three programs on a multiprocessor.
+    Those of few rows are tried up to `FEW_ROWS`.
     """
     found: list[Candidate] = [None, *algorithms, *shipped_tiles(shape.epilogue)]
     if rows > FEW_ROWS:
@@ -81,10 +81,8 @@ def candidates(
                 continue  # no two halves
             tiles = ceil_div(rows, block_m) * ceil_div(shape.N, block_n)
             for splits in _parts(shape, tiles, num_sms):
-                for programs in (1, 2, 3):
-                    stages = _stages(shape, block_m, block_n, splits, programs)
-                    if stages >= 2:
-                        found.append(FewRowsConfig(block_m, block_n, stages, splits))
+                depths = _depths(shape, block_m, block_n, splits, ceil_div(tiles * splits, num_sms))
+                found += [FewRowsConfig(block_m, block_n, depth, splits) for depth in depths]
     return list(dict.fromkeys(found))
 
 
@@ -134,6 +132,17 @@ def _parts(shape: LinearShape, tiles: int, num_sms: int) -> list[int]:
         return [1] if tiles <= _MOST_WAVES * num_sms else []
     most = max(1, min(_MOST_PARTS, ceil_div(shape.K, BLOCK_K) // _LEAST_STEPS))
     return sorted({min(most, max(1, round(waves * num_sms / tiles))) for waves in _WAVES})
+
+
+def _depths(shape: LinearShape, block_m: int, block_n: int, splits: int, resident: int) -> set[int]:
+    """Stages that leave room for a multiprocessor's `resident` programs, or for one more.
+
+    That may be the first of the next kernel. Where so many have only shallow pipelines, one program
+    after the other.
+    """
+    most = partial(_stages, shape, block_m, block_n, splits)
+    depths = {most(min(programs, 3)) for programs in (resident, resident + 1)}
+    return {depth for depth in depths if depth >= _LEAST_STAGES} or {most(1)}
 
 
 def _stages(shape: LinearShape, block_m: int, block_n: int, splits: int, programs: int) -> int:

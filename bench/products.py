@@ -187,7 +187,6 @@ class CapturedTower:
         self._inputs["pixel_values"].normal_(generator=generator)
         self._inputs["grid"].copy_(torch.tensor([image] * images, dtype=torch.int32))
         self._recorder = recorder
-        self._pool = recorder.new_pool()
         self._checked: dict[tuple[str, Candidate], float] = {}
         found = layers(spec)
         self.shapes = {name: found[name] for name in LAYERS}
@@ -223,7 +222,7 @@ class CapturedTower:
                 )
         with self._tables(choice), paused_gc(collect=False):
             self._recorder.warm_up(self._forward)
-            graph = self._recorder.record(self._forward, self._pool)
+            graph = self._recorder.record(self._forward, self._recorder.new_pool())
         return time_graphs({"tower": (graph, 1)}, _EFFORT)["tower"].ms * 1e3
 
     def _forward(self) -> None:
