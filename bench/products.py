@@ -242,20 +242,19 @@ class CapturedTower:
         few_rows, table, library = dict(tables.few_rows), dict(tables.table), dict(tables.library)
         for layer, candidate in choice.items():
             shape = self.shapes[layer]
-            few_rows[shape.key] = table[shape.key] = ()
+            keys = [shape.key]
+            if layer == "qkv":  # whether it rotates or not
+                keys.append((shape.N, shape.K, ROTATED))
+            for key in keys:
+                few_rows[key] = table[key] = ()
+                if isinstance(candidate, FewRowsConfig):
+                    few_rows[key] = ((self._rows, candidate),)
+                elif candidate in shipped_tiles(key[2]):
+                    table[key] = ((1, candidate),)
             if shape.epilogue != GATED:  # no algorithm is tried there
                 library[shape.library_key] = ()
-            rotated = (shape.N, shape.K, ROTATED)
-            if layer == "qkv":
-                table[rotated] = ()
-            if isinstance(candidate, FewRowsConfig):
-                few_rows[shape.key] = ((self._rows, candidate),)
-            elif isinstance(candidate, Algorithm):
+            if isinstance(candidate, Algorithm):
                 library[shape.library_key] = ((self._rows, candidate),)
-            elif candidate is not None:
-                table[shape.key] = ((1, candidate),)
-                if layer == "qkv" and candidate in shipped_tiles(ROTATED):
-                    table[rotated] = ((1, candidate),)
         tables.few_rows, tables.table, tables.library = few_rows, table, library
         try:
             yield

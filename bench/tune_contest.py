@@ -34,7 +34,7 @@ from .tune_shapes import AttentionShape, LinearShape
 
 TRITON, HOPPER = "triton", "hopper"
 MAX_ERR_RATIO = 2.0
-MOST_FEW_ROWS = 512  # up to which tiles of few rows are tried
+MOST_FEW_ROWS = 1024  # up to which tiles of few rows are tried
 
 Work = Callable[[], object]
 # microseconds of a call by name, for the calls that each candidate makes in a row
@@ -142,7 +142,9 @@ def contest_linear(
             scale = torch.ones(shape.N, device=device, dtype=dtype)
             functions = {n: partial(_then_norm, f, scale) for n, f in functions.items()}
             functions |= {tile_name(t): partial(_parts_then_norm, t, scale) for t in tiles}
-        elif not is_rotated:  # those of the product are asked for first
+        elif is_rotated:
+            functions |= {tile_name(t): partial(_few_rows_rotated, t) for t in tiles}
+        else:
             functions |= {tile_name(t): partial(_few_rows, t, is_gated) for t in tiles}
         functions = {name: partial(_early, function) for name, function in functions.items()}
     return contest(
@@ -163,6 +165,14 @@ def _few_rows(
         gated_linear(x, weight, bias, out=out, **place)
     else:
         launch(x, weight, bias, out, live_rows, activation=activation, config=tile)
+
+
+def _few_rows_rotated(
+    tile: FewRowsConfig, x, weight, bias, rotation: Rotation, *, live_rows, out
+) -> None:
+    """A product with `tile` that rotates."""
+    angles = rotation.position, rotation.turns
+    launch(x, weight, bias, out.flatten(1), live_rows, rotation=angles, config=tile)
 
 
 def _parts_then_norm(

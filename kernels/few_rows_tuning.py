@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .gemm_tuning import GATED, RESIDUAL, one_of, read_table
+from .gemm_tuning import GATED, RESIDUAL, ROTATED, one_of, read_table
 from .rows import ceil_div
 
 _SHARED_BYTES = 227 << 10  # that a program may have on compute capability 9.0
@@ -72,42 +72,53 @@ class FewRowsConfig:
 
 # (N, K, epilogue): (last M, tile), each from the one before on; None for another product. RESIDUAL
 # stands for sums of parts that the next norm adds to the stream, GATED for both products of
-# gated_linear.py (N counts both).
+# gated_linear.py (N counts both), ROTATED for products that rotate.
 Table = Mapping[tuple[int, int, str], tuple[tuple[int, FewRowsConfig | None], ...]]
 
 _NARROW = FewRowsConfig(64, 64, num_stages=6)
 _THIRDS = FewRowsConfig(64, 64, num_stages=6, splits=3)
 _DEEP_THIRDS = FewRowsConfig(64, 64, num_stages=12, splits=3)
 _WIDE = FewRowsConfig(64, 128, num_stages=8)
+_WIDE_SUMS = FewRowsConfig(64, 128, num_stages=9)
 _WIDE_HALVES = FewRowsConfig(64, 128, num_stages=9, splits=2)
 _WIDE_THIRDS = FewRowsConfig(64, 128, num_stages=9, splits=3)
 _SQUARE = FewRowsConfig(128, 128, num_stages=6)
+_LARGE = FewRowsConfig(128, 192, num_stages=4)
 
 TABLE: Table = {
     # Qwen3-VL-8B and 32B: qkv, proj, up, down
-    (3456, 1152, ""): ((256, _WIDE),),
-    (1152, 1152, RESIDUAL): ((128, _THIRDS), (256, _NARROW)),
+    (3456, 1152, ""): ((256, _WIDE), (704, None), (896, _LARGE)),
+    (3456, 1152, ROTATED): ((256, _WIDE), (384, None), (512, _SQUARE), (896, _LARGE)),
+    (1152, 1152, RESIDUAL): (
+        (128, _THIRDS), (256, _NARROW), (448, None), (512, _WIDE_SUMS), (768, None),
+        (896, _WIDE_SUMS),
+    ),
     (4304, 1152, "gelu_tanh"): ((128, _NARROW),),
     (1152, 4304, RESIDUAL): ((128, _DEEP_THIRDS), (256, _WIDE_THIRDS)),
     # Qwen3-VL-2B and 4B: qkv, proj, down
     (3072, 1024, ""): ((256, _WIDE),),
+    (3072, 1024, ROTATED): ((256, _WIDE),),
     (1024, 1024, RESIDUAL): ((256, _WIDE_HALVES),),
     (1024, 4096, RESIDUAL): ((256, _WIDE_THIRDS),),
     # Qwen2.5-VL and Qwen2-VL: qkv, proj
     (3840, 1280, ""): ((256, _WIDE),),
-    (1280, 1280, RESIDUAL): ((128, _THIRDS), (256, _WIDE_HALVES)),
+    (3840, 1280, ROTATED): ((256, _WIDE), (512, None), (768, _LARGE)),
+    (1280, 1280, RESIDUAL): (
+        (128, _THIRDS), (256, _WIDE_HALVES), (352, None), (448, _WIDE_SUMS), (512, None),
+        (640, _WIDE_SUMS), (768, None), (832, _WIDE_SUMS),
+    ),
     # Qwen2.5-VL: gate and up, down
     (6912, 1280, GATED): ((128, FewRowsConfig(64, 128, num_stages=9)), (256, _SQUARE)),
-    (1280, 3456, RESIDUAL): ((128, _THIRDS), (256, _WIDE_HALVES)),
+    (1280, 3456, RESIDUAL): (
+        (128, _THIRDS), (256, _WIDE_HALVES), (352, None), (384, _WIDE_HALVES),
+    ),
     # Qwen2-VL: up, down
     (5120, 1280, "quick_gelu"): (
-        (128, _WIDE),
-        (256, FewRowsConfig(64, 192, num_stages=6)),
-        (384, _SQUARE),
-        (512, FewRowsConfig(128, 192, num_stages=4)),
+        (128, _WIDE), (256, FewRowsConfig(64, 192, num_stages=6)), (384, _SQUARE),
+        (512, _LARGE),
     ),
     (1280, 5120, RESIDUAL): ((128, _DEEP_THIRDS), (256, _WIDE_THIRDS)),
-}
+}  # fmt: skip
 
 
 def table_digest(table: Table = TABLE) -> str:

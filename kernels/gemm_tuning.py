@@ -59,13 +59,14 @@ Table = Mapping[tuple[int, int, str], tuple[tuple[int, HopperConfig | None], ...
 TABLE: dict[tuple[int, int, str], tuple[tuple[int, HopperConfig | None], ...]] = {
     # Qwen3-VL 8B and 32B, Qwen3.5, SigLIP 2 so400m, ...: qkv, proj, up, down
     (3456, 1152, ""): ((16384, SQUARE),),
-    (3456, 1152, ROTATED): ((1568, SQUARE),),
+    (3456, 1152, ROTATED): ((897, SQUARE),),
     (1152, 1152, RESIDUAL): ((20481, WIDE), (65536, SQUARE)),
     (4304, 1152, "gelu_tanh"): (
-        (3584, WIDE), (4096, SQUARE), (4608, None), (5120, WIDE), (6144, SQUARE),
+        (769, SQUARE), (897, None), (3584, WIDE), (4096, SQUARE), (4608, None), (5120, WIDE),
+        (6144, SQUARE),
     ),
     (1152, 4304, RESIDUAL): (
-        (1536, SQUARE), (1792, None), (8192, WIDE), (9216, None), (20481, WIDE),
+        (1537, SQUARE), (1792, None), (8192, WIDE), (9216, None), (20481, WIDE),
     ),
     # mergers of Qwen3-VL 8B
     (4608, 4608, "gelu_erf"): (
@@ -76,13 +77,15 @@ TABLE: dict[tuple[int, int, str], tuple[tuple[int, HopperConfig | None], ...]] =
     (3840, 1280, ""): (
         (512, SQUARE), (640, None), (6656, SQUARE), (9216, WIDE), (10240, SQUARE), (65536, WIDE),
     ),
-    (3840, 1280, ROTATED): ((1568, SQUARE),),
+    (3840, 1280, ROTATED): ((353, SQUARE),),
     (1280, 1280, RESIDUAL): ((20481, SQUARE),),
     # Qwen2.5-VL: gate and up, down
     (6912, 1280, GATED): ((1, SQUARE),),
-    (1280, 3456, RESIDUAL): ((16384, SQUARE), (20480, None), (20481, SQUARE)),
+    (1280, 3456, RESIDUAL): (
+        (1409, SQUARE), (1537, None), (16384, SQUARE), (20480, None), (20481, SQUARE),
+    ),
     # Qwen2-VL: up, down
-    (5120, 1280, "quick_gelu"): ((1568, SQUARE), (65536, WIDE)),
+    (5120, 1280, "quick_gelu"): ((513, SQUARE), (65536, WIDE)),
     (1280, 5120, RESIDUAL): ((8192, SQUARE),),
     # mergers of Qwen2.5-VL and Qwen2-VL
     (5120, 5120, "gelu_erf"): (

@@ -10,8 +10,8 @@ depend on the order of a head's elements, and a tile of the product always holds
 patches (gluon_rope.py) and rounds once; from 6,272 rows on it takes a fifth less than product and
 pass over q and k. `backend="few_rows"` is that of gemm_few_rows.py, likewise.
 `backend="library"` is `linear` with a pass of rope.py behind it. `backend="auto"` takes the second
-where `linear` would, the first by the measurements of gemm_tuning.py under `ROTATED`, or else the
-third. Rows past the live ones: as `linear` leaves them.
+or the first by the measurements of few_rows_tuning.py and gemm_tuning.py under `ROTATED`, or else
+`linear` with that pass. Rows past the live ones: as `linear` leaves them.
 
 CPU tensors are computed by plain PyTorch operations.
 """
@@ -20,11 +20,11 @@ from dataclasses import dataclass
 
 import torch
 
-from .few_rows_tuning import FewRowsConfig
+from .few_rows_tuning import FewRowsConfig, few_rows_tile
 from .gemm import check_arguments, hopper_reason, is_aligned
 from .gemm import cost as gemm_cost
 from .gemm_tuning import ROTATED, SQUARE, HopperConfig, hopper_tile
-from .linear import choose_backend, linear, linear_ref
+from .linear import linear, linear_ref
 from .roofline import Cost
 from .rope import rope_, rope_ref
 from .rows import ceil_div, num_sms
@@ -90,12 +90,12 @@ def rotating_tile(
     Raises:
         ValueError: the user's table for this GPU is damaged.
     """
-    _, tile = choose_backend(M, N, K, dtype, device, None, has_residual=False)
-    if isinstance(tile, FewRowsConfig):
-        return tile
-    if device.type != "cuda" or hopper_reason(device, dtype) is not None:
+    if device.type != "cuda":
         return None
-    return hopper_tile(M, N, K, ROTATED, False, num_sms(device), tuning(device).table)
+    tables = tuning(device)
+    tile = few_rows_tile(M, N, K, ROTATED, tables.few_rows)
+    tile = tile or hopper_tile(M, N, K, ROTATED, False, num_sms(device), tables.table)
+    return None if tile is None or hopper_reason(device, dtype) is not None else tile
 
 
 def rotary_linear(

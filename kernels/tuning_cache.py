@@ -18,7 +18,7 @@ import triton
 from . import cublaslt
 
 # of the file; another one is not found, so older files are left alone
-FORMAT = 3
+FORMAT = 4
 
 
 def cache_folder() -> Path:

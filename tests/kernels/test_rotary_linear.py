@@ -5,6 +5,7 @@ import torch
 from vitgraph.kernels import gemm as gemm_module
 from vitgraph.kernels import linear as linear_module
 from vitgraph.kernels import rotary_linear as module
+from vitgraph.kernels.few_rows_tuning import TABLE as FEW_ROWS
 from vitgraph.kernels.few_rows_tuning import FewRowsConfig
 from vitgraph.kernels.gemm_tuning import SQUARE, TABLE
 from vitgraph.kernels.linear import linear_ref
@@ -123,10 +124,13 @@ def test_when_it_is_taken(h200, monkeypatch):
     # no entry: by the rule for many rows, and by no wide tile, which would spill
     assert tile(16383, 5376, 1792) is None
     assert tile(16384, 5376, 1792) == SQUARE
-    # a product of few rows goes first, whatever the table says
+    # a product of few rows goes first, whatever the table says, if it is one that rotates
     few = FewRowsConfig(64, 64, num_stages=6)
-    monkeypatch.setattr(module, "choose_backend", lambda *args, **options: ("few_rows", few))
-    assert tile(1000) == few
+    monkeypatch.setitem(FEW_ROWS, (3456, 1152, ""), ((1000, few),))
+    assert tile(1000) == SQUARE
+    monkeypatch.setitem(FEW_ROWS, key, ((999, None), (1000, few)))
+    assert [tile(M) for M in (999, 1000, 1001)] == [None, few, SQUARE]
+    assert tile(1000, dtype=torch.float32) is None
 
 
 def test_other_gpus_take_two_kernels(h200, monkeypatch):
