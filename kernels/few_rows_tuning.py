@@ -1,13 +1,13 @@
 """Which products of few rows take the kernel of gemm_few_rows.py, as measured.
 
-One NVIDIA H200, Triton 3.6.0, PyTorch 2.11.0 with CUDA 13.0, 2026-11-21, bf16. Such a product
-takes a few microseconds, and how much of it hides under its neighbours decides. So up to 256 rows
-these are the tiles with which the captured tower as a whole was fastest, one layer after another
-exchanged, twice over, at 224 (Qwen3-VL) or 256 rows; where two towers share a shape, the better one
-for both (`python -m vitgraph.bench products` measures so). Up to 128 rows, and from 257 on, a
-product was measured behind or before its norm, by a script that is not here. Past
-the last entry, and in shapes without one, gemm_tuning.py and the library decide: from some 500 rows
-on, tiles that share operands between multiprocessors, as only the library has them, are faster.
+One NVIDIA H200, Triton 3.6.0, PyTorch 2.11.0 with CUDA 13.0, 2026-11-21 and 22, bf16. Such a
+product takes a few microseconds, and how much of it hides under its neighbours decides. So these
+are the tiles with which the captured tower as a whole was fastest, one layer after another
+exchanged (`python -m vitgraph.bench products` measures so): at 224 (Qwen3-VL) or 256 rows, and at
+384, 512, 640, 768, 832 and 1024 rows (Qwen3-VL-2B: at 384 and 512). Where two towers share a shape,
+the better one for both. Between measurements a tile holds as long as its programs fit into one
+wave. Up to 128 rows a product was measured behind or before its norm, by a script that is not here.
+Past the last entry, and in shapes without one, gemm_tuning.py and the library decide.
 
 To measure again: `python -m vitgraph.bench products` exchanges them in a captured tower.
 `vitgraph tune` measures them product by product on the user's GPU, and what it found stands before
@@ -79,6 +79,7 @@ _NARROW = FewRowsConfig(64, 64, num_stages=6)
 _THIRDS = FewRowsConfig(64, 64, num_stages=6, splits=3)
 _DEEP_THIRDS = FewRowsConfig(64, 64, num_stages=12, splits=3)
 _WIDE = FewRowsConfig(64, 128, num_stages=8)
+_WIDE_PAIRS = FewRowsConfig(64, 128, num_stages=4)  # two on a multiprocessor
 _WIDE_SUMS = FewRowsConfig(64, 128, num_stages=9)
 _WIDE_HALVES = FewRowsConfig(64, 128, num_stages=9, splits=2)
 _WIDE_THIRDS = FewRowsConfig(64, 128, num_stages=9, splits=3)
@@ -97,9 +98,9 @@ TABLE: Table = {
     (1152, 4304, RESIDUAL): ((128, _DEEP_THIRDS), (256, _WIDE_THIRDS)),
     # Qwen3-VL-2B and 4B: qkv, proj, down
     (3072, 1024, ""): ((256, _WIDE),),
-    (3072, 1024, ROTATED): ((256, _WIDE),),
-    (1024, 1024, RESIDUAL): ((256, _WIDE_HALVES),),
-    (1024, 4096, RESIDUAL): ((256, _WIDE_THIRDS),),
+    (3072, 1024, ROTATED): ((256, _WIDE), (384, None), (512, _WIDE_PAIRS)),
+    (1024, 1024, RESIDUAL): ((384, _WIDE_HALVES), (512, _WIDE_SUMS)),
+    (1024, 4096, RESIDUAL): ((256, _WIDE_THIRDS), (512, _WIDE_HALVES)),
     # Qwen2.5-VL and Qwen2-VL: qkv, proj
     (3840, 1280, ""): ((256, _WIDE),),
     (3840, 1280, ROTATED): ((256, _WIDE), (512, None), (768, _LARGE)),

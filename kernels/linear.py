@@ -15,7 +15,7 @@ every epilogue, only live rows, and faster than the others from some 800 to 33,0
 (gemm_tuning.py).
 `backend="few_rows"` is the kernel of gemm_few_rows.py, for the same types and GPUs: all but the
 residual (see `linear_partials` there), live rows only, and faster than the library up to some 256
-rows.
+rows, of some layers 900.
 `backend="auto"` is "hopper" or "few_rows" where `choose_backend` finds it the faster (tables.py),
 else "library". It takes the epilogues of the library only, so that no call fails for its number of
 rows.

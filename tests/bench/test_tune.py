@@ -170,9 +170,10 @@ def test_few_rows_take_their_own_tiles_as_far_as_those_are_the_fastest():
         128: few_us(1.0, 2.0, 2.5),
         256: few_us(3.0, 2.0, 1.5),
         512: few_us(6.0, 5.5, 5.5),
-        784: few_us(6.0, 1.0, 1.0),  # too many to be tried
+        832: few_us(6.0, 4.5, 4.8),
+        1280: few_us(6.0, 1.0, 1.0),  # too many to be tried
     }
-    classes = ((64, FEW), (128, None), (256, FEW_PARTS))
+    classes = ((64, FEW), (128, None), (256, FEW_PARTS), (512, None), (832, FEW))
     assert few_rows_classes(times, FEW_TILES) == classes
     assert few_rows_classes({128: us(1.0, 2.0, 3.0)}, FEW_TILES) == ()
     assert few_rows_classes({}, FEW_TILES) == ()

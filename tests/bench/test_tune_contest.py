@@ -227,9 +227,19 @@ def few_rows(monkeypatch):
         note()
         return partials_ref(x, weight, config.splits)
 
-    def launch(x, weight, bias, out, live_rows, *, activation, config):
+    def launch(x, weight, bias, out, live_rows, *, config, activation=None, rotation=None):
         note()
-        out.copy_(linear_ref(x, weight, bias, activation=activation))
+        y = linear_ref(x, weight, bias, activation=activation)
+        if rotation is not None:
+            position, turns = rotation
+            angle = 2 * torch.pi * position[:, :2].double() @ turns.double()
+            one, other = y.double().view(len(y), -1, 2).unbind(2)
+            turned = (
+                one * angle.cos() - other * angle.sin(),
+                other * angle.cos() + one * angle.sin(),
+            )
+            y = torch.stack(turned, 2).flatten(1)
+        out.copy_(y)
 
     def gated(x, weight, bias, *, out, live_rows, backend, config=None):
         note()
@@ -244,20 +254,28 @@ def few_rows(monkeypatch):
     return early
 
 
-@pytest.mark.parametrize("epilogue", ["", "gelu_tanh", GATED, RESIDUAL])
-def test_tiles_of_few_rows_take_part_where_rows_are_few(epilogue, few_rows):
+@pytest.mark.parametrize("epilogue", ["", "gelu_tanh", GATED, RESIDUAL, ROTATED])
+def test_tiles_of_few_rows_take_part_where_rows_are_few(epilogue, few_rows, monkeypatch):
+    right, is_rotated = tune_contest.rotary_linear, epilogue == ROTATED
+
+    def on_cpu(*args, backend, **options):
+        right(*args, backend="library", **options)
+
+    monkeypatch.setattr(tune_contest, "rotary_linear", on_cpu)
     time, asked = made_up({})
-    shape = LinearShape("tiny", 16, 192, epilogue)
+    shape = LinearShape("tiny", 3 * 16 * 8 if is_rotated else 16, 192, epilogue)
     few = [tile_name(tile) for tile in shipped_few_rows(epilogue, 192)]
     assert few
-    place = {"device": CPU, "time": time, "dtype": torch.float32}
-    outcome = contest_linear(shape, 512, **place)
+    # angles of their own are as good as fp32, and would be found to differ from others in it
+    dtype = torch.bfloat16 if is_rotated else torch.float32
+    place = {"device": CPU, "time": time, "dtype": dtype}
+    outcome = contest_linear(shape, 1024, **place)
     assert asked[0][0] == "library"
     assert asked[0][-len(few) :] == few
     assert outcome.reasons == {}
     assert few_rows
     assert all(few_rows)
-    contest_linear(shape, 513, **place)
+    contest_linear(shape, 1025, **place)
     assert asked[1] == asked[0][: -len(few)]
 
 

@@ -11,10 +11,10 @@ gl = kernel_module.gl
 
 # those of the table, and what `linear` and `gated_linear` take without an entry
 LAUNCHES = {
-    *((tile, epilogue) for (_, _, epilogue), tiles in TABLE.items() for _, tile in tiles),
+    *((tile, epilogue) for (_, _, epilogue), tiles in TABLE.items() for _, tile in tiles if tile),
     *((FewRowsConfig(64, 64, 6), name) for name in ("", "gelu_tanh", "gelu_erf", "quick_gelu")),
     (FewRowsConfig(64, 64, 6), "silu"),
-    # products that rotate take the tiles of those that do not, of a user's table too
+    # a user's table may name any of them
     *((tile, ROTATED) for tile in shipped_few_rows("", 1152)),
     (FewRowsConfig(64, 128, 4), GATED),
 }

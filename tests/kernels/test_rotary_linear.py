@@ -7,7 +7,7 @@ from vitgraph.kernels import linear as linear_module
 from vitgraph.kernels import rotary_linear as module
 from vitgraph.kernels.few_rows_tuning import TABLE as FEW_ROWS
 from vitgraph.kernels.few_rows_tuning import FewRowsConfig
-from vitgraph.kernels.gemm_tuning import SQUARE, TABLE
+from vitgraph.kernels.gemm_tuning import ROTATED, SQUARE, TABLE
 from vitgraph.kernels.linear import linear_ref
 from vitgraph.kernels.pdl import kernel_chain
 from vitgraph.kernels.rope import rope_ref
@@ -260,6 +260,37 @@ def test_kernel_starts_early_and_is_replayed(backend, hopper):
         out.fill_(NAN)
         graph.replay()
         assert torch.equal(out, eager)
+
+
+TILES_OF_FEW_ROWS = [
+    (N, K, last, tile)
+    for (N, K, epilogue), classes in sorted(FEW_ROWS.items())
+    for last, tile in classes
+    if epilogue == ROTATED and tile is not None
+]
+
+
+def test_some_tiles_of_few_rows_rotate():
+    assert TILES_OF_FEW_ROWS
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("N", "K", "M", "tile"), TILES_OF_FEW_ROWS, ids=str)
+def test_tiles_of_few_rows(N, K, M, tile, hopper, monkeypatch):
+    H, live = 16, M - M // 9
+    (x, weight, bias), rotation = operands(M, H, N // 3 // H, K, BF16, CUDA, side=28)
+    out = empty(M, H, N // 3 // H, BF16, CUDA)
+    two = rotary_linear(x, weight, bias, rotation, out=torch.empty_like(out), backend="library")
+    oracle = oracle_of(x, weight, bias, rotation)
+    assert rotating_tile(M, N, K, BF16, CUDA) == tile
+    monkeypatch.setattr(module, "linear", None)  # one kernel
+    live_rows = torch.tensor([live], dtype=torch.int32, device=CUDA)
+    x[live:] = NAN
+    rotary_linear(x, weight, bias, rotation, out=out, live_rows=live_rows)
+    for part in range(3):
+        ours = out[:live, part]
+        assert_as_accurate(ours, two[:live, part], oracle[:live, part], factor=1.02)
+    assert out[-(-live // tile.block_m) * tile.block_m :].isnan().all()
 
 
 @pytest.mark.gpu
