@@ -72,6 +72,20 @@ def test_candidates_can_run(shape, rows):
     assert candidates(shape, 2048, 132) == [None, *shipped_tiles(shape.epilogue)]
 
 
+def test_pipelines_leave_room_for_what_is_resident():
+    def depths(N, rows, block_m, block_n):
+        tried = candidates(LinearShape("", N, 1152, ""), rows, num_sms=132)
+        few = [tile for tile in tried if isinstance(tile, FewRowsConfig)]
+        return {t.num_stages for t in few if (t.block_m, t.block_n) == (block_m, block_n)}
+
+    # 112 programs: one on each multiprocessor, or one of the next kernel beside it
+    assert depths(3456, 256, 64, 128) == {8, 4}
+    # 216: two at a time; for a third one two stages would be left
+    assert depths(3456, 512, 64, 128) == {4}
+    # 140: two at a time would have one stage each, so one after the other
+    assert depths(5120, 832, 128, 256) == {4}
+
+
 def test_k_is_cut_where_tiles_are_few():
     def parts(N, K, rows):
         tried = candidates(LinearShape("", N, K, RESIDUAL), rows, num_sms=132)
@@ -235,6 +249,7 @@ def test_a_choice_stands_in_for_the_shipped_table(tower, stand_ins):
     assert {layer: [tile for _, tile in tables.few_rows[key]] for layer, key in keys.items()} == {
         "qkv": [WIDE], "proj": [PARTS], "up": [], "down": [],
     }  # fmt: skip
+    assert tables.few_rows[(*keys["qkv"][:2], ROTATED)] == ((32, WIDE),)
     assert [tables.table[key] for key in keys.values()] == [()] * 4
     assert [tables.library[keys[layer]] for layer in ("qkv", "proj", "down")] == [()] * 3
     assert_shipped()
