@@ -5,9 +5,9 @@ product takes a few microseconds, and how much of it hides under its neighbours 
 are the tiles with which the captured tower as a whole was fastest, one layer after another
 exchanged (`python -m vitgraph.bench products` measures so): at 224 (Qwen3-VL) or 256 rows, and at
 384, 512, 640, 768, 832 and 1024 rows (Qwen3-VL-2B: at 384 and 512). Where two towers share a shape,
-the better one for both. Between measurements a tile holds as long as its programs fit into one
-wave. Up to 128 rows a product was measured behind or before its norm, by a script that is not here.
-Past the last entry, and in shapes without one, gemm_tuning.py and the library decide.
+the better one for both. Between measurements a tile is taken to hold as long as its programs fit
+into one wave. Up to 128 rows a product was measured behind or before its norm, by a script that is
+not here. Past the last entry, and in shapes without one, gemm_tuning.py and the library decide.
 
 To measure again: `python -m vitgraph.bench products` exchanges them in a captured tower.
 `vitgraph tune` measures them product by product on the user's GPU, and what it found stands before

@@ -10,8 +10,9 @@ rows it gains, as cuBLAS computes them all. (Products that rotate: 2026-11-22.)
 The layers of library_tuning.py, but for up and down of Qwen2-VL, were held against the fastest
 algorithm of cuBLAS on 2026-11-22 at 32 numbers of rows up to 20480 (a quarter of these on merged
 patches), from 4096 on as if 96 per cent of the rows were live, about what the ladder's steps leave.
-Past 20480 they are as above. From 353 to 1536 rows of the same layers the captured tower as a whole
-decided, as few_rows_tuning.py has it (of Qwen2.5-VL up and down alone).
+Past 20480 they are as above. At 384, 512, 640, 768, 832, 1024, 1280 and 1536 rows the captured
+tower as a whole decided for qkv, proj, up and down of Qwen3-VL-8B and Qwen2-VL, and for up and down
+of Qwen2.5-VL, as few_rows_tuning.py has it; classes reach to some rows between them.
 
 To extend it: add (first M, tile) to the entries of a shape, in ascending order of M; None as the
 tile names the library. A new tile goes into `SHIPPED` as well, which is what the tests go through.
