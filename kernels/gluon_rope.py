@@ -42,11 +42,7 @@ def _sin(x):
 
 
 @gluon.jit
-def rotate(y, row, column, turns_ptr, first, N, LAYOUT: gl.constexpr):
-    """Columns `first`.. of a product, each pair of neighbours turned by its place.
-
-    `turns_ptr` [2, N / 2] holds turns for a row and for a column of the place, zero where v stays.
-    """
+def _turn(y, row, column, turns_ptr, first, N, LAYOUT: gl.constexpr):
     x1, x2 = y.reshape([y.shape[0], y.shape[1] // 2, 2]).split()
     PAIRS: gl.constexpr = x1.type.layout
     pair = first // 2 + gl.arange(0, x1.shape[1], layout=gl.SliceLayout(0, PAIRS))
@@ -59,3 +55,15 @@ def rotate(y, row, column, turns_ptr, first, N, LAYOUT: gl.constexpr):
     cos, sin = _cos(angle), _sin(angle)
     turned = gl.join(x1 * cos - x2 * sin, x2 * cos + x1 * sin)
     return gl.convert_layout(turned.reshape([y.shape[0], y.shape[1]]), LAYOUT)
+
+
+@gluon.jit
+def rotate(y, row, column, turns_ptr, first, N, LAYOUT: gl.constexpr):
+    """Columns `first`.. of q, k and v, each pair of neighbours turned by its place.
+
+    `turns_ptr` [2, N / 2] holds turns for a row and for a column of the place, zero where v stays;
+    what lies in v alone is spared the arithmetic.
+    """
+    if first < N // 3 * 2:
+        y = _turn(y, row, column, turns_ptr, first, N, LAYOUT)
+    return y
