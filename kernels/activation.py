@@ -110,10 +110,10 @@ def _activation_kernel(
     BLOCK_F: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    wait_for_previous(PDL)
     live = T
     if live_ptr is not None:
         live = tl.minimum(tl.load(live_ptr), T)
+    wait_for_previous(PDL)
     blocks_f = tl.cdiv(F, BLOCK_F)
     for block in range(tl.program_id(0), tl.cdiv(live, BLOCK_T) * blocks_f, tl.num_programs(0)):
         t = (block // blocks_f) * BLOCK_T + tl.arange(0, BLOCK_T)

@@ -48,7 +48,6 @@ def _produce(
     D1: gl.constexpr = k1_ring.shape[3] if SPLIT else 0
     V1: gl.constexpr = v1_ring.shape[3] if SPLIT else 0
     Q_BUFFERS: gl.constexpr = q0_tiles.shape[0] // GROUPS
-    wait_for_previous()
     last = gl.load(cu_ptr + num_segments)
     segment = 0
     first = 0
@@ -58,6 +57,7 @@ def _produce(
     segment, first, begin, end, count = walk(
         cu_ptr, tile, segment, first, begin, end, last, HEADS, ROWS_Q
     )
+    wait_for_previous()
     stage = 0
     phase = 0
     lap = 0
@@ -126,7 +126,6 @@ def _consume(
     L_LAYOUT: gl.constexpr = gl.SliceLayout(1, SUM_LAYOUT)
     dtype: gl.constexpr = k0_ring.dtype
 
-    wait_for_previous()
     last = gl.load(cu_ptr + num_segments)
     segment = 0
     first = 0
@@ -136,6 +135,7 @@ def _consume(
     segment, first, begin, end, count = walk(
         cu_ptr, tile, segment, first, begin, end, last, HEADS, ROWS_Q
     )
+    wait_for_previous()
     stage = 0
     phase = 0
     lap = 0

@@ -13,7 +13,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .activation import apply_activation
 from .gluon_pdl import wait_for_previous
 from .gluon_rope import load_place, rotate
-from .gluon_tiles import add_bias, columns, load_async, store_async
+from .gluon_tiles import (
+    allocate_vector,
+    columns,
+    fetch_columns,
+    fetch_vector,
+    load_async,
+    load_part,
+    put_vector,
+    store_async,
+)
 
 
 @gluon.jit
@@ -58,8 +67,9 @@ def _produce(
             weight, weight_tail, start_n, (first_step + i) * STEP_K, N, weight_full.index(i),
             weight_ring.index(i), tail_ring.index(i), IS_GATED, HAS_TAIL,
         )  # fmt: skip
+    live = _num_live(live_ptr, M)
     wait_for_previous()
-    if start_m < _num_live(live_ptr, M):
+    if start_m < live:
         for i in range(steps):
             stage = i % STAGES
             start_k = (first_step + i) * STEP_K
@@ -80,8 +90,8 @@ def _produce(
 
 @gluon.jit
 def _store_rounded(
-    parts, bias_ptr, row, column, turns_ptr, out, N, start_m, start_n, buffers,
-    LAYOUT: gl.constexpr, ACTIVATION: gl.constexpr, IS_GATED: gl.constexpr,
+    parts, bias, row, column, row_turns, column_turns, out, N, start_m, start_n, buffers,
+    LAYOUT: gl.constexpr, ACTIVATION: gl.constexpr, IS_GATED: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     PARTS: gl.constexpr = len(parts) // 2 if IS_GATED else len(parts)
     BUFFERS: gl.constexpr = buffers.shape[0]
@@ -90,13 +100,18 @@ def _store_rounded(
         start_n = start_n // 2
     for i in gl.static_range(PARTS):
         first = start_n + i * WIDTH
-        y = add_bias(gl.convert_layout(parts[i], LAYOUT), bias_ptr, first, N, LAYOUT)
-        if turns_ptr is not None:
-            y = rotate(y, row, column, turns_ptr, first, N, LAYOUT)
+        y = gl.convert_layout(parts[i], LAYOUT)
+        if HAS_BIAS:
+            y += load_part(bias, i, LAYOUT)
+        if row is not None:
+            turns = row_turns.index(i), column_turns.index(i)
+            y = rotate(y, row, column, turns[0], turns[1], first, N, LAYOUT)
         y = apply_activation(y, ACTIVATION)
         if IS_GATED:
             up = gl.convert_layout(parts[PARTS + i], LAYOUT)
-            y *= add_bias(up, bias_ptr, N // 2 + first, N, LAYOUT)
+            if HAS_BIAS:
+                up += load_part(bias, PARTS + i, LAYOUT)
+            y *= up
         if i >= BUFFERS:
             tma.store_wait(BUFFERS - 1)
         buffers.index(i % BUFFERS).store(y.to(out.dtype))
@@ -118,7 +133,8 @@ def _store_partial(acc, out_ptr, M, N, start_m, start_n):
 @gluon.jit
 def _consume(
     bias_ptr, position_ptr, turns_ptr, out, partial_ptr, live_ptr, M, N, start_m, start_n, steps,
-    x_ring, weight_ring, tail_ring, buffers, empty, x_full, weight_full,
+    x_ring, weight_ring, tail_ring, bias, row_turns, column_turns, buffers, empty, x_full,
+    weight_full,
     ACTIVATION: gl.constexpr, IS_GATED: gl.constexpr, HAS_TAIL: gl.constexpr,
     NUM_WARPS: gl.constexpr,
 ):  # fmt: skip
@@ -128,10 +144,17 @@ def _consume(
     TAIL: gl.constexpr = tail_ring.shape[1]
     HEAD_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, HEAD, 16])
     TAIL_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, TAIL, 16])
+    WIDTH: gl.constexpr = buffers.shape[2]
+    PARTS: gl.constexpr = (HEAD + (TAIL if HAS_TAIL else 0)) // WIDTH
+    biases = fetch_columns(bias_ptr, start_n, N, IS_GATED, PARTS, WIDTH, NUM_WARPS)
+    pair, pairs = start_n // 2, N // 2
+    of_row = fetch_vector(turns_ptr, pair, pairs, PARTS, WIDTH // 2, NUM_WARPS)
+    of_column = fetch_vector(turns_ptr, pairs + pair, 2 * pairs, PARTS, WIDTH // 2, NUM_WARPS)
+    row = load_place(position_ptr, start_m, M, 0, BLOCK_M, HEAD_LAYOUT)
+    column = load_place(position_ptr, start_m, M, 1, BLOCK_M, HEAD_LAYOUT)
+    live = _num_live(live_ptr, M)
     wait_for_previous()
-    if start_m < _num_live(live_ptr, M):
-        row = load_place(position_ptr, start_m, M, 0, BLOCK_M, HEAD_LAYOUT)
-        column = load_place(position_ptr, start_m, M, 1, BLOCK_M, HEAD_LAYOUT)
+    if start_m < live:
         acc = gl.zeros([BLOCK_M, HEAD], gl.float32, HEAD_LAYOUT)
         tail = acc
         if HAS_TAIL:
@@ -159,7 +182,6 @@ def _consume(
             if HAS_TAIL:
                 _store_partial(tail, partial_ptr, M, N, start_m, start_n + HEAD)
         else:
-            WIDTH: gl.constexpr = buffers.shape[2]
             PART_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
                 [3, 0], [NUM_WARPS, 1], [16, WIDTH, 16]
             )
@@ -167,9 +189,12 @@ def _consume(
                 parts = columns(acc, HEAD // WIDTH) + columns(tail, TAIL // WIDTH)
             else:
                 parts = columns(acc, HEAD // WIDTH)
+            put_vector(bias, biases, 0)
+            put_vector(row_turns, of_row, 0)
+            put_vector(column_turns, of_column, 0)
             _store_rounded(
-                parts, bias_ptr, row, column, turns_ptr, out, N, start_m, start_n, buffers,
-                PART_LAYOUT, ACTIVATION, IS_GATED,
+                parts, bias, row, column, row_turns, column_turns, out, N, start_m, start_n,
+                buffers, PART_LAYOUT, ACTIVATION, IS_GATED, bias_ptr is not None,
             )  # fmt: skip
 
 
@@ -212,8 +237,12 @@ def gemm_few_rows_kernel(
         PARTS: gl.constexpr = BLOCK_N // WIDTH // (2 if IS_GATED else 1)
         buffers = gl.allocate_shared_memory(x.dtype, [min(PARTS, 2), BLOCK_M, WIDTH], out.layout)
     else:
+        WIDTH: gl.constexpr = STEP_K
         buffers = x_ring
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    bias = allocate_vector(bias_ptr, empty, BLOCK_N // WIDTH, WIDTH)
+    row_turns = allocate_vector(turns_ptr, empty, BLOCK_N // WIDTH, WIDTH // 2)
+    column_turns = allocate_vector(turns_ptr, empty, BLOCK_N // WIDTH, WIDTH // 2)
     x_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     weight_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -237,8 +266,8 @@ def gemm_few_rows_kernel(
             (_consume, (
                 bias_ptr, position_ptr, turns_ptr, out, partial_ptr, live_ptr,
                 M, N, start_m, start_n, steps,
-                x_ring, weight_ring, tail_ring, buffers, empty, x_full, weight_full,
-                ACTIVATION, IS_GATED, HAS_TAIL, num_warps,
+                x_ring, weight_ring, tail_ring, bias, row_turns, column_turns, buffers, empty,
+                x_full, weight_full, ACTIVATION, IS_GATED, HAS_TAIL, num_warps,
             )),
             (_produce, (
                 x, weight, weight_tail, live_ptr, M, N, start_m, start_n, first_step, steps,

@@ -33,7 +33,17 @@ from .activation import apply_activation
 from .gemm_tuning import HopperConfig
 from .gluon_pdl import wait_for_previous
 from .gluon_rope import load_place, rotate
-from .gluon_tiles import activate_for_fp8, add_bias, columns, load_async, store_async
+from .gluon_tiles import (
+    activate_for_fp8,
+    allocate_vector,
+    columns,
+    fetch_columns,
+    fetch_vector,
+    load_async,
+    load_part,
+    put_vector,
+    store_async,
+)
 from .launch import launch_kernel
 from .pdl import starts_early
 
@@ -86,8 +96,8 @@ def _produce(
     STEP_K: gl.constexpr = x_ring.shape[2]
     HEAD: gl.constexpr = weight_ring.shape[1]
     BYTES: gl.constexpr = (BLOCK_M + BLOCK_N) * STEP_K * x_ring.dtype.primitive_bitwidth // 8
-    wait_for_previous()
     tiles_m, tiles_n = _live_tiles(live_ptr, M, N, BLOCK_M, BLOCK_N)
+    wait_for_previous()
     step = 0
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         start_m, start_n = _tile_start(tile, tiles_m, tiles_n, BLOCK_M, BLOCK_N, GROUP_M)
@@ -133,26 +143,30 @@ def _load_rows(ptr, start_m, M, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _sums(part, x_scale, w_scale_ptr, bias_ptr, first, end, LAYOUT: gl.constexpr):
-    """Columns `first`.. of the product, scaled and with their bias."""
+def _sums(
+    part, x_scale, w_scale, bias, i: gl.constexpr, HAS_BIAS: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """A part of the product, scaled and with its bias by part `i` of the vectors."""
     y = gl.convert_layout(part, LAYOUT)
-    if w_scale_ptr is not None:
-        cols = first + gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, LAYOUT))
-        scale = gl.load(w_scale_ptr + cols, mask=cols < end, other=0.0)
-        y *= gl.convert_layout(x_scale, gl.SliceLayout(1, LAYOUT))[:, None] * scale[None, :]
-    return add_bias(y, bias_ptr, first, end, LAYOUT)
+    if x_scale is not None:
+        of_row = gl.convert_layout(x_scale, gl.SliceLayout(1, LAYOUT))[:, None]
+        y *= of_row * load_part(w_scale, i, LAYOUT)
+    if HAS_BIAS:
+        y += load_part(bias, i, LAYOUT)
+    return y
 
 
 @gluon.jit
 def _finish(
     parts,
     x_scale,  # [BLOCK_M] or None
-    w_scale_ptr,
-    bias_ptr,
-    out_factor,  # [BLOCK_M] of an output in fp8, or None
-    row,  # [BLOCK_M] of the patches' places with `turns_ptr`
+    out_scale,  # [BLOCK_M] of an output in fp8, or None
+    row,  # [BLOCK_M] of the patches' places, or None
     column,
-    turns_ptr,
+    w_scale,  # the vectors of `_consume`
+    bias,
+    row_turns,
+    column_turns,
     out,
     N,
     start_m,
@@ -164,13 +178,17 @@ def _finish(
     ACTIVATION: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr,
     IS_GATED: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
     GROUP: gl.constexpr,
     BUFFERS: gl.constexpr,
 ):
     PARTS: gl.constexpr = len(parts) // 2 if IS_GATED else len(parts)
     WIDTH: gl.constexpr = buffers.shape[2]
+    OWN: gl.constexpr = GROUP * len(parts)  # this group's part of a vector
     if IS_GATED:
         start_n = start_n // 2
+    if out_scale is not None:
+        out_scale = 1.0 / gl.convert_layout(out_scale, gl.SliceLayout(1, LAYOUT))[:, None]
     for i in gl.static_range(PARTS):
         if HAS_RESIDUAL and i > 0 and i - 1 + BUFFERS < PARTS:
             # the buffer that the part before was stored from serves a later part
@@ -179,17 +197,19 @@ def _finish(
                 i - 1 + BUFFERS, out, start_m, start_n, buffers, arrived, GROUP, PARTS, BUFFERS
             )
         first = start_n + i * WIDTH
-        y = _sums(parts[i], x_scale, w_scale_ptr, bias_ptr, first, N, LAYOUT)
-        if turns_ptr is not None:
-            y = rotate(y, row, column, turns_ptr, first, N, LAYOUT)
-        if out_factor is None:
+        y = _sums(parts[i], x_scale, w_scale, bias, OWN + i, HAS_BIAS, LAYOUT)
+        if row is not None:
+            y = rotate(
+                y, row, column, row_turns.index(OWN + i), column_turns.index(OWN + i), first, N,
+                LAYOUT,
+            )  # fmt: skip
+        if out_scale is None:
             y = apply_activation(y, ACTIVATION)
         else:
-            factor = gl.convert_layout(out_factor, gl.SliceLayout(1, LAYOUT))[:, None]
-            y = activate_for_fp8(y, factor, ACTIVATION)
+            y = activate_for_fp8(y, out_scale, ACTIVATION)
         if IS_GATED:
             up = parts[PARTS + i]
-            y *= _sums(up, x_scale, w_scale_ptr, bias_ptr, N // 2 + first, N, LAYOUT)
+            y *= _sums(up, x_scale, w_scale, bias, OWN + PARTS + i, HAS_BIAS, LAYOUT)
         buffer = buffers.index(GROUP * BUFFERS + i % BUFFERS)
         if HAS_RESIDUAL:
             mbarrier.wait(arrived.index(GROUP * PARTS + i), phase)
@@ -220,6 +240,10 @@ def _consume(
     tail_ring,
     empty,
     full,
+    w_scale,  # [2 * PARTS, STORE_N] of the groups' tiles; without its pointer unused
+    bias,
+    row_turns,  # [2 * PARTS, STORE_N / 2]
+    column_turns,
     buffers,  # [2 * BUFFERS, BLOCK_M, STORE_N]: parts of the output, first of the residual
     arrived,  # barrier of every part of every group: residual arrived
     turn,  # barrier of every group: the other has started its last products
@@ -248,8 +272,8 @@ def _consume(
     PART_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         [3, 0], [NUM_WARPS, 1], [16, WIDTH, DEPTH]
     )
-    wait_for_previous()
     tiles_m, tiles_n = _live_tiles(live_ptr, M, N, BLOCK_M, BLOCK_N)
+    wait_for_previous()
     steps = gl.cdiv(K, STEP_K)
     programs = gl.num_programs(0)
     step = GROUP * steps
@@ -262,11 +286,14 @@ def _consume(
                 _load_residual(i, out, start_m, start_n, buffers, arrived, GROUP, PARTS, BUFFERS)
         # on their way while the products run
         x_scale = _load_rows(x_scale_ptr, start_m, M, BLOCK_M, HEAD_LAYOUT)
-        out_factor = _load_rows(out_scale_ptr, start_m, M, BLOCK_M, HEAD_LAYOUT)
+        out_scale = _load_rows(out_scale_ptr, start_m, M, BLOCK_M, HEAD_LAYOUT)
         row = load_place(position_ptr, start_m, M, 0, BLOCK_M, HEAD_LAYOUT)
         column = load_place(position_ptr, start_m, M, 1, BLOCK_M, HEAD_LAYOUT)
-        if out_scale_ptr is not None:
-            out_factor = 1.0 / out_factor
+        scales = fetch_columns(w_scale_ptr, start_n, N, IS_GATED, PARTS, WIDTH, NUM_WARPS)
+        biases = fetch_columns(bias_ptr, start_n, N, IS_GATED, PARTS, WIDTH, NUM_WARPS)
+        pair, pairs = start_n // 2, N // 2
+        of_row = fetch_vector(turns_ptr, pair, pairs, PARTS, WIDTH // 2, NUM_WARPS)
+        of_column = fetch_vector(turns_ptr, pairs + pair, 2 * pairs, PARTS, WIDTH // 2, NUM_WARPS)
         # a barrier tells apart only neighbouring laps of the ring: the steps of the other group's
         # tile have to have arrived before those of this one can be waited for
         mbarrier.wait(turn.index(GROUP), phase ^ (1 - GROUP))
@@ -297,10 +324,14 @@ def _consume(
             parts = columns(acc, HEAD // WIDTH)
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
         step += steps  # those of the other group's tile
+        put_vector(w_scale, scales, GROUP * PARTS)
+        put_vector(bias, biases, GROUP * PARTS)
+        put_vector(row_turns, of_row, GROUP * PARTS)
+        put_vector(column_turns, of_column, GROUP * PARTS)
         _finish(
-            parts, x_scale, w_scale_ptr, bias_ptr, out_factor, row, column, turns_ptr, out, N,
+            parts, x_scale, out_scale, row, column, w_scale, bias, row_turns, column_turns, out, N,
             start_m, start_n, buffers, arrived, phase, PART_LAYOUT,
-            ACTIVATION, HAS_RESIDUAL, IS_GATED, GROUP, BUFFERS,
+            ACTIVATION, HAS_RESIDUAL, IS_GATED, bias_ptr is not None, GROUP, BUFFERS,
         )  # fmt: skip
         phase ^= 1
     tma.store_wait(0)
@@ -345,6 +376,10 @@ def _gemm_hopper_kernel(
         tail_ring = weight_ring
     buffers = gl.allocate_shared_memory(out.dtype, [2 * BUFFERS, BLOCK_M, WIDTH], out.layout)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    w_scale = allocate_vector(w_scale_ptr, empty, 2 * PARTS, WIDTH)
+    bias = allocate_vector(bias_ptr, empty, 2 * PARTS, WIDTH)
+    row_turns = allocate_vector(turns_ptr, empty, 2 * PARTS, WIDTH // 2)
+    column_turns = allocate_vector(turns_ptr, empty, 2 * PARTS, WIDTH // 2)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     arrived = gl.allocate_shared_memory(gl.int64, [2 * PARTS, 1], mbarrier.MBarrierLayout())
     turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -363,13 +398,15 @@ def _gemm_hopper_kernel(
             (_consume, (
                 x_scale_ptr, w_scale_ptr, bias_ptr, out_scale_ptr, position_ptr, turns_ptr, out,
                 live_ptr,
-                M, N, K, x_ring, weight_ring, tail_ring, empty, full, buffers, arrived, turn,
+                M, N, K, x_ring, weight_ring, tail_ring, empty, full,
+                w_scale, bias, row_turns, column_turns, buffers, arrived, turn,
                 BLOCK_M, BLOCK_N, GROUP_M, ACTIVATION, HAS_RESIDUAL, IS_GATED, num_warps, 0,
             )),
             (_consume, (
                 x_scale_ptr, w_scale_ptr, bias_ptr, out_scale_ptr, position_ptr, turns_ptr, out,
                 live_ptr,
-                M, N, K, x_ring, weight_ring, tail_ring, empty, full, buffers, arrived, turn,
+                M, N, K, x_ring, weight_ring, tail_ring, empty, full,
+                w_scale, bias, row_turns, column_turns, buffers, arrived, turn,
                 BLOCK_M, BLOCK_N, GROUP_M, ACTIVATION, HAS_RESIDUAL, IS_GATED, num_warps, 1,
             )),
             (_produce, (

@@ -13,11 +13,11 @@ from triton.experimental.gluon import language as gl
 def load_place(
     position_ptr, start_m, M, AXIS: gl.constexpr, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr
 ):
-    """Row (`AXIS` 0) or column (1) of the patches of a tile, [BLOCK_M] fp32, or None."""
+    """Row (`AXIS` 0) or column (1) of the patches of a tile, [BLOCK_M] int32, or None."""
     place = None
     if position_ptr is not None:
         rows = start_m + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, LAYOUT))
-        place = gl.load(position_ptr + rows * 4 + AXIS, mask=rows < M, other=0).to(gl.float32)
+        place = gl.load(position_ptr + rows * 4 + AXIS, mask=rows < M, other=0)
     return place
 
 
@@ -42,28 +42,26 @@ def _sin(x):
 
 
 @gluon.jit
-def _turn(y, row, column, turns_ptr, first, N, LAYOUT: gl.constexpr):
+def _turn(y, row, column, row_turns, column_turns, LAYOUT: gl.constexpr):
     x1, x2 = y.reshape([y.shape[0], y.shape[1] // 2, 2]).split()
     PAIRS: gl.constexpr = x1.type.layout
-    pair = first // 2 + gl.arange(0, x1.shape[1], layout=gl.SliceLayout(0, PAIRS))
-    by_row = gl.load(turns_ptr + pair, mask=pair < N // 2, other=0.0)
-    by_column = gl.load(turns_ptr + N // 2 + pair, mask=pair < N // 2, other=0.0)
-    row = gl.convert_layout(row, gl.SliceLayout(1, PAIRS))[:, None]
-    column = gl.convert_layout(column, gl.SliceLayout(1, PAIRS))[:, None]
-    turn = _fraction(row * by_row[None, :] + column * by_column[None, :])
-    angle = 6.283185307179586 * turn
+    by_row = row_turns.load(gl.SliceLayout(0, PAIRS))[None, :]
+    by_column = column_turns.load(gl.SliceLayout(0, PAIRS))[None, :]
+    row = gl.convert_layout(row, gl.SliceLayout(1, PAIRS)).to(gl.float32)[:, None]
+    column = gl.convert_layout(column, gl.SliceLayout(1, PAIRS)).to(gl.float32)[:, None]
+    angle = 6.283185307179586 * _fraction(row * by_row + column * by_column)
     cos, sin = _cos(angle), _sin(angle)
     turned = gl.join(x1 * cos - x2 * sin, x2 * cos + x1 * sin)
     return gl.convert_layout(turned.reshape([y.shape[0], y.shape[1]]), LAYOUT)
 
 
 @gluon.jit
-def rotate(y, row, column, turns_ptr, first, N, LAYOUT: gl.constexpr):
-    """Columns `first`.. of q, k and v, each pair of neighbours turned by its place.
+def rotate(y, row, column, row_turns, column_turns, first, N, LAYOUT: gl.constexpr):
+    """Columns `first`.. of N, which are q, k and v: each pair of neighbours turned by its place.
 
-    `turns_ptr` [2, N / 2] holds turns for a row and for a column of the place, zero where v stays;
+    `row_turns` and `column_turns` are vectors in shared memory over the pairs, zero where v stays;
     what lies in v alone is spared the arithmetic.
     """
     if first < N // 3 * 2:
-        y = _turn(y, row, column, turns_ptr, first, N, LAYOUT)
+        y = _turn(y, row, column, row_turns, column_turns, LAYOUT)
     return y

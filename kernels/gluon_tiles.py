@@ -25,14 +25,59 @@ def columns(acc, COUNT: gl.constexpr):
         return columns(halves[0], COUNT // 2) + columns(halves[1], COUNT // 2)
 
 
+# A vector over the columns of a tile (bias, scales) is asked for before the products and put into
+# shared memory behind them: loads in the epilogue would make all four warps wait for the L2 cache.
+
+
 @gluon.jit
-def add_bias(y, bias_ptr, first, end, LAYOUT: gl.constexpr):
-    """Add the bias of columns `first`.. to `y`."""
-    if bias_ptr is not None:
-        cols = first + gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, LAYOUT))
-        bias = gl.load(bias_ptr + cols, mask=cols < end, other=0.0)
-        y += bias.to(gl.float32)[None, :]
-    return y
+def allocate_vector(ptr, unused, PARTS: gl.constexpr, WIDTH: gl.constexpr):
+    """Shared memory for `PARTS` times `WIDTH` elements of `ptr`; `unused` without it."""
+    vector = unused  # a function cannot return None to `warp_specialize`
+    if ptr is not None:
+        LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        vector = gl.allocate_shared_memory(ptr.dtype.element_ty, [PARTS, WIDTH], LAYOUT)
+    return vector
+
+
+@gluon.jit
+def fetch_vector(
+    ptr, first, end, PARTS: gl.constexpr, WIDTH: gl.constexpr, NUM_WARPS: gl.constexpr
+):
+    """Elements from `first` to `end` in `PARTS` tensors of `WIDTH`; none without `ptr`."""
+    if ptr is None or PARTS == 0:
+        return ()
+    else:
+        LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [NUM_WARPS], [0])
+        at = first + gl.arange(0, WIDTH, layout=LAYOUT)
+        parts = (gl.load(ptr + at, mask=at < end, other=0.0),)
+        return parts + fetch_vector(ptr, first + WIDTH, end, PARTS - 1, WIDTH, NUM_WARPS)
+
+
+@gluon.jit
+def fetch_columns(
+    ptr, start_n, N, IS_GATED: gl.constexpr, PARTS: gl.constexpr, WIDTH: gl.constexpr,
+    NUM_WARPS: gl.constexpr,
+):  # fmt: skip
+    """What belongs to the columns of a tile, of a gated one to those of the gate first."""
+    if IS_GATED:
+        HALF: gl.constexpr = PARTS // 2
+        gate = fetch_vector(ptr, start_n // 2, N, HALF, WIDTH, NUM_WARPS)
+        return gate + fetch_vector(ptr, (N + start_n) // 2, N, HALF, WIDTH, NUM_WARPS)
+    else:
+        return fetch_vector(ptr, start_n, N, PARTS, WIDTH, NUM_WARPS)
+
+
+@gluon.jit
+def put_vector(vector, parts, FIRST: gl.constexpr):
+    """Write what was fetched to the parts of `vector` from `FIRST` on."""
+    for i in gl.static_range(len(parts)):
+        vector.index(FIRST + i).store(parts[i])
+
+
+@gluon.jit
+def load_part(vector, part: gl.constexpr, LAYOUT: gl.constexpr):
+    """A part of a vector in fp32, as a row beside tiles of `LAYOUT`."""
+    return vector.index(part).load(gl.SliceLayout(0, LAYOUT)).to(gl.float32)[None, :]
 
 
 @gluon.jit

@@ -171,12 +171,12 @@ def _norm_kernel(
     if PDL:
         weight = load_vector(weight_ptr, d, D)
         bias = load_vector(bias_ptr, d, D)
-    wait_for_previous(PDL)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     num_live = T
     if live_ptr is not None:
         num_live = tl.load(live_ptr) // LIVE_GROUP
     num_live = tl.minimum(num_live, T)
+    wait_for_previous(PDL)
     # nearly all programs have live rows alone: without masks they take a third less instructions
     if (tl.program_id(0) + 1) * ROWS <= num_live:
         whole = tl.full([ROWS, 1], 1, tl.int1)

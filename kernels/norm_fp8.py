@@ -141,11 +141,11 @@ def _norm_fp8_kernel(
     if PDL:
         weight = load_vector(weight_ptr, d, D)
         bias = load_vector(bias_ptr, d, D)
-    wait_for_previous(PDL)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     num_live = T
     if live_ptr is not None:
         num_live = tl.minimum(tl.load(live_ptr), T)
+    wait_for_previous(PDL)
     # as in norm.py: nearly all programs have live rows alone
     if (tl.program_id(0) + 1) * ROWS <= num_live:
         whole = tl.full([ROWS, 1], 1, tl.int1)

@@ -1,19 +1,22 @@
 """Programmatic dependent launch: a kernel starts while the one before it is still running.
 
 On compute capability 9.0 a kernel launched with `launch_pdl=True` may start once every program of
-the kernel before has let it, or ended. Up to `wait_for_previous` it may read only what no kernel of
-the chain writes (weights, biases); from there on all kernels before have ended and all that they
-wrote is visible. That takes the launch, the set-up of barriers and the first reads of weights off
-the critical path. In a captured graph the order becomes a programmatic edge.
+the kernel before has let it, or ended. Up to `wait_for_previous` it may read only constants; from
+there on all kernels before have ended and all that they wrote is visible. That takes the launch,
+the set-up of barriers and the first reads off the critical path. In a captured graph the order
+becomes a programmatic edge.
+
+Constants are what no kernel of the chain writes (weights, biases) and what its first one writes:
+the layout of the batch, which is live counts, offsets of segments, and places. The first two are
+ordinary kernels, so the second starts when the first has ended, and all others after that.
 
 Rules that keep a chain right, for every kernel that is launched so:
 
 - `wait_for_previous` comes before its first read, and its first write, of anything but constants.
 - It lets the next kernel start only then. So when a kernel starts, all but the one just before
-  have ended.
-- Constants were written before the kernel just before the first of the chain was launched. A call
-  from outside cannot promise that of its weights: kernels start early only inside `kernel_chain`,
-  which a forward opens, and whose first kernel is an ordinary one.
+  have ended. That holds for programs without live rows as well.
+- A call from outside cannot promise that its arguments are constants by then: kernels start early
+  only inside `kernel_chain`, which a forward opens.
 
 PTX ISA, griddepcontrol.
 """
@@ -50,7 +53,8 @@ def wait_for_previous(PDL: tl.constexpr):
 def kernel_chain() -> Iterator[None]:
     """Let kernels that this thread launches meanwhile start early where they can.
 
-    The first one has to be an ordinary kernel, and none may write what others take for constant.
+    The first two have to be ordinary kernels, and only the first may write what later ones take
+    for constant.
     """
     token = _in_chain.set(True)
     try:

@@ -54,12 +54,12 @@ def _residual_kernel(
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    wait_for_previous(PDL)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.arange(0, BLOCK_D)
     num_live = T
     if live_ptr is not None:
         num_live = tl.load(live_ptr)
+    wait_for_previous(PDL)
     live = (t < num_live)[:, None]
     in_row = (d < D)[None, :]
     at = t[:, None].to(tl.int64) * D + d[None, :]

@@ -65,9 +65,12 @@ def _rope_kernel(
     BLOCK_HALF: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    wait_for_previous(PDL)
     t = tl.program_id(0)
-    if live_ptr is not None and t >= tl.load(live_ptr):
+    live = t + 1
+    if live_ptr is not None:
+        live = tl.load(live_ptr)
+    wait_for_previous(PDL)
+    if t >= live:
         return
     h = tl.arange(0, BLOCK_H)
     j = tl.arange(0, BLOCK_HALF)
@@ -110,10 +113,10 @@ def _rope_units_kernel(
     The other kernel's block is the next power of two: half a head of 72 leaves 28 of 64 lanes
     without work, and loads of 8 bytes, since it does not start at a multiple of 16.
     """
-    wait_for_previous(PDL)
     live = T
     if live_ptr is not None:
         live = tl.minimum(tl.load(live_ptr), T)
+    wait_for_previous(PDL)
     units: tl.constexpr = HALF // UNIT
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     t = i // (HEADS * units)
@@ -148,10 +151,10 @@ def _rope_neighbours_kernel(
     PDL: tl.constexpr,
 ):
     """As `_rope_units_kernel`, where the two elements of a pair lie side by side."""
-    wait_for_previous(PDL)
     live = T
     if live_ptr is not None:
         live = tl.minimum(tl.load(live_ptr), T)
+    wait_for_previous(PDL)
     units: tl.constexpr = HALF // UNIT
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     t = i // (HEADS * units)

@@ -161,7 +161,6 @@ def _window_attention_kernel(
     BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    wait_for_previous(PDL)
     HALF: tl.constexpr = D // 2
     TILES: tl.constexpr = BLOCK_N // BLOCK_M
     # heads innermost: they share the rows of cos and sin, and the lines of the fused buffer
@@ -171,6 +170,7 @@ def _window_attention_kernel(
     window = pid // (H * TILES)
     begin = tl.load(cu_ptr + window)
     length = tl.minimum(tl.load(cu_ptr + window + 1) - begin, BLOCK_N)
+    wait_for_previous(PDL)
     if tile * BLOCK_M >= length:
         return
     # int64 before the multiply: T * stride passes 2**31 at 560,000 rows of 3 * 16 * 80

@@ -126,3 +126,14 @@ def test_small_tiles_with_short_rings_share_a_multiprocessor():
         if tile.max_registers == 128 and tile.num_stages <= 6 and tile.block_n == 64:
             # 228 KiB, of which each program takes one more
             assert 2 * (inspect_few_rows(tile, epilogue).shared_bytes + 1024) <= 228 << 10
+
+
+@pytest.mark.parametrize(
+    ("epilogue", "vectors"), [(ROTATED, True), ("gelu_tanh", True), (RESIDUAL, False)]
+)
+def test_everything_but_x_is_asked_for_before_the_wait(epilogue, vectors):
+    """By the warps that multiply; the one that loads needs the live rows alone."""
+    info = inspect_few_rows(FewRowsConfig(64, 64, 6), epilogue)
+    loads = [part.count("ld.global") for part in info.ptx.split("griddepcontrol.wait")]
+    assert (loads[0] > 1) == vectors
+    assert loads[1:] == [1, 0]

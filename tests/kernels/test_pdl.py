@@ -9,8 +9,10 @@ import torch
 import triton
 from vitgraph.kernels import (
     activation,
+    layout,
     norm,
     norm_fp8,
+    patch_embed,
     pdl,
     residual,
     rope,
@@ -91,6 +93,12 @@ def test_options():
     with kernel_chain():
         assert pdl_options(Rows()) == early
         assert pdl_options(Rows(FEW_ROWS + 1)) == late
+
+
+@pytest.mark.parametrize("module", [layout, patch_embed])
+def test_the_two_kernels_at_the_head_of_a_forward_are_ordinary_ones(module):
+    """All others may take what the first writes for constant."""
+    assert not {"pdl_options", "starts_early", "wait_for_previous"} & set(vars(module))
 
 
 # what the compiler makes of them
@@ -233,21 +241,21 @@ def before_the_wait(ptx):
 
 @pytest.mark.parametrize("splits", [0, 3])
 @pytest.mark.parametrize("D", [1152, 4608])
-def test_a_norm_reads_its_vectors_alone_before_it_waits(D, splits):
+def test_a_norm_reads_constants_alone_before_it_waits(D, splits):
     info = inspect_norm(True, splits, D)
     early, whole = before_the_wait(info.ptx)
     names = ["x", *(["partials"] if splits else []), "weight", "bias", "offset", "live", "y"]
     assert {names[i] for i in arguments_accessed(whole)} == set(names)
-    assert {names[i] for i in arguments_accessed(early)} == {"weight", "bias", "offset"}
+    assert {names[i] for i in arguments_accessed(early)} == {"weight", "bias", "offset", "live"}
     assert info.spill_bytes == 0
 
 
-def test_a_norm_in_fp8_reads_its_vectors_alone_before_it_waits():
+def test_a_norm_in_fp8_reads_constants_alone_before_it_waits():
     info = inspect_norm_fp8(True)
     early, whole = before_the_wait(info.ptx)
     names = ["x", "weight", "bias", "offset", "live", "q", "scale", "norms", "bound"]
     assert {names[i] for i in arguments_accessed(whole)} == set(names)
-    assert {names[i] for i in arguments_accessed(early)} == {"weight", "bias", "offset"}
+    assert {names[i] for i in arguments_accessed(early)} == {"weight", "bias", "offset", "live"}
     assert info.spill_bytes == 0
 
 
@@ -255,14 +263,18 @@ ROPES = [inspect_rope, inspect_rope_by_units, inspect_rope_of_neighbours]
 
 
 @pytest.mark.parametrize(
-    "inspect_kernel",
-    [inspect_residual, *ROPES, inspect_activation, inspect_window],
-)
-def test_nothing_is_touched_before_the_wait(inspect_kernel):
+    ("inspect_kernel", "layout"),
+    [
+        (inspect_residual, 3), *((rope, 3) for rope in ROPES), (inspect_activation, 1),
+        (inspect_window, 6),
+    ],
+)  # fmt: skip
+def test_of_all_arguments_that_of_the_layout_is_read_before_the_wait(inspect_kernel, layout):
+    """Live counts, or offsets of windows."""
     info = inspect_kernel(True)
     early, whole = before_the_wait(info.ptx)
-    assert arguments_accessed(early) == set()
-    assert 0 in arguments_accessed(whole)
+    assert arguments_accessed(early) == {layout}
+    assert {0, layout} <= arguments_accessed(whole)
     assert info.count("ACQBULK") == info.count("PREEXIT") == 1
 
 
@@ -302,11 +314,13 @@ def test_a_chain_computes_what_single_calls_do(monkeypatch):
     got = start.clone()
     with kernel_chain():
         got.add_(0)
+        got.add_(0)
         calls(got)
     assert torch.equal(got, want)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph), kernel_chain():
-        got.add_(0)  # the first one has to be an ordinary kernel
+        got.add_(0)  # the first two have to be ordinary kernels
+        got.add_(0)
         calls(got)
     for _ in range(20):
         got.copy_(start)
