@@ -1,13 +1,14 @@
 """Which products of few rows take the kernel of gemm_few_rows.py, as measured.
 
-One NVIDIA H200, Triton 3.6.0, PyTorch 2.11.0 with CUDA 13.0, 2026-11-21 and 22, bf16. Such a
+One NVIDIA H200, Triton 3.6.0, PyTorch 2.11.0 with CUDA 13.0, 2026-11-21 to 23, bf16. Such a
 product takes a few microseconds, and how much of it hides under its neighbours decides. So these
 are the tiles with which the captured tower as a whole was fastest, one layer after another
 exchanged (`python -m vitgraph.bench products` measures so): at 224 (Qwen3-VL) or 256 rows, and at
-384, 512, 640, 768, 832 and 1024 rows (Qwen3-VL-2B: at 384 and 512). Where two towers share a shape,
-the better one for both. Between measurements a tile is taken to hold as long as its programs fit
-into one wave. Up to 128 rows a product was measured behind or before its norm, by a script that is
-not here. Past the last entry, and in shapes without one, gemm_tuning.py and the library decide.
+384, 512, 640, 768, 832 and 1024 rows (GLM-OCR: at 256, 512 and 832; GLM-4.1V: not at 384 and 768;
+Qwen3.5-0.8B: not at 768 and 1024). Where two towers share a shape, the better one for both. Between
+measurements a tile is taken to hold as long as its programs fit into one wave. Up to 128 rows a
+product was measured behind or before its norm, by a script that is not here, or not at all. Past
+the last entry, and in shapes without one, gemm_tuning.py and the library decide.
 
 To measure again: `python -m vitgraph.bench products` exchanges them in a captured tower.
 `vitgraph tune` measures them product by product on the user's GPU, and what it found stands before
@@ -76,6 +77,7 @@ class FewRowsConfig:
 Table = Mapping[tuple[int, int, str], tuple[tuple[int, FewRowsConfig | None], ...]]
 
 _NARROW = FewRowsConfig(64, 64, num_stages=6)
+_DEEP = FewRowsConfig(64, 64, num_stages=12)
 _THIRDS = FewRowsConfig(64, 64, num_stages=6, splits=3)
 _DEEP_THIRDS = FewRowsConfig(64, 64, num_stages=12, splits=3)
 _WIDE = FewRowsConfig(64, 128, num_stages=8)
@@ -85,6 +87,7 @@ _WIDE_HALVES = FewRowsConfig(64, 128, num_stages=9, splits=2)
 _WIDE_THIRDS = FewRowsConfig(64, 128, num_stages=9, splits=3)
 _SQUARE = FewRowsConfig(128, 128, num_stages=6)
 _LARGE = FewRowsConfig(128, 192, num_stages=4)
+_HUGE = FewRowsConfig(128, 256, num_stages=4)
 
 TABLE: Table = {
     # Qwen3-VL-8B and 32B: qkv, proj, up, down
@@ -94,12 +97,15 @@ TABLE: Table = {
         (128, _THIRDS), (256, _NARROW), (448, None), (512, _WIDE_SUMS), (768, None),
         (896, _WIDE_SUMS),
     ),
-    (4304, 1152, "gelu_tanh"): ((128, _NARROW),),
+    (4304, 1152, "gelu_tanh"): ((128, _NARROW), (768, None), (896, _HUGE)),
     (1152, 4304, RESIDUAL): ((128, _DEEP_THIRDS), (256, _WIDE_THIRDS)),
-    # Qwen3-VL-2B and 4B: qkv, proj, down
-    (3072, 1024, ""): ((256, _WIDE),),
-    (3072, 1024, ROTATED): ((256, _WIDE), (384, None), (512, _WIDE_PAIRS)),
-    (1024, 1024, RESIDUAL): ((384, _WIDE_HALVES), (512, _WIDE_SUMS)),
+    # Qwen3-VL-2B and 4B, GLM-OCR: qkv, proj, up of Qwen3-VL, down
+    (3072, 1024, ""): ((256, _WIDE), (448, None), (512, _SQUARE)),
+    (3072, 1024, ROTATED): ((256, _WIDE), (384, None), (512, _WIDE_PAIRS), (640, _SQUARE)),
+    (1024, 1024, RESIDUAL): (
+        (384, _WIDE_HALVES), (512, _WIDE_SUMS), (768, None), (832, _WIDE_SUMS),
+    ),
+    (4096, 1024, "gelu_tanh"): ((256, _WIDE),),
     (1024, 4096, RESIDUAL): ((256, _WIDE_THIRDS), (512, _WIDE_HALVES)),
     # Qwen2.5-VL and Qwen2-VL: qkv, proj
     (3840, 1280, ""): ((256, _WIDE),),
@@ -119,6 +125,16 @@ TABLE: Table = {
         (512, _LARGE),
     ),
     (1280, 5120, RESIDUAL): ((128, _DEEP_THIRDS), (256, _WIDE_THIRDS)),
+    # Qwen3.5-0.8B: qkv, proj, up, down
+    (2304, 768, ROTATED): ((256, _NARROW), (384, _WIDE), (832, _WIDE_PAIRS)),
+    (768, 768, RESIDUAL): ((384, _DEEP), (640, _WIDE_SUMS)),
+    (3072, 768, "gelu_tanh"): ((256, _NARROW), (384, None), (640, _WIDE_PAIRS)),
+    (768, 3072, RESIDUAL): ((384, _WIDE_THIRDS), (512, _WIDE_HALVES)),
+    # GLM-4.1V: qkv, proj, gate and up, down
+    (4608, 1536, ROTATED): ((256, _SQUARE), (512, None), (640, _LARGE)),
+    (1536, 1536, RESIDUAL): ((256, _WIDE_SUMS),),
+    (8192, 1536, GATED): ((768, None), (896, _HUGE)),
+    (1536, 4096, RESIDUAL): ((256, _WIDE_HALVES),),
 }  # fmt: skip
 
 

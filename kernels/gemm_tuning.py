@@ -12,7 +12,8 @@ algorithm of cuBLAS on 2026-11-22 at 32 numbers of rows up to 20480 (a quarter o
 patches), from 4096 on as if 96 per cent of the rows were live, about what the ladder's steps leave.
 Past 20480 they are as above. At 384, 512, 640, 768, 832, 1024, 1280 and 1536 rows the captured
 tower as a whole decided for qkv, proj, up and down of Qwen3-VL-8B and Qwen2-VL, and for up and down
-of Qwen2.5-VL, as few_rows_tuning.py has it; classes reach to some rows between them.
+of Qwen2.5-VL, as few_rows_tuning.py has it, which names the numbers of rows of the smaller towers
+and of GLM too; classes reach to some rows between them.
 
 To extend it: add (first M, tile) to the entries of a shape, in ascending order of M; None as the
 tile names the library. A new tile goes into `SHIPPED` as well, which is what the tests go through.
@@ -99,14 +100,14 @@ TABLE: dict[tuple[int, int, str], tuple[tuple[int, HopperConfig | None], ...]] =
     (3072, 1024, ""): (
         (9216, WIDE), (10240, None), (12288, SQUARE), (14336, None), (20481, SQUARE),
     ),
-    (3072, 1024, ROTATED): ((3136, SQUARE),),
+    (3072, 1024, ROTATED): ((833, SQUARE),),
     (1024, 1024, RESIDUAL): ((20481, SQUARE),),
     (4096, 1024, "gelu_tanh"): (
         (512, SQUARE), (640, None), (1536, SQUARE), (1664, None), (2048, SQUARE), (2304, WIDE),
         (2560, None), (4608, SQUARE), (5120, None), (18432, SQUARE),
     ),
     (4096, 1024, "gelu_erf"): ((3136, SQUARE),),
-    (8192, 1024, GATED): ((1568, SQUARE),),
+    (8192, 1024, GATED): ((1, SQUARE),),
     (1024, 4096, RESIDUAL): ((1664, SQUARE), (1792, None), (20481, SQUARE)),
     # mergers of Qwen3-VL 2B and 4B, of GLM-OCR, projector of InternVL3-8B
     (4096, 4096, "gelu_erf"): ((2048, SQUARE),),
@@ -114,16 +115,16 @@ TABLE: dict[tuple[int, int, str], tuple[tuple[int, HopperConfig | None], ...]] =
     (3584, 4096, "gelu_erf"): ((1568, SQUARE),),
     # Qwen3.5-0.8B, SigLIP 2 base: qkv, proj, up, down
     (2304, 768, ""): ((6272, SQUARE),),
-    (2304, 768, ROTATED): ((1568, SQUARE),),
+    (2304, 768, ROTATED): ((833, SQUARE),),
     (768, 768, RESIDUAL): ((16384, WIDE), (32768, SQUARE)),
     (3072, 768, "gelu_tanh"): ((3136, SQUARE),),
     (768, 3072, RESIDUAL): ((32768, WIDE),),
     # GLM-4.1V and 4.5V, Step-3.7: qkv, proj
     (4608, 1536, ""): ((3136, SQUARE), (6272, WIDE), (8192, SQUARE)),
-    (4608, 1536, ROTATED): ((3136, SQUARE),),
+    (4608, 1536, ROTATED): ((641, SQUARE), (897, None), (3136, SQUARE)),
     (1536, 1536, RESIDUAL): ((8192, WIDE),),
     # GLM-4.1V and 4.5V: gate and up, down
-    (8192, 1536, GATED): ((1568, SQUARE),),
+    (8192, 1536, GATED): ((1, SQUARE),),
     (1536, 4096, RESIDUAL): ((8192, SQUARE), (32768, None), (65536, SQUARE)),
     # Step-3.7: up, down, a convolution
     (8960, 1536, "quick_gelu"): ((784, SQUARE), (3136, WIDE), (6272, SQUARE)),

@@ -9,7 +9,8 @@ from 288 to 20480 (a quarter of these on merged patches), as far up as gemm_tuni
 the library: in 289 of 544 measurements more than 3 per cent faster than its own choice, at most 29.
 (Our tiles and these algorithms were timed in two runs, each beside the library's own choice.) At
 384, 512, 640, 768, 832, 1024, 1280 and 1536 rows the algorithms of Qwen3-VL-8B, Qwen2-VL and
-Qwen2.5-VL are those with which the captured tower as a whole was fastest, if by 0.4 per cent. In
+Qwen2.5-VL, from 512 to 1280 those of Qwen3-VL-2B, and at 832 those of GLM and Qwen3.5-0.8B are
+those with which the captured tower as a whole was fastest, if by 0.4 per cent. In
 another release of the same major version an entry holds where its algorithm runs; in all others the
 library chooses itself.
 
@@ -139,29 +140,42 @@ TABLE: Table = {
     ),
     # Qwen3-VL 2B and 4B, GLM-OCR, InternViT-300M: qkv, proj, up, down
     (3072, 1024, ""): (
-        (256, None), (288, Algorithm(18, 1, 3)), (832, None), (1024, Algorithm(28, 0, 3)),
-        (1152, None), (1280, Algorithm(24, 7, 5)), (2048, None), (3072, Algorithm(20, 1, 3)),
-        (3584, Algorithm(165, 0, 3)), (20480, Algorithm(20, 1, 3)),
+        (256, None), (288, Algorithm(18, 1, 3)), (768, None), (832, Algorithm(400, 1, 3)),
+        (1024, Algorithm(28, 0, 3)), (1152, None), (1280, Algorithm(24, 7, 5)),
+        (2048, None), (3072, Algorithm(20, 1, 3)), (3584, Algorithm(165, 0, 3)),
+        (20480, Algorithm(20, 1, 3)),
     ),
     (1024, 1024, RESIDUAL): (
-        (256, None), (288, Algorithm(80, 0, 3)), (1024, None), (1152, Algorithm(318, 1, 3)),
+        (256, None), (288, Algorithm(80, 0, 3)), (896, None), (1024, Algorithm(17, 0, 3)),
+        (1152, Algorithm(318, 1, 3)),
         (1664, None), (1792, Algorithm(19, 0, 3)), (2048, None), (2304, Algorithm(400, 3, 5)),
         (3072, None), (3584, Algorithm(28, 2, 5)), (4096, Algorithm(21, 3, 5)), (5120, None),
         (7168, Algorithm(28, 2, 5)), (8192, Algorithm(201, 2, 5)), (9216, Algorithm(20, 3, 7)),
         (10240, Algorithm(20, 1, 3)), (14336, Algorithm(29, 1, 3)), (20480, Algorithm(20, 1, 3)),
     ),
     (4096, 1024, "gelu_tanh"): (
-        (640, None), (768, Algorithm(28, 0, 3)), (832, Algorithm(331, 1, 3)), (1536, None),
+        (640, None), (768, Algorithm(33, 3, 5)), (832, Algorithm(331, 1, 3)),
+        (896, Algorithm(165, 2, 2)), (1024, Algorithm(20, 1, 3)), (1536, None),
         (1792, Algorithm(165, 2, 2)), (2304, None), (2560, Algorithm(165, 0, 3)),
         (3072, Algorithm(28, 0, 3)), (3584, Algorithm(165, 2, 5)), (6656, Algorithm(20, 1, 3)),
         (8192, Algorithm(165, 2, 5)), (16384, Algorithm(20, 1, 3)),
     ),
     (1024, 4096, RESIDUAL): (
-        (352, None), (416, Algorithm(143, 2, 9)), (768, None), (832, Algorithm(196, 2, 8)),
-        (1024, None), (1152, Algorithm(28, 2, 7)), (2560, None), (3072, Algorithm(33, 3, 5)),
-        (4096, Algorithm(20, 1, 3)), (4608, Algorithm(151, 2, 5)), (5120, None),
-        (6144, Algorithm(21, 3, 5)), (7168, Algorithm(29, 1, 3)), (8192, Algorithm(20, 1, 3)),
-        (9216, Algorithm(28, 2, 5)), (20480, Algorithm(20, 1, 3)),
+        (352, None), (416, Algorithm(143, 2, 9)), (512, None), (640, Algorithm(318, 1, 3)),
+        (768, Algorithm(26, 1, 3)), (832, Algorithm(18, 3, 7)), (896, None),
+        (1024, Algorithm(17, 0, 3)), (1152, Algorithm(28, 2, 7)), (2560, None),
+        (3072, Algorithm(33, 3, 5)), (4096, Algorithm(20, 1, 3)), (4608, Algorithm(151, 2, 5)),
+        (5120, None), (6144, Algorithm(21, 3, 5)), (7168, Algorithm(29, 1, 3)),
+        (8192, Algorithm(20, 1, 3)), (9216, Algorithm(28, 2, 5)), (20480, Algorithm(20, 1, 3)),
+    ),
+    # GLM-5: gate and up, which a kernel of its own joins
+    (8192, 1024, ""): ((768, None), (832, Algorithm(331, 1, 3))),
+    # Qwen3.5-0.8B: up, down
+    (3072, 768, "gelu_tanh"): ((768, None), (832, Algorithm(400, 1, 3))),
+    (768, 3072, RESIDUAL): ((768, None), (832, Algorithm(27, 2, 7))),
+    # GLM-4.1V: down
+    (1536, 4096, RESIDUAL): (
+        (448, None), (512, Algorithm(164, 2, 9)), (768, None), (832, Algorithm(33, 3, 7)),
     ),
 }  # fmt: skip
 
