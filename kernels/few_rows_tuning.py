@@ -97,7 +97,9 @@ TABLE: Table = {
         (128, _THIRDS), (256, _NARROW), (448, None), (512, _WIDE_SUMS), (768, None),
         (896, _WIDE_SUMS),
     ),
-    (4304, 1152, "gelu_tanh"): ((128, _NARROW), (768, None), (896, _HUGE)),
+    (4304, 1152, "gelu_tanh"): (
+        (128, _NARROW), (256, _WIDE_PAIRS), (768, None), (896, _HUGE),
+    ),
     (1152, 4304, RESIDUAL): ((128, _DEEP_THIRDS), (256, _WIDE_THIRDS)),
     # Qwen3-VL-2B and 4B, GLM-OCR: qkv, proj, up of Qwen3-VL, down
     (3072, 1024, ""): ((256, _WIDE), (448, None), (512, _SQUARE)),
