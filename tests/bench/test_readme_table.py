@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results" / "h200"
 COMMITTED = RESULTS / "towers.json"
 FAMILIES, IMAGES = RESULTS / "families.json", RESULTS / "images.json"
-FP8 = RESULTS / "towers-fp8.json"
+FP8, SMALL = RESULTS / "towers-fp8.json", RESULTS / "towers-small.json"
 
 
 def test_the_readme_holds_the_committed_results():
@@ -19,6 +19,7 @@ def test_the_readme_holds_the_committed_results():
     assert readme_table(FAMILIES) in readme
     assert readme_table(IMAGES) in readme
     assert readme_table(FP8) in readme
+    assert readme_table(SMALL) in readme
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
