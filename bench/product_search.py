@@ -148,7 +148,7 @@ def _depths(shape: LinearShape, block_m: int, block_n: int, splits: int, residen
 def _stages(shape: LinearShape, block_m: int, block_n: int, splits: int, programs: int) -> int:
     """The deepest ring with which so many programs fit a multiprocessor of 228 KiB."""
     room = (228 // programs - 1) * _KIB  # each program takes one more
-    room -= _KIB  # barriers
+    room -= _KIB  # barriers and vectors over its columns
     if shape.epilogue != RESIDUAL:
         columns = block_n // 2 if shape.epilogue == GATED else block_n
         room -= min(columns // STORE_N, 2) * block_m * STORE_N * 2
