@@ -193,7 +193,7 @@ def _then_norm(
 
 
 def _early(function: Callable[..., object], *args: Any, **options: Any) -> None:
-    """`function` with kernels that may start early: nothing writes weights meanwhile."""
+    """`function` with kernels that may start early: weights and live rows were written before."""
     with kernel_chain():
         function(*args, **options)
 
@@ -280,7 +280,10 @@ class LinearOperands:
     def _error(self, function: Callable[..., object], live: int) -> float:
         x, weight, before = self.xs[0], self.weights[0], self.outs[0]
         out = before.clone() if self.has_residual else torch.full_like(before, float("nan"))
-        self._call(function, x, weight, out, torch.full_like(self.live, live))
+        live_rows = torch.full_like(self.live, live)
+        if live_rows.is_cuda:
+            torch.cuda.synchronize(live_rows.device)  # read early by kernels that start so
+        self._call(function, x, weight, out, live_rows)
         ratios = []
         for start in range(0, live, _CHECKED_ROWS):
             rows = slice(start, min(start + _CHECKED_ROWS, live))

@@ -19,6 +19,7 @@ a 1 x 1 grid, with cos 1, sin 0 and themselves as source.
 
 Each index is decoded in closed form; the item that holds it is found by counting the items that end
 at or before it. Bound by latency: a few microseconds. Angles are fp32, as in Hugging Face's towers.
+An ordinary launch, as must be the one behind it: later kernels read these tensors early (pdl.py).
 """
 
 from dataclasses import dataclass

@@ -17,7 +17,8 @@ towers of Qwen3-VL-8B by a tenth.) The library does not take `source`.
 `MIN_LIBRARY_ROWS` on: on an H200 0.4 to 0.6 of the time from 784 to 65,536 rows of 1176 values, and
 nine tenths at 196.
 
-Compute-bound: 2*T*P*D FLOP, under 1 % of a tower.
+All are ordinary launches: kernels behind these read the layout early (pdl.py). Compute-bound:
+2*T*P*D FLOP, under 1 % of a tower.
 """
 
 from dataclasses import dataclass

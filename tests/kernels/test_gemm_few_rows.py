@@ -435,7 +435,7 @@ class Chain:
         self.parts = {s: torch.empty(s, M, D, device="cuda") for s in (2, 3)}
 
     def run(self):
-        self.x.copy_(self.first)  # an ordinary kernel, as a chain has to start with
+        self.x.copy_(self.first)  # an ordinary kernel; nothing writes the live rows
         for _ in range(4):
             y = self._norm(None)
             wide = FewRowsConfig(64, 128, num_stages=8)
