@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
         "--layers",
         nargs="+",
         metavar="NAME",
-        help="of qkv, proj, up and down those to exchange; the others stay as they are",
+        help="of qkv, proj, up and down those to exchange, or norm2; the others stay as they are",
     )
     products.add_argument(
         "--turns", type=int, default=2, metavar="N", help="of each layer; default: 2"

@@ -3,8 +3,10 @@
 A profiler records a few replays: the kernels of one, their times, and the time in which none ran.
 Kernels on a side stream, and those that start early, overlap others, so the busy time is the union
 of all, not their sum. What a kernel adds to a replay is the time from the end of whatever ended
-before it to its own end; over all kernels these steps make up the replay. The call, the replay and
-the host's part of the call are measured without a profiler, which slows them.
+before it to its own end; over all kernels these steps make up the replay. Blocks of a tower are the
+same kernels over and over, and several of them may have one name: so those of one block are listed
+by their places, as the mean over the longest run of equal blocks. The call, the replay and the
+host's part of the call are measured without a profiler, which slows them.
 """
 
 import inspect
@@ -13,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from .towers_config import build_tower, tower_config
 from .workloads import Grid
 
 _PROFILED = 5
+_MOST_KERNELS = 24  # of a block
 Row = dict[str, Any]
 
 
@@ -77,6 +80,58 @@ def shares(replays: Sequence[Sequence[Span]]) -> list[Share]:
         for name, times in found.items()
     ]
     return sorted(rows, key=lambda row: -row.step_us)
+
+
+def repeated(names: Sequence[str]) -> tuple[int, int, int]:
+    """Where the longest run of equal blocks begins, the kernels of one, and how many there are.
+
+    Of blocks that run as long the shortest; no blocks where nothing repeats.
+    """
+    best = 0, 0, 0
+    for length in range(1, _MOST_KERNELS + 1):
+        matches = [a == b for a, b in zip(names, names[length:], strict=False)]
+        start = 0
+        for i, is_match in enumerate([*matches, False]):
+            if is_match:
+                continue
+            # so many kernels equal those of the block before them
+            count = (i - start) // length + 1
+            if count > 1 and count * length > best[1] * best[2]:
+                best = start, length, count
+            start = i + 1
+    return best
+
+
+def block_of(replays: Sequence[Sequence[Span]]) -> list[Share]:
+    """Kernels of one block in their order, from a norm on if there is one.
+
+    The mean over the equal blocks of the replays; where a side stream comes in between at different
+    places, over those replays whose blocks are the most common.
+    """
+    found: dict[tuple[str, ...], list[Sequence[Span]]] = {}
+    for spans in replays:
+        ordered = sorted(spans, key=lambda span: span.end)
+        names = [short_name(span.name) for span in ordered]
+        start, length, count = repeated(names)
+        if count == 0:
+            continue
+        end = start + count * length
+        start += next((i for i in range(length) if "norm" in names[start + i]), 0)
+        # with the kernel before each, from whose end the first step is counted
+        for first in range(max(1, start), end - length + 1, length):
+            block = tuple(names[first : first + length])
+            found.setdefault(block, []).append(ordered[first - 1 : first + length])
+    names_of = max(found, key=lambda names: len(found[names]), default=())
+    blocks = found.get(names_of, [])
+    return [
+        Share(
+            name,
+            1,
+            mean(block[i + 1].end - block[i + 1].start for block in blocks),
+            mean(block[i + 1].end - block[i].end for block in blocks),
+        )
+        for i, name in enumerate(names_of)
+    ]
 
 
 def busy_us(spans: Sequence[Span]) -> float:
@@ -163,6 +218,7 @@ def summarise(
         "gap_us": span - busy,
         "outside_graph_us": (call_ms - replay_ms) * 1e3,
         "by_kernel": [vars(share) for share in kernels],
+        "block": [vars(share) for share in block_of(each)],
     }
 
 
@@ -197,7 +253,15 @@ def summary(rows: Sequence[Row], most: int = 12) -> str:
         )
         for row in rows
     ]
-    return "\n\n".join([parts, *lists])
+    blocks = [
+        table(
+            (f"a block of {row['tower']} {row['workload']}", "us", "step"),
+            [(k["name"], number(k["us"]), number(k["step_us"])) for k in row["block"]],
+        )
+        for row in rows
+        if row["block"]
+    ]
+    return "\n\n".join([parts, *lists, *blocks])
 
 
 def _profile(replay: Callable[[], object]) -> list[Span]:

@@ -8,9 +8,10 @@ stay as they are, several times over. The clock is an argument.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 from ..kernels.cublaslt import Algorithm
-from ..kernels.few_rows_tuning import FewRowsConfig, few_rows_tile
+from ..kernels.few_rows_tuning import DeferredTiles, FewRowsConfig, deferred_tiles, few_rows_tile
 from ..kernels.gemm_few_rows import BLOCK_K, STORE_N
 from ..kernels.gemm_tuning import GATED, RESIDUAL, HopperConfig, shipped_tiles
 from ..kernels.pdl import FEW_ROWS
@@ -20,7 +21,9 @@ from .tune_library import LIBRARY, algorithm_name
 from .tune_shapes import LinearShape
 
 # a tile of gemm_few_rows.py or gemm_hopper.py, an algorithm of the library, or its own choice
-Candidate = FewRowsConfig | HopperConfig | Algorithm | None
+Product = FewRowsConfig | HopperConfig | Algorithm | None
+# and for a norm the tiles around it that leave it no kernel, or none
+Candidate = Product | DeferredTiles
 Choice = Mapping[str, Candidate]  # by layer
 
 _BLOCKS_M = (64, 128)
@@ -31,6 +34,7 @@ _LEAST_STEPS = 3  # of a part
 _WAVES = (0.5, 0.8, 1.0, 1.6)  # programs for each multiprocessor that cutting K aims at
 _MOST_WAVES = 2  # programs for each multiprocessor, of a product in one part
 _KIB = 1024
+_ADDED = "added"  # to the stream in place, for a norm that follows
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ def candidate_name(candidate: Candidate) -> str:
     """An algorithm's name, or rows x columns, stages, and groups of warps or parts of K."""
     if candidate is None:
         return LIBRARY
+    if isinstance(candidate, tuple):
+        return " + ".join(map(candidate_name, candidate))
     if isinstance(candidate, Algorithm):
         return algorithm_name(candidate)
     name = f"{candidate.block_m}x{candidate.block_n} s{candidate.num_stages}"
@@ -75,6 +81,21 @@ def candidates(
     if rows > FEW_ROWS:
         return found
     found.append(few_rows_tile(rows, *shape.key))
+    found += _few_rows(shape, rows, num_sms)
+    return list(dict.fromkeys(found))
+
+
+def deferred_candidates(shape: LinearShape, rows: int, num_sms: int) -> list[Candidate]:
+    """A kernel for the norm in front of a layer of `shape`, or tiles of the products around it."""
+    if rows > FEW_ROWS:
+        return [None]
+    before = _few_rows(LinearShape("", shape.K, shape.K, _ADDED), rows, num_sms)
+    pairs = product(before, _few_rows(shape, rows, num_sms))
+    return list(dict.fromkeys([None, deferred_tiles(rows, *shape.key), *pairs]))
+
+
+def _few_rows(shape: LinearShape, rows: int, num_sms: int) -> list[FewRowsConfig]:
+    found = []
     for block_m in _BLOCKS_M[: ceil_div(rows, 64)]:
         for block_n in _BLOCKS_N:
             if shape.epilogue == GATED and block_n not in (128, 256):
@@ -83,7 +104,7 @@ def candidates(
             for splits in _parts(shape, tiles, num_sms):
                 depths = _depths(shape, block_m, block_n, splits, ceil_div(tiles * splits, num_sms))
                 found += [FewRowsConfig(block_m, block_n, depth, splits) for depth in depths]
-    return list(dict.fromkeys(found))
+    return found
 
 
 def descend(
@@ -152,5 +173,7 @@ def _stages(shape: LinearShape, block_m: int, block_n: int, splits: int, program
     if shape.epilogue != RESIDUAL:
         columns = block_n // 2 if shape.epilogue == GATED else block_n
         room -= min(columns // STORE_N, 2) * block_m * STORE_N * 2
+    if shape.epilogue == _ADDED:
+        room -= block_m * block_n * 2  # of the stream
     steps = ceil_div(ceil_div(shape.K, BLOCK_K), splits)
     return min(room // ((block_m + block_n) * BLOCK_K * 2), steps, _MOST_STAGES)

@@ -27,8 +27,18 @@ from ..kernels.library_linear import library_linear
 from ..kernels.residual import residual
 from ..kernels.rows import num_sms
 from ..kernels.tables import tuning
+from .deferred_contest import DeferredOperands
 from .ours_providers import encoder_of
-from .product_search import Candidate, Choice, Sweep, candidate_name, candidates, descend
+from .product_search import (
+    Candidate,
+    Choice,
+    Product,
+    Sweep,
+    candidate_name,
+    candidates,
+    deferred_candidates,
+    descend,
+)
 from .report import number, table
 from .timing import Effort, TimeBudget, time_graphs
 from .towers_config import build_tower, tower_config
@@ -38,6 +48,7 @@ from .tune_shapes import LinearShape, layers
 
 DEFAULT_ROWS = (128, 256)
 LAYERS = ("qkv", "proj", "up", "down")
+NORM = "norm2"  # between `proj` and `up`, which have the tiles of deferred_norm.py without it
 TURNS = 2
 _EFFORT = Effort(warmup_s=0.005, rounds=15, min_rounds=15)
 
@@ -60,7 +71,8 @@ def run(
         towers: Names of towers.
         rows: Patches of all images, all of them live.
         images: Images of one size that share them.
-        only: Layers of `LAYERS` that are exchanged; the others keep what the tables name.
+        only: Layers of `LAYERS` that are exchanged, or `NORM`; the others keep what the tables
+            name. `proj` and `up` are exchanged beside a norm that is a kernel.
         turns: Of each layer.
         seed: Of weights and pixels.
         time_budget: Asked before each turn of a layer; None for no limit.
@@ -76,9 +88,9 @@ def run(
         raise ValueError(
             f"products: rows {bad or list(rows)} must be multiples of 4 for each of {images} images"
         )
-    if unknown := [name for name in only if name not in LAYERS]:
+    if unknown := [name for name in only if name not in (*LAYERS, NORM)]:
         raise ValueError(
-            f"products: layer {', '.join(unknown)} is not known; use {', '.join(LAYERS)}"
+            f"products: layer {', '.join(unknown)} is not known; use {', '.join(LAYERS)} or {NORM}"
         )
     if turns < 1:
         raise ValueError(f"products: turns = {turns} must be at least 1")
@@ -100,6 +112,8 @@ def run(
                 for layer, shape in tower.shapes.items()
                 if layer in only
             }
+            if NORM in only:
+                tried[NORM] = deferred_candidates(tower.shapes["up"], count, num_sms(device))
             tower.compile(tried)
             in_force = tower.us({})
             sweeps = descend(
@@ -107,7 +121,7 @@ def run(
                 label=f"{name} {count} rows", log=partial(_log, name, count),
             )  # fmt: skip
             found += [
-                row_of(name, count, images, in_force, tower.shapes[sweep.layer], sweep)
+                row_of(name, count, images, in_force, tower.shapes[_product_of(sweep)], sweep)
                 for sweep in sweeps
             ]
     return found
@@ -133,8 +147,19 @@ def row_of(
         "us": {candidate_name(tried): us for tried, us in sweep.us.items()},
         "reasons": {candidate_name(tried): reason for tried, reason in sweep.reasons.items()},
         "chosen": candidate_name(sweep.chosen),
-        "config": None if sweep.chosen is None else asdict(sweep.chosen),
+        "config": _plain(sweep.chosen),
     }
+
+
+def _product_of(sweep: Sweep) -> str:
+    """The layer whose shape stands for a sweep: that behind a norm for the norm."""
+    return "up" if sweep.layer == NORM else sweep.layer
+
+
+def _plain(candidate: Candidate) -> Any:
+    if isinstance(candidate, tuple):
+        return [asdict(tile) for tile in candidate]
+    return None if candidate is None else asdict(candidate)
 
 
 def summary(rows: Sequence[Row], most: int = 3) -> str:
@@ -194,6 +219,9 @@ class CapturedTower:
             name: LinearOperands(shape, rows, device, encoder.dtype)
             for name, shape in self.shapes.items()
         }
+        self._deferred = DeferredOperands(
+            self._operands["proj"], self._operands["up"], spec.norm, spec.eps
+        )
 
     def algorithms(self, layer: str) -> list[Algorithm]:
         """Those of the library that are worth a try."""
@@ -230,17 +258,28 @@ class CapturedTower:
 
     def _error(self, layer: str, candidate: Candidate) -> float:
         if (layer, candidate) not in self._checked:
-            product = partial(_product, candidate, self.shapes[layer].epilogue)
-            self._checked[layer, candidate] = self._operands[layer].check(product)
+            if isinstance(candidate, tuple):
+                error = self._deferred.check(candidate)
+            else:
+                product = partial(_product, candidate, self.shapes[layer].epilogue)
+                error = self._operands[layer].check(product)
+            self._checked[layer, candidate] = error
         return self._checked[layer, candidate]
 
     @contextmanager
     def _tables(self, choice: Choice) -> Iterator[None]:
         """The tables in force, but for what `choice` names instead."""
         tables = tuning(self._encoder.device)
-        in_force = tables.few_rows, tables.table, tables.library
+        in_force = tables.few_rows, tables.table, tables.library, tables.deferred
         few_rows, table, library = dict(tables.few_rows), dict(tables.table), dict(tables.library)
+        deferred = dict(tables.deferred)
+        if choice:
+            deferred[self.shapes["up"].key] = ()
         for layer, candidate in choice.items():
+            if layer == NORM:
+                if isinstance(candidate, tuple):
+                    deferred[self.shapes["up"].key] = ((self._rows, candidate),)
+                continue
             shape = self.shapes[layer]
             keys = [shape.key]
             if layer == "qkv":  # whether it rotates or not
@@ -256,10 +295,11 @@ class CapturedTower:
             if isinstance(candidate, Algorithm):
                 library[shape.library_key] = ((self._rows, candidate),)
         tables.few_rows, tables.table, tables.library = few_rows, table, library
+        tables.deferred = deferred
         try:
             yield
         finally:
-            tables.few_rows, tables.table, tables.library = in_force
+            tables.few_rows, tables.table, tables.library, tables.deferred = in_force
 
 
 def image_of(rows: int, merge: int) -> tuple[int, int, int]:
@@ -270,7 +310,7 @@ def image_of(rows: int, merge: int) -> tuple[int, int, int]:
 
 
 def _product(
-    candidate: Candidate, epilogue: str, x, weight, bias, *, live_rows, **options: Any
+    candidate: Product, epilogue: str, x, weight, bias, *, live_rows, **options: Any
 ) -> None:
     """One layer as a forward computes it with `candidate`, parts added up."""
     if candidate is None or isinstance(candidate, Algorithm):

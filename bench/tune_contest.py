@@ -288,13 +288,14 @@ class LinearOperands:
         for start in range(0, live, _CHECKED_ROWS):
             rows = slice(start, min(start + _CHECKED_ROWS, live))
             eager, oracle = (
-                self._definition(x[rows], weight, before[rows], dtype, rows)
+                self.definition(x[rows], weight, before[rows], dtype, rows)
                 for dtype in (x.dtype, torch.float64)
             )
             ratios.append(error_ratio(out[rows], eager, oracle))
         return worst(ratios)
 
-    def _definition(self, x, weight, before, dtype: torch.dtype, rows: slice) -> torch.Tensor:
+    def definition(self, x, weight, before, dtype: torch.dtype, rows: slice) -> torch.Tensor:
+        """The product of rows `rows` in `dtype`, by plain PyTorch."""
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
         if self.is_gated:

@@ -15,6 +15,7 @@ import torch
 
 from ..capture import RungLimits
 from ..kernels.attention import FP8_BACKENDS, varlen_attention
+from ..kernels.deferred_norm import ScaledRows, choose_deferred, linear_of_scaled
 from ..kernels.frame_positions import add_frame_positions_
 from ..kernels.gated_linear import choose_gated_backend, gated_linear
 from ..kernels.layout import Layout, layout
@@ -35,7 +36,7 @@ from .fp8 import Fp8Block, mlp_of_rows
 from .glm_merger import glm_merge
 from .spec import EncoderSpec
 from .stream import Stream
-from .weights import BlockWeights, MergerWeights, TowerWeights
+from .weights import BlockWeights, MergerWeights, TowerWeights, up_epilogue
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,12 @@ class _Workspace:
         self.qkv = qkv.view(T, 3, spec.num_heads, spec.head_dim)
         shape = T, spec.num_heads, spec.head_dim
         self.attended = Attended(x, shape, weights.fp8.blocks, live_rows)
+        self.deferred = None  # tiles of the products around the second norm of a block
+        if block.deferred is not None and not in_fp8:
+            epilogue = up_epilogue(spec)
+            self.deferred = choose_deferred(T, block.proj_weight, block.up_weight, epilogue)
+        if self.deferred is not None:
+            self.scaled = ScaledRows.over(self.normed)
         if is_gated:
             N, K = block.up_weight.shape
             backend, _ = choose_gated_backend(T, N, K, x.dtype, x.device)
@@ -86,8 +93,9 @@ class _Workspace:
             self.gated = zero_padding_(x.new_empty(T, block.down_weight.shape[1]), live_rows)
         else:
             self.up = self.gated = empty_output(
-                x, block.up_weight, spec.activation, live_rows=live_rows, leaves_padding=in_fp8
-            )
+                x, block.up_weight, spec.activation,
+                live_rows=live_rows, leaves_padding=in_fp8 or self.deferred is not None,
+            )  # fmt: skip
 
 
 def tower_forward(
@@ -258,7 +266,12 @@ def _attend(
             max_seqlen=max_seqlen, scale=scale, out=out, backend=attention, tickets=plan.tickets,
         )  # fmt: skip
     attended = work.attended.rows(in_fp8, casts=casts)
-    if in_fp8.proj is not None:
+    if work.deferred is not None and block.deferred is not None:
+        _, _, offset = block.norm2
+        stream.add_linear_scaled(
+            attended, block.proj_weight, block.deferred, offset, work.deferred[0], work.scaled
+        )
+    elif in_fp8.proj is not None:
         stream.add_linear_fp8(attended, in_fp8.proj)
     else:
         stream.add_linear(attended, block.proj_weight)
@@ -285,6 +298,12 @@ def _mlp(
         stream.norm_linear_fp8(
             block.norm2, in_fp8.up, block.up_bias, spec,
             work.gated if is_fused else work.up, transform if is_fused else None,
+        )  # fmt: skip
+    elif work.deferred is not None and block.deferred is not None:
+        linear_of_scaled(
+            work.scaled, block.up_weight, block.deferred,
+            activation=None if is_gated else spec.activation, is_gated=is_gated,
+            out=work.gated, live_rows=live, config=work.deferred[1],
         )  # fmt: skip
     else:
         stream.norm(block.norm2, spec, out=work.normed)

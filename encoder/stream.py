@@ -7,6 +7,8 @@ norm as a rule, which adds them on the way.
 
 import torch
 
+from ..kernels.deferred_norm import DeferredNorm, ScaledRows, add_linear_scaled
+from ..kernels.few_rows_tuning import FewRowsConfig
 from ..kernels.gemm_few_rows import choose_partials, linear_partials
 from ..kernels.linear import linear
 from ..kernels.linear_fp8 import linear_fp8
@@ -87,6 +89,28 @@ class Stream:
             self._buffers[config.splits] = x.new_empty(shape, dtype=torch.float32)
         self._partials = linear_partials(
             rows, weight, config=config, live_rows=self._live, out=self._buffers[config.splits]
+        )
+
+    def add_linear_scaled(
+        self,
+        rows: torch.Tensor,
+        weight: torch.Tensor,
+        norm: DeferredNorm,
+        offset: torch.Tensor | None,
+        config: FewRowsConfig,
+        out: ScaledRows,
+    ) -> None:
+        """Stream += rows @ weight.T, and `out` for the norm that follows.
+
+        Nothing may have written the stream just before (`deferred_norm.add_linear_scaled`).
+
+        Raises:
+            RuntimeError: the stream lacks partial sums, and adding them would be such a write.
+        """
+        if self._partials is not None:
+            raise RuntimeError("the stream lacks partial sums; let a norm read it first")
+        add_linear_scaled(
+            rows, weight, self._x, norm, offset, out=out, live_rows=self._live, config=config
         )
 
     def norm_linear_fp8(

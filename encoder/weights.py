@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..kernels.deferred_norm import DeferredNorm, can_defer
 from ..kernels.frame_positions import frame_table
+from ..kernels.gemm_tuning import GATED
 from ..kernels.rotary_linear import turns_of
 from .fp8 import Fp8Plan, Fp8Weights
 from .glm_merger import GlmMergerWeights
@@ -25,7 +27,8 @@ from .weight_map import Rule, neighbour_rule
 class BlockWeights:
     """One block; of its norms weight, bias and offset, what the stream lacks there.
 
-    `qk_norm_weight` [2 * head_dim] is that of q, then that of k.
+    `qk_norm_weight` [2 * head_dim] is that of q, then that of k. `deferred` is norm2 in front of
+    `up` for a forward of few rows; None where that cannot run.
     """
 
     norm1: NormWeights
@@ -37,6 +40,7 @@ class BlockWeights:
     up_weight: torch.Tensor
     up_bias: torch.Tensor | None
     down_weight: torch.Tensor
+    deferred: DeferredNorm | None
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,13 @@ class MergerWeights:
     fc1_bias: torch.Tensor
     fc2_weight: torch.Tensor
     fc2_bias: torch.Tensor
+
+
+def up_epilogue(spec: EncoderSpec) -> str:
+    """What the product `up` of a block ends with, as launch tables name it."""
+    if spec.mlp == "plain":
+        return spec.activation
+    return GATED if spec.gate_limit is None else ""
 
 
 class TowerWeights:
@@ -156,6 +167,9 @@ class TowerWeights:
             if tensor.data_ptr() != self.tensors[name].data_ptr():
                 self.tensors[name].copy_(tensor)
         self._fill_offsets()
+        for i, block in enumerate(self.blocks):
+            if block.deferred is not None:
+                block.deferred.refresh(self._deferred(i))
         self.fp8.refresh(self.tensors)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -181,6 +195,14 @@ class TowerWeights:
     def _norm(self, name: str, offset: torch.Tensor | None) -> NormWeights:
         return self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias"), offset
 
+    def _deferred(self, i: int) -> DeferredNorm:
+        get, name = self.tensors.get, f"blocks.{i}"
+        return DeferredNorm.of(
+            self.spec.norm, self.spec.eps,
+            self.tensors[f"{name}.norm2.weight"], get(f"{name}.norm2.bias"),
+            self.tensors[f"{name}.up.weight"], get(f"{name}.up.bias"),
+        )  # fmt: skip
+
     def _block(self, i: int) -> BlockWeights:
         get, name = self.tensors.get, f"blocks.{i}"
         return BlockWeights(
@@ -193,6 +215,7 @@ class TowerWeights:
             up_weight=self.tensors[f"{name}.up.weight"],
             up_bias=get(f"{name}.up.bias"),
             down_weight=self.tensors[f"{name}.down.weight"],
+            deferred=self._deferred(i) if can_defer(self.tensors[f"{name}.up.weight"]) else None,
         )
 
     def _merger(self, name: str, offset: torch.Tensor | None) -> MergerWeights:

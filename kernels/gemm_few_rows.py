@@ -14,6 +14,7 @@ matrix that has to come from memory, so what counts is when that begins:
   them up in a kernel of its own: the norm that follows reads the stream anyway, and adds the
   partial sums of all parts on the way (`partials` of norm.py and residual.py). Sums are taken in
   the order of the parts, so the result is the same each time.
+- The norm between `proj` and `up` may take no kernel at all (deferred_norm.py).
 
 Rows past the live ones: tiles without a live row are left alone, rows of others are computed.
 
@@ -35,6 +36,8 @@ from .tables import tuning
 
 BLOCK_K = 64
 STORE_N = 64  # columns of the output that are stored at a time: 128 bytes, the widest swizzle
+GROUP = STORE_N  # columns whose moments deferred_norm.py takes together
+MOST_GROUPS = 32  # of them, a power of two
 
 
 def choose_partials(M: int, weight: torch.Tensor) -> FewRowsConfig | None:
@@ -127,13 +130,17 @@ def launch(
     activation: str | None = None,
     is_gated: bool = False,
     rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
+    added: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor] | None = None,
+    scaled: tuple[torch.Tensor, torch.Tensor | None, float] | None = None,
     config: FewRowsConfig,
 ) -> None:
     """Launch on checked operands: 16-bit, 16-byte aligned rows, on compute capability 9.0.
 
     `out` is [M, N] of x's dtype ([M, N / 2] when gated) if `config.splits` is 1 and it has two
     dimensions; else [splits, M, N] fp32, contiguous, for sums without bias or activation. With
-    `rotation`, position and turns of rotary_linear.py, pairs of columns are turned.
+    `rotation`, position and turns of rotary_linear.py, pairs of columns are turned. Halves of
+    deferred_norm.py: with `added`, stream, gain, offset and moments, `out` are scaled rows; with
+    `scaled`, moments, sums and eps, x are.
     """
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -149,6 +156,10 @@ def launch(
 
     (M, K), N = x.shape, weight.shape[0]
     is_partial = out.ndim == 3
+    stream, gain, offset, moments = added or (None, None, None, None)
+    sums, eps = None, 0.0
+    if scaled is not None:
+        moments, sums, eps = scaled
     launch_kernel(
         gemm_few_rows_kernel,
         (ceil_div(M, block_m) * ceil_div(N, block_n) * config.splits,),
@@ -157,10 +168,13 @@ def launch(
         blocks(weight, block_n - head, BLOCK_K) if block_n > head else None,
         bias,
         *(rotation or (None, None)),
+        None if stream is None else blocks(stream, block_m, STORE_N),
+        gain, offset, moments, sums,
         None if is_partial else blocks(out, block_m, STORE_N),
         out if is_partial else None,
-        live_rows, M, N, K, config.splits,
-        ACTIVATION=activation or "", IS_GATED=is_gated,
+        live_rows, M, N, K, config.splits, eps,
+        ACTIVATION=activation or "", IS_GATED=is_gated, IS_RMS=sums is None,
+        MOST_GROUPS=MOST_GROUPS,
         STAGES=config.num_stages,
         num_warps=block_m // 16, maxnreg=config.max_registers, launch_pdl=starts_early(x),
     )  # fmt: skip

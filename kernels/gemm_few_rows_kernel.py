@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .activation import apply_activation
+from .gluon_norm import add_to_stream, load_moments, load_stream_tile, normalise, scales_of
 from .gluon_pdl import wait_for_previous
 from .gluon_rope import load_place, rotate
 from .gluon_tiles import (
@@ -51,8 +52,8 @@ def _load_weight(
 
 @gluon.jit
 def _produce(
-    x, weight, weight_tail, live_ptr, M, N, start_m, start_n, first_step, steps,
-    x_ring, weight_ring, tail_ring, empty, x_full, weight_full,
+    x, weight, weight_tail, stream, live_ptr, M, N, start_m, start_n, first_step, steps,
+    x_ring, weight_ring, tail_ring, stream_tiles, empty, x_full, weight_full, stream_full,
     IS_GATED: gl.constexpr, HAS_TAIL: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = x_ring.shape[0]
@@ -67,6 +68,8 @@ def _produce(
             weight, weight_tail, start_n, (first_step + i) * STEP_K, N, weight_full.index(i),
             weight_ring.index(i), tail_ring.index(i), IS_GATED, HAS_TAIL,
         )  # fmt: skip
+    if stream is not None:
+        load_stream_tile(stream, start_m, start_n, stream_full, stream_tiles)
     live = _num_live(live_ptr, M)
     wait_for_previous()
     if start_m < live:
@@ -86,12 +89,15 @@ def _produce(
         # the memory of a program that has ended belongs to others
         for i in range(early):
             mbarrier.wait(weight_full.index(i), 0)
+        if stream is not None:
+            mbarrier.wait(stream_full, 0)
 
 
 @gluon.jit
 def _store_rounded(
-    parts, bias, row, column, row_turns, column_turns, out, N, start_m, start_n, buffers,
-    LAYOUT: gl.constexpr, ACTIVATION: gl.constexpr, IS_GATED: gl.constexpr, HAS_BIAS: gl.constexpr,
+    parts, bias, scales, sums, row, column, row_turns, column_turns, out, N, start_m, start_n,
+    buffers, LAYOUT: gl.constexpr, ACTIVATION: gl.constexpr, IS_GATED: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     PARTS: gl.constexpr = len(parts) // 2 if IS_GATED else len(parts)
     BUFFERS: gl.constexpr = buffers.shape[0]
@@ -100,7 +106,7 @@ def _store_rounded(
         start_n = start_n // 2
     for i in gl.static_range(PARTS):
         first = start_n + i * WIDTH
-        y = gl.convert_layout(parts[i], LAYOUT)
+        y = normalise(gl.convert_layout(parts[i], LAYOUT), scales, sums, i, LAYOUT)
         if HAS_BIAS:
             y += load_part(bias, i, LAYOUT)
         if row is not None:
@@ -109,6 +115,7 @@ def _store_rounded(
         y = apply_activation(y, ACTIVATION)
         if IS_GATED:
             up = gl.convert_layout(parts[PARTS + i], LAYOUT)
+            up = normalise(up, scales, sums, PARTS + i, LAYOUT)
             if HAS_BIAS:
                 up += load_part(bias, PARTS + i, LAYOUT)
             y *= up
@@ -132,11 +139,12 @@ def _store_partial(acc, out_ptr, M, N, start_m, start_n):
 
 @gluon.jit
 def _consume(
-    bias_ptr, position_ptr, turns_ptr, out, partial_ptr, live_ptr, M, N, start_m, start_n, steps,
-    x_ring, weight_ring, tail_ring, bias, row_turns, column_turns, buffers, empty, x_full,
-    weight_full,
-    ACTIVATION: gl.constexpr, IS_GATED: gl.constexpr, HAS_TAIL: gl.constexpr,
-    NUM_WARPS: gl.constexpr,
+    bias_ptr, position_ptr, turns_ptr, gain_ptr, offset_ptr, sums_ptr, moments_ptr, stream, out,
+    partial_ptr, live_ptr, M, N, K, eps, start_m, start_n, steps,
+    x_ring, weight_ring, tail_ring, stream_tiles, bias, row_turns, column_turns, gain, offset, sums,
+    buffers, empty, x_full, weight_full, stream_full,
+    ACTIVATION: gl.constexpr, IS_GATED: gl.constexpr, IS_RMS: gl.constexpr, HAS_TAIL: gl.constexpr,
+    MOST_GROUPS: gl.constexpr, NUM_WARPS: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = x_ring.shape[0]
     BLOCK_M: gl.constexpr = x_ring.shape[1]
@@ -146,15 +154,22 @@ def _consume(
     TAIL_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, TAIL, 16])
     WIDTH: gl.constexpr = buffers.shape[2]
     PARTS: gl.constexpr = (HEAD + (TAIL if HAS_TAIL else 0)) // WIDTH
+    PART_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, WIDTH, 16])
     biases = fetch_columns(bias_ptr, start_n, N, IS_GATED, PARTS, WIDTH, NUM_WARPS)
     pair, pairs = start_n // 2, N // 2
     of_row = fetch_vector(turns_ptr, pair, pairs, PARTS, WIDTH // 2, NUM_WARPS)
     of_column = fetch_vector(turns_ptr, pairs + pair, 2 * pairs, PARTS, WIDTH // 2, NUM_WARPS)
+    gains = fetch_columns(gain_ptr, start_n, N, False, PARTS, WIDTH, NUM_WARPS)
+    offsets = fetch_columns(offset_ptr, start_n, N, False, PARTS, WIDTH, NUM_WARPS)
+    column_sums = fetch_columns(sums_ptr, start_n, N, IS_GATED, PARTS, WIDTH, NUM_WARPS)
     row = load_place(position_ptr, start_m, M, 0, BLOCK_M, HEAD_LAYOUT)
     column = load_place(position_ptr, start_m, M, 1, BLOCK_M, HEAD_LAYOUT)
     live = _num_live(live_ptr, M)
     wait_for_previous()
     if start_m < live:
+        moments = load_moments(
+            moments_ptr if stream is None else None, start_m, live, MOST_GROUPS, BLOCK_M, NUM_WARPS
+        )
         acc = gl.zeros([BLOCK_M, HEAD], gl.float32, HEAD_LAYOUT)
         tail = acc
         if HAS_TAIL:
@@ -182,20 +197,29 @@ def _consume(
             if HAS_TAIL:
                 _store_partial(tail, partial_ptr, M, N, start_m, start_n + HEAD)
         else:
-            PART_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
-                [3, 0], [NUM_WARPS, 1], [16, WIDTH, 16]
-            )
             if HAS_TAIL:
                 parts = columns(acc, HEAD // WIDTH) + columns(tail, TAIL // WIDTH)
             else:
                 parts = columns(acc, HEAD // WIDTH)
-            put_vector(bias, biases, 0)
-            put_vector(row_turns, of_row, 0)
-            put_vector(column_turns, of_column, 0)
-            _store_rounded(
-                parts, bias, row, column, row_turns, column_turns, out, N, start_m, start_n,
-                buffers, PART_LAYOUT, ACTIVATION, IS_GATED, bias_ptr is not None,
-            )  # fmt: skip
+            if stream is not None:
+                put_vector(gain, gains, 0)
+                put_vector(offset, offsets, 0)
+                mbarrier.wait(stream_full, 0)
+                add_to_stream(
+                    parts, gain, offset, stream, stream_tiles, out, buffers, moments_ptr, M, N,
+                    live, start_m, start_n, MOST_GROUPS, PART_LAYOUT, offset_ptr is not None,
+                )  # fmt: skip
+            else:
+                put_vector(bias, biases, 0)
+                put_vector(row_turns, of_row, 0)
+                put_vector(column_turns, of_column, 0)
+                put_vector(sums, column_sums, 0)
+                scales = scales_of(moments, K, eps, IS_RMS, WIDTH, PART_LAYOUT)
+                _store_rounded(
+                    parts, bias, scales, sums, row, column, row_turns, column_turns, out, N,
+                    start_m, start_n, buffers, PART_LAYOUT, ACTIVATION, IS_GATED,
+                    bias_ptr is not None,
+                )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["M", "splits"])  # one compilation for all
@@ -206,6 +230,11 @@ def gemm_few_rows_kernel(
     bias_ptr,  # [N] or None
     position_ptr,  # [M, 4] int32, first row and column of the patches, or None
     turns_ptr,  # [2, N / 2] fp32 with `position_ptr`
+    stream,  # [M, N] descriptor, to which the product is added, or None
+    gain_ptr,  # [N], what scales the stream for `out`, with `stream`
+    offset_ptr,  # [N] fp32 or None, what the stream lacks
+    moments_ptr,  # [M, 2, MOST_GROUPS] fp32 or None: of the stream, or of what x was scaled from
+    sums_ptr,  # [N] fp32 or None, what of the product the mean of a row contributes
     out,  # [M, N] descriptor (half as wide when gated), or None
     partial_ptr,  # [splits, M, N] fp32, or None
     live_ptr,  # [1] int32 or None
@@ -213,8 +242,11 @@ def gemm_few_rows_kernel(
     N,
     K,
     splits,
+    eps,
     ACTIVATION: gl.constexpr,
     IS_GATED: gl.constexpr,
+    IS_RMS: gl.constexpr,
+    MOST_GROUPS: gl.constexpr,
     STAGES: gl.constexpr,
     num_warps: gl.constexpr,
 ):
@@ -243,12 +275,24 @@ def gemm_few_rows_kernel(
     bias = allocate_vector(bias_ptr, empty, BLOCK_N // WIDTH, WIDTH)
     row_turns = allocate_vector(turns_ptr, empty, BLOCK_N // WIDTH, WIDTH // 2)
     column_turns = allocate_vector(turns_ptr, empty, BLOCK_N // WIDTH, WIDTH // 2)
+    gain = allocate_vector(gain_ptr, empty, BLOCK_N // WIDTH, WIDTH)
+    offset = allocate_vector(offset_ptr, empty, BLOCK_N // WIDTH, WIDTH)
+    sums = allocate_vector(sums_ptr, empty, BLOCK_N // WIDTH, WIDTH)
+    if stream is not None:
+        stream_tiles = gl.allocate_shared_memory(
+            x.dtype, [BLOCK_N // WIDTH, BLOCK_M, WIDTH], stream.layout
+        )
+    else:
+        stream_tiles = x_ring
+    stream_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     x_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     weight_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(empty.index(i), count=1)
         mbarrier.init(x_full.index(i), count=1)
         mbarrier.init(weight_full.index(i), count=1)
+    if stream is not None:
+        mbarrier.init(stream_full, count=1)
     fence_async_shared()
     tiles_m = gl.cdiv(M, BLOCK_M)
     tiles_n = gl.cdiv(N, BLOCK_N)
@@ -264,14 +308,16 @@ def gemm_few_rows_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                bias_ptr, position_ptr, turns_ptr, out, partial_ptr, live_ptr,
-                M, N, start_m, start_n, steps,
-                x_ring, weight_ring, tail_ring, bias, row_turns, column_turns, buffers, empty,
-                x_full, weight_full, ACTIVATION, IS_GATED, HAS_TAIL, num_warps,
+                bias_ptr, position_ptr, turns_ptr, gain_ptr, offset_ptr, sums_ptr, moments_ptr,
+                stream, out, partial_ptr, live_ptr, M, N, K, eps, start_m, start_n, steps,
+                x_ring, weight_ring, tail_ring, stream_tiles, bias, row_turns, column_turns, gain,
+                offset, sums, buffers, empty, x_full, weight_full, stream_full,
+                ACTIVATION, IS_GATED, IS_RMS, HAS_TAIL, MOST_GROUPS, num_warps,
             )),
             (_produce, (
-                x, weight, weight_tail, live_ptr, M, N, start_m, start_n, first_step, steps,
-                x_ring, weight_ring, tail_ring, empty, x_full, weight_full, IS_GATED, HAS_TAIL,
+                x, weight, weight_tail, stream, live_ptr, M, N, start_m, start_n, first_step, steps,
+                x_ring, weight_ring, tail_ring, stream_tiles, empty, x_full, weight_full,
+                stream_full, IS_GATED, HAS_TAIL,
             )),
         ],
         [1],

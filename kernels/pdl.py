@@ -1,8 +1,9 @@
 """Programmatic dependent launch: a kernel starts while the one before it is still running.
 
 On compute capability 9.0 a kernel launched with `launch_pdl=True` may start once every program of
-the kernel before has let it, or ended. Up to `wait_for_previous` it may read only constants; from
-there on all kernels before have ended and all that they wrote is visible. That takes the launch,
+the kernel before has let it, or ended. Up to `wait_for_previous` it may read only constants, and
+what the kernel just before did not write; from there on all kernels before have ended and all that
+they wrote is visible. That takes the launch,
 the set-up of barriers and the first reads off the critical path. In a captured graph the order
 becomes a programmatic edge.
 

@@ -8,6 +8,9 @@ For a layer of M rows the first of these that has an entry of its shape decides:
 3. the shipped table (gemm_tuning.py), else its rule between what was measured, else the library,
    by the algorithm that was measured to be its fastest (library_tuning.py), if one was.
 
+Before all of them, the shipped tiles around a norm that takes no kernel (`DEFERRED` of
+few_rows_tuning.py) decide for those two layers: what they save is the kernel, not the products.
+
 The file is read once in a process, when a GPU is first asked for, so the choice cannot change under
 a graph.
 """
@@ -16,7 +19,7 @@ import functools
 import hashlib
 import json
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,12 +39,14 @@ class Tuning:
     Attributes:
         table: As in gemm_tuning.py.
         few_rows: As in few_rows_tuning.py; asked first.
+        deferred: As in few_rows_tuning.py; asked before that, for the products around a norm.
         library: As in library_tuning.py; asked last.
         path: The user's file.
     """
 
     table: gemm_tuning.Table
     few_rows: few_rows_tuning.Table
+    deferred: few_rows_tuning.DeferredTable
     library: library_tuning.Table
     path: Path | None = None
 
@@ -54,12 +59,15 @@ class Tuning:
     def fingerprint(self) -> str:
         """Changes with each of the tables."""
         few_rows = few_rows_tuning.table_digest(self.few_rows)
+        deferred = few_rows_tuning.table_digest(self.deferred)
         library = library_tuning.table_digest(self.library)
-        return f"gemm={self.digest} few_rows={few_rows} library={library}"
+        return f"gemm={self.digest} few_rows={few_rows} deferred={deferred} library={library}"
 
 
-_SHIPPED = Tuning(gemm_tuning.TABLE, few_rows_tuning.TABLE, library_tuning.TABLE)
-_ELSEWHERE = Tuning(gemm_tuning.TABLE, few_rows_tuning.TABLE, {})
+_SHIPPED = Tuning(
+    gemm_tuning.TABLE, few_rows_tuning.TABLE, few_rows_tuning.DEFERRED, library_tuning.TABLE
+)
+_ELSEWHERE = replace(_SHIPPED, library={})
 _lock = threading.Lock()
 
 
@@ -128,6 +136,7 @@ def _tuning_of_gpu(gpu: str) -> Tuning:
     return Tuning(
         {**gemm_tuning.TABLE, **table},
         {**few_rows_tuning.TABLE, **measured},
+        shipped.deferred,
         {**shipped.library, **library},
         path,
     )

@@ -5,7 +5,9 @@ from vitgraph.bench.__main__ import main
 from vitgraph.bench.breakdown import (
     Share,
     Span,
+    block_of,
     busy_us,
+    repeated,
     replays_of,
     run,
     shares,
@@ -75,6 +77,44 @@ def test_a_kernel_that_starts_early_adds_what_it_ends_later():
     # and one on a side stream that ends within another
     within = [Span("long", 0, 10), Span("short", 1, 3)]
     assert {share.name: share.step_us for share in shares([within])} == {"long": 7, "short": 3}
+
+
+@pytest.mark.parametrize(
+    ("names", "where"),
+    [
+        ("embed abab merge", (2, 2, 2)),
+        ("eabcabcabcabm", (1, 3, 3)),
+        ("aabaab", (0, 3, 2)),
+        ("xaaaay", (1, 1, 4)),
+        ("abc", (0, 0, 0)),
+        ("", (0, 0, 0)),
+        # the longer run of two
+        ("ababmabcabcabc", (5, 3, 3)),
+    ],
+)
+def test_where_blocks_repeat(names, where):
+    tokens = names.split() if names.startswith("embed") else list(names)
+    if names.startswith("embed"):
+        tokens = ["embed", "x", *"abab", "merge"]
+    assert repeated(tokens) == where
+
+
+def test_kernels_of_a_block_by_place():
+    def blocks(start, times):
+        """Product, norm, product; each a microsecond after the one before, or beside it."""
+        spans, at = [Span("embed", start, start + 5)], start + 5.0
+        for first, norm, last in times:
+            for name, us in (("gemm", first), ("norm", norm), ("gemm", last)):
+                spans.append(Span(name, at - 1, at + us))
+                at += us
+        return spans
+
+    found = block_of([blocks(0, [(2, 1, 4)] * 3), blocks(900, [(2, 1, 6)] * 3)])
+    assert found == [Share("norm", 1, 2, 1), Share("gemm", 1, 6, 5), Share("gemm", 1, 3, 2)]
+    # of two kinds of blocks the more common
+    other = [Span("copy" if i % 2 else "fill", i, i + 1) for i in range(6)]
+    assert block_of([other, blocks(900, [(2, 1, 6)] * 6)])[1] == Share("gemm", 1, 7, 6)
+    assert block_of([[Span("a", 0, 1), Span("b", 1, 2)]]) == []
 
 
 def test_parts_of_a_call():

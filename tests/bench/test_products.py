@@ -8,7 +8,14 @@ import torch
 import vitgraph.bench.towers_config as towers
 from vitgraph.bench import products, report
 from vitgraph.bench.__main__ import main
-from vitgraph.bench.product_search import Sweep, candidate_name, candidates, descend
+from vitgraph.bench.deferred_contest import DeferredOperands
+from vitgraph.bench.product_search import (
+    Sweep,
+    candidate_name,
+    candidates,
+    deferred_candidates,
+    descend,
+)
 from vitgraph.bench.products import CapturedTower, image_of, row_of, summary
 from vitgraph.bench.timing import TimeBudget
 from vitgraph.bench.tune_contest import LinearOperands
@@ -16,7 +23,13 @@ from vitgraph.bench.tune_shapes import LinearShape, layers, tower_specs
 from vitgraph.encoder import VisionEncoder
 from vitgraph.kernels import gemm_tuning, library_tuning
 from vitgraph.kernels.cublaslt import Algorithm
-from vitgraph.kernels.few_rows_tuning import TABLE, FewRowsConfig, few_rows_tile
+from vitgraph.kernels.few_rows_tuning import (
+    DEFERRED,
+    TABLE,
+    FewRowsConfig,
+    deferred_tiles,
+    few_rows_tile,
+)
 from vitgraph.kernels.gated_linear import gated_linear_ref
 from vitgraph.kernels.gemm_few_rows import partials_ref
 from vitgraph.kernels.gemm_tuning import (
@@ -31,6 +44,7 @@ from vitgraph.kernels.gemm_tuning import WIDE as TALL
 from vitgraph.kernels.linear import linear_ref
 from vitgraph.kernels.tables import tuning
 
+BF16 = torch.bfloat16
 ALGORITHM = Algorithm(183, 2, 7)
 SMALL = FewRowsConfig(64, 64, 4)
 WIDE = FewRowsConfig(64, 128, 4)
@@ -101,6 +115,27 @@ def test_k_is_cut_where_tiles_are_few():
 def test_a_product_of_many_waves_is_left_alone():
     shape = LinearShape("", 65536, 1152, "")
     assert candidates(shape, 256, num_sms=132) == [None, SQUARE, TALL]
+
+
+@pytest.mark.parametrize("rows", [64, 256, 832])
+@pytest.mark.parametrize(
+    "shape", [s for _, s in SHAPES if s.label == "up"], ids=lambda s: str(s.key)
+)
+def test_pairs_around_a_norm_can_run(shape, rows):
+    tried = deferred_candidates(shape, rows, 132)
+    assert tried[0] is None
+    assert len(tried) == len(set(tried))
+    assert deferred_tiles(rows, *shape.key) in tried
+    pairs = tried[1:] if tried[1] is not None else tried[2:]
+    assert len(pairs) > 4
+    for first, second in pairs:
+        assert first.splits == second.splits == 1
+        assert shape.epilogue != GATED or second.block_n in (128, 256)
+        # a ring, the tile of the stream, and up to 128 columns of what is scaled
+        shared = first.num_stages * (first.block_m + first.block_n) * 128
+        shared += first.block_m * (first.block_n + min(first.block_n, 128)) * 2
+        assert shared < 227 << 10
+    assert deferred_candidates(shape, 2048, 132) == [None]
 
 
 # the descent
@@ -260,6 +295,7 @@ def test_a_choice_stands_in_for_the_shipped_table(tower, stand_ins):
 def assert_shipped():
     tables = tuning(torch.device("cpu"))
     assert tables.few_rows is TABLE
+    assert tables.deferred is DEFERRED
     assert tables.table is gemm_tuning.TABLE
     assert tables.library is library_tuning.TABLE
 
@@ -281,6 +317,29 @@ def test_algorithms_and_tiles_of_many_rows_stand_in_as_well(tower, stand_ins):
     assert stand_ins[1].table[(*keys["qkv"][:2], ROTATED)] == ()
     tower.us({"qkv": ALGORITHM, "up": None})
     assert stand_ins[2].library[keys["qkv"]] == ((32, ALGORITHM),)
+
+
+def test_a_norm_is_a_kernel_while_layers_are_exchanged(tower, stand_ins):
+    key, pair = tower.shapes["up"].key, (SMALL, WIDE)
+    for choice in ({"qkv": WIDE}, {products.NORM: None}, {products.NORM: pair}, {}):
+        tower.us(choice)
+    found = [tables.deferred.get(key) for tables in stand_ins]
+    assert found == [(), (), ((32, pair),), None]
+    assert_shipped()
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize("epilogue", ["gelu_tanh", GATED])
+def test_a_pair_is_held_against_all_three(kind, epilogue, monkeypatch):
+    def operands(N, K, epilogue):
+        return LinearOperands(LinearShape("", N, K, epilogue), 48, torch.device("cpu"), BF16)
+
+    first, second = operands(64, 64, RESIDUAL), operands(128, 64, epilogue)
+    contest = DeferredOperands(first, second, kind, 1e-6)
+    assert 0 < contest.check((SMALL, WIDE)) < 1.5
+    # with a norm of other weights
+    monkeypatch.setattr(contest, "_gain", 1.1 * contest._gain)
+    assert contest.check((SMALL, WIDE)) > 2
 
 
 def test_a_gate_has_no_algorithms(tower, monkeypatch):
@@ -347,6 +406,15 @@ def test_rows_are_plain_data():
     assert row["tables_us"] == 390.0
 
 
+def test_a_row_of_a_norm_names_both_tiles():
+    shape = LinearShape("up", 4304, 1152, "gelu_tanh")
+    sweep = Sweep(products.NORM, 1, {None: 400.0, (SMALL, WIDE): 390.0}, {}, (SMALL, WIDE))
+    row = json.loads(json.dumps(row_of("qwen3-vl-8b", 256, 1, 390.0, shape, sweep)))
+    assert row["us"] == {"library": 400.0, "64x64 s4 + 64x128 s4": 390.0}
+    assert [FewRowsConfig(**tile) for tile in row["config"]] == [SMALL, WIDE]
+    assert "64x64 s4 + 64x128 s4" in summary([row])
+
+
 def test_bench_products(monkeypatch, tmp_path, capsys):
     asked = []
 
@@ -382,7 +450,7 @@ def test_bench_products(monkeypatch, tmp_path, capsys):
         (["--rows", "128", "132", "--images", "8"], "rows [132] must be multiples of 4 for each"),
         (["--images", "0"], "rows [128, 256] must be multiples of 4 for each of 0 images"),
         (["--turns", "0"], "turns = 0 must be at least 1"),
-        (["--layers", "qkv", "fc1"], "layer fc1 is not known; use qkv, proj, up, down"),
+        (["--layers", "qkv", "fc1"], "layer fc1 is not known; use qkv, proj, up, down or norm2"),
         (["--towers", "gpt"], "tower 'gpt' is not known"),
         (["--budget-s", "0"], "must be more than 0"),
         ([], "products: measuring needs a CUDA device, and there is none"),
@@ -409,9 +477,9 @@ def test_one_tower_on_a_gpu(monkeypatch):
     if reason := products.hopper_reason(device, torch.bfloat16):
         pytest.skip(reason)
     monkeypatch.setattr(products, "candidates", lambda *_: [None, WIDE])
-    rows = products.run(["qwen3-vl-2b"], [128], only=["proj", "up"], turns=1)
-    assert [row["layer"] for row in rows] == ["proj", "up"]
-    assert all(set(row["us"]) == {candidate_name(None), candidate_name(WIDE)} for row in rows), (
-        summary(rows)
-    )
+    monkeypatch.setattr(products, "deferred_candidates", lambda *_: [None, (SMALL, WIDE)])
+    rows = products.run(["qwen3-vl-2b"], [128], only=["proj", "up", products.NORM], turns=1)
+    assert [row["layer"] for row in rows] == ["proj", "up", products.NORM]
+    for row, tried in zip(rows, (WIDE, WIDE, (SMALL, WIDE)), strict=True):
+        assert set(row["us"]) == {candidate_name(None), candidate_name(tried)}, summary(rows)
     assert tuning(device).few_rows is not TABLE or tuning(device).path is None

@@ -3,11 +3,14 @@
 import pytest
 from vitgraph.kernels import gemm_few_rows
 from vitgraph.kernels.compiled import inspect
-from vitgraph.kernels.few_rows_tuning import TABLE, FewRowsConfig, shipped_few_rows
+from vitgraph.kernels.few_rows_tuning import DEFERRED, TABLE, FewRowsConfig, shipped_few_rows
 from vitgraph.kernels.gemm_tuning import GATED, RESIDUAL, ROTATED
 
 kernel_module = pytest.importorskip("vitgraph.kernels.gemm_few_rows_kernel")
 gl = kernel_module.gl
+
+# what a product has of a norm (deferred_norm.py): added to the stream before, or behind either kind
+ADDED, LAYER, RMS = "added", "layer", "rms"
 
 # those of the table, and what `linear` and `gated_linear` take without an entry
 LAUNCHES = {
@@ -18,15 +21,24 @@ LAUNCHES = {
     *((tile, ROTATED) for tile in shipped_few_rows("", 1152)),
     (FewRowsConfig(64, 128, 4), GATED),
 }
+PAIRS = [
+    (epilogue, *tiles)
+    for (_, _, epilogue), classes in DEFERRED.items()
+    for _, tiles in classes
+    if tiles is not None
+]
+DEFERRING = {(before, "", ADDED) for _, before, _ in PAIRS} | {
+    (behind, epilogue, RMS if epilogue == GATED else LAYER) for epilogue, _, behind in PAIRS
+}
 
 
 def name_of(launch):
-    tile, epilogue = launch
+    tile, epilogue, *part = launch
     name = f"{tile.block_m}x{tile.block_n}s{tile.num_stages}"
-    return f"{name}-{epilogue or 'bias'}"
+    return "-".join([name, epilogue or "bias", *part])
 
 
-def inspect_few_rows(tile: FewRowsConfig, epilogue: str):
+def inspect_few_rows(tile: FewRowsConfig, epilogue: str, part: str = ""):
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     m, n, k = tile.block_m, tile.block_n, gemm_few_rows.BLOCK_K
     head = 1 << (n.bit_length() - 1)
@@ -40,15 +52,21 @@ def inspect_few_rows(tile: FewRowsConfig, epilogue: str):
         "weight": descriptor(head // 2 if is_gated else head, k),
         "live_ptr": "*i32",
         **dict.fromkeys(("M", "N", "K", "splits"), "i32"),
+        "eps": "fp32",
     }
     is_rotated = epilogue == ROTATED
     activation = "silu" if is_gated else "" if is_partial or is_rotated else epilogue
     constexprs = {
         "ACTIVATION": activation, "IS_GATED": is_gated, "STAGES": tile.num_stages,
-        "num_warps": m // 16,
+        "IS_RMS": part == RMS, "MOST_GROUPS": gemm_few_rows.MOST_GROUPS, "num_warps": m // 16,
     }  # fmt: skip
     for name, is_given, kind in (
-        ("bias_ptr", not is_partial, "*bf16"),
+        ("bias_ptr", not is_partial and part != ADDED, "*fp32" if part else "*bf16"),
+        ("stream", part == ADDED, descriptor(m, gemm_few_rows.STORE_N)),
+        ("gain_ptr", part == ADDED, "*bf16"),
+        ("offset_ptr", part == ADDED, "*fp32"),
+        ("moments_ptr", part != "", "*fp32"),
+        ("sums_ptr", part == LAYER, "*fp32"),
         ("position_ptr", is_rotated, "*i32"),
         ("turns_ptr", is_rotated, "*fp32"),
         ("out", not is_partial, descriptor(m, gemm_few_rows.STORE_N)),
@@ -70,10 +88,10 @@ def inspect_few_rows(tile: FewRowsConfig, epilogue: str):
     )
 
 
-@pytest.mark.parametrize("launch", sorted(LAUNCHES, key=name_of), ids=name_of)
+@pytest.mark.parametrize("launch", sorted(LAUNCHES | DEFERRING, key=name_of), ids=name_of)
 def test_tile(launch):
-    tile, epilogue = launch
-    info = inspect_few_rows(tile, epilogue)
+    tile, epilogue, *part = launch
+    info = inspect_few_rows(*launch)
     assert info.spill_bytes == 0
     assert info.count("HGMMA") > 0
     assert info.shared_bytes <= 227 << 10
@@ -88,8 +106,10 @@ def test_tile(launch):
     wait = min(i for i in waits if i > loads[0])
     early = [i for i in loads if i < wait]
     has_tail = tile.block_n & (tile.block_n - 1) != 0
-    assert len(early) == 1 + (epilogue == GATED) + has_tail, "weights, and x only after the wait"
-    assert len(loads) > 2 * len(early)
+    weights = 1 + (epilogue == GATED) + has_tail
+    of_stream = tile.block_n // gemm_few_rows.STORE_N if part == [ADDED] else 0
+    assert len(early) == weights + of_stream, "weights and stream, and x only after the wait"
+    assert len(loads) > 2 * weights + of_stream
 
 
 @pytest.mark.parametrize("block_n", [64, 128, 192, 256])
@@ -116,7 +136,7 @@ def registers_of_two(tile):
     return 2 * 32 * (tile.block_m // 16 + 4) * tile.max_registers
 
 
-@pytest.mark.parametrize("tile", sorted({t for t, _ in LAUNCHES}, key=str), ids=str)
+@pytest.mark.parametrize("tile", sorted({t for t, *_ in LAUNCHES | DEFERRING}, key=str), ids=str)
 def test_a_small_tile_leaves_room_for_another_program(tile):
     assert (registers_of_two(tile) <= 1 << 16) == (tile.max_registers == 128)
 
@@ -138,3 +158,13 @@ def test_everything_but_x_is_asked_for_before_the_wait(epilogue, vectors):
     loads = [part.count("ld.global") for part in info.ptx.split("griddepcontrol.wait")]
     assert (loads[0] > 1) == vectors
     assert loads[1:] == [1, 0]
+
+
+@pytest.mark.parametrize("part", [LAYER, RMS])
+def test_moments_are_on_their_way_during_the_products(part):
+    """All that is read behind the wait: of two rows a thread sums and squares of eight groups."""
+    info = inspect_few_rows(FewRowsConfig(64, 128, 8), "gelu_tanh", part)
+    before, behind, last = info.ptx.split("griddepcontrol.wait")
+    assert before.count("ld.global.v4") == last.count("ld.global") == 0
+    assert behind.count("ld.global.v4") == 2 * 2 * 8 // 4
+    assert behind.rindex("ld.global.v4") < behind.index("wgmma.mma_async")

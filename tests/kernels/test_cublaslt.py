@@ -101,7 +101,7 @@ def test_a_layer_takes_the_algorithm_of_its_epilogue(monkeypatch):
         return library_linear.library_linear(x, weight, bias, **options)
 
     table = {(8, 16, ""): ((4, ONE),), (16, 16, "residual"): ((4, OTHER),)}
-    mine = tables.Tuning({}, {}, table)
+    mine = tables.Tuning({}, {}, {}, table)
     monkeypatch.setattr(library_linear, "hopper_reason", lambda device, dtype: None)
     monkeypatch.setattr(library_linear, "tuning", lambda device: mine)
     monkeypatch.setattr(linear_module, "library_linear", product)
@@ -218,7 +218,7 @@ def test_a_gelu_in_the_epilogue_is_not_followed_by_another(monkeypatch):
 
 
 def test_other_devices_have_no_algorithm(monkeypatch):
-    mine = tables.Tuning({}, {}, {(8, 16, ""): ((4, ONE),)})
+    mine = tables.Tuning({}, {}, {}, {(8, 16, ""): ((4, ONE),)})
     monkeypatch.setattr(library_linear, "tuning", lambda device: mine)
     x, weight = torch.ones(4, 16, dtype=BF16), torch.ones(8, 16, dtype=BF16)
     assert library_linear.choose_algorithm(x, weight, "") is None
