@@ -118,7 +118,7 @@ def block_of(replays: Sequence[Sequence[Span]]) -> list[Share]:
         end = start + count * length
         start += next((i for i in range(length) if "norm" in names[start + i]), 0)
         # with the kernel before each, from whose end the first step is counted
-        for first in range(max(1, start), end - length + 1, length):
+        for first in range(start or length, end - length + 1, length):
             block = tuple(names[first : first + length])
             found.setdefault(block, []).append(ordered[first - 1 : first + length])
     names_of = max(found, key=lambda names: len(found[names]), default=())

@@ -11,7 +11,7 @@ from .tune_contest import LinearOperands, worst
 
 
 class DeferredOperands:
-    """The operands of `proj`, of a norm and of `up`, drawn by the first and the last."""
+    """The operands of `proj` and `up`, and of the norm between them, whose stream has an offset."""
 
     def __init__(self, first: LinearOperands, second: LinearOperands, kind: str, eps: float):
         """`kind` and `eps` are those of norm.py."""
@@ -23,7 +23,7 @@ class DeferredOperands:
             noise = torch.randn(weight.shape[1], device=x.device, generator=generator)
             return (mean + 0.1 * noise).to(x.dtype)
 
-        self._gain = draw(1.0)
+        self._gain, self._offset = draw(1.0), draw(0.0).float()
         self._shift = draw(0.0) if kind == "layer" else None
         self._norm = DeferredNorm.of(kind, eps, self._gain, self._shift, weight, second.bias)
 
@@ -39,8 +39,9 @@ class DeferredOperands:
         stream, out = first.outs[0].clone(), torch.full_like(second.outs[0], float("nan"))
         scaled = ScaledRows.over(torch.full_like(stream, float("nan")))
         add_linear_scaled(
-            x, w1, stream, self._norm, None, out=scaled, live_rows=live_rows, config=tiles[0]
-        )
+            x, w1, stream, self._norm, self._offset,
+            out=scaled, live_rows=live_rows, config=tiles[0],
+        )  # fmt: skip
         linear_of_scaled(
             scaled, w2, self._norm,
             activation=second.activation, is_gated=second.is_gated,
@@ -55,6 +56,9 @@ class DeferredOperands:
         x, before, w1 = (t.to(dtype) for t in (first.xs[0], first.outs[0], first.weights[0]))
         stream = gemm_ref(x[:live], w1, residual=before[:live])
         shift = None if self._shift is None else self._shift.to(dtype)
-        normed = norm_ref(stream, self._gain.to(dtype), shift, self._norm.eps, kind=self._norm.kind)
+        normed = norm_ref(
+            stream, self._gain.to(dtype), shift, self._norm.eps,
+            kind=self._norm.kind, offset=self._offset.to(dtype),
+        )  # fmt: skip
         weight = second.weights[0]
         return stream, second.definition(normed, weight, second.outs[0], dtype, slice(0, live))

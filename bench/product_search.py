@@ -35,6 +35,7 @@ _WAVES = (0.5, 0.8, 1.0, 1.6)  # programs for each multiprocessor that cutting K
 _MOST_WAVES = 2  # programs for each multiprocessor, of a product in one part
 _KIB = 1024
 _ADDED = "added"  # to the stream in place, for a norm that follows
+_NORM_BYTES = 8  # of vectors that a deferred norm has in fp32
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,14 @@ def deferred_candidates(shape: LinearShape, rows: int, num_sms: int) -> list[Can
     if rows > FEW_ROWS:
         return [None]
     before = _few_rows(LinearShape("", shape.K, shape.K, _ADDED), rows, num_sms)
-    pairs = product(before, _few_rows(shape, rows, num_sms))
+    pairs = product(before, _few_rows(shape, rows, num_sms, _NORM_BYTES))
     return list(dict.fromkeys([None, deferred_tiles(rows, *shape.key), *pairs]))
 
 
-def _few_rows(shape: LinearShape, rows: int, num_sms: int) -> list[FewRowsConfig]:
+def _few_rows(
+    shape: LinearShape, rows: int, num_sms: int, column_bytes: int = 0
+) -> list[FewRowsConfig]:
+    """Tiles of few rows; `column_bytes` of shared memory are more than others need a column."""
     found = []
     for block_m in _BLOCKS_M[: ceil_div(rows, 64)]:
         for block_n in _BLOCKS_N:
@@ -102,7 +106,8 @@ def _few_rows(shape: LinearShape, rows: int, num_sms: int) -> list[FewRowsConfig
                 continue  # no two halves
             tiles = ceil_div(rows, block_m) * ceil_div(shape.N, block_n)
             for splits in _parts(shape, tiles, num_sms):
-                depths = _depths(shape, block_m, block_n, splits, ceil_div(tiles * splits, num_sms))
+                most = partial(_stages, shape, block_m, block_n, splits, column_bytes)
+                depths = _depths(most, ceil_div(tiles * splits, num_sms))
                 found += [FewRowsConfig(block_m, block_n, depth, splits) for depth in depths]
     return found
 
@@ -155,21 +160,22 @@ def _parts(shape: LinearShape, tiles: int, num_sms: int) -> list[int]:
     return sorted({min(most, max(1, round(waves * num_sms / tiles))) for waves in _WAVES})
 
 
-def _depths(shape: LinearShape, block_m: int, block_n: int, splits: int, resident: int) -> set[int]:
+def _depths(most: Callable[[int], int], resident: int) -> set[int]:
     """Stages that leave room for a multiprocessor's `resident` programs, or for one more.
 
     That may be the first of the next kernel. Where so many have only shallow pipelines, one program
-    after the other.
+    after the other. `most` are the stages with so many programs.
     """
-    most = partial(_stages, shape, block_m, block_n, splits)
     depths = {most(min(programs, 3)) for programs in (resident, resident + 1)}
     return {depth for depth in depths if depth >= _LEAST_STAGES} or {most(1)}
 
 
-def _stages(shape: LinearShape, block_m: int, block_n: int, splits: int, programs: int) -> int:
+def _stages(
+    shape: LinearShape, block_m: int, block_n: int, splits: int, column_bytes: int, programs: int
+) -> int:
     """The deepest ring with which so many programs fit a multiprocessor of 228 KiB."""
     room = (228 // programs - 1) * _KIB  # each program takes one more
-    room -= _KIB  # barriers and vectors over its columns
+    room -= _KIB + column_bytes * block_n  # barriers and vectors over its columns
     if shape.epilogue != RESIDUAL:
         columns = block_n // 2 if shape.epilogue == GATED else block_n
         room -= min(columns // STORE_N, 2) * block_m * STORE_N * 2

@@ -71,8 +71,8 @@ def run(
         towers: Names of towers.
         rows: Patches of all images, all of them live.
         images: Images of one size that share them.
-        only: Layers of `LAYERS` that are exchanged, or `NORM`; the others keep what the tables
-            name. `proj` and `up` are exchanged beside a norm that is a kernel.
+        only: Layers of `LAYERS` that are exchanged, beside a norm that is a kernel; the others keep
+            what the tables name. Or `NORM` alone, whose library stands for that kernel.
         turns: Of each layer.
         seed: Of weights and pixels.
         time_budget: Asked before each turn of a layer; None for no limit.
@@ -91,6 +91,11 @@ def run(
     if unknown := [name for name in only if name not in (*LAYERS, NORM)]:
         raise ValueError(
             f"products: layer {', '.join(unknown)} is not known; use {', '.join(LAYERS)} or {NORM}"
+        )
+    if NORM in only and len(only) > 1:
+        raise ValueError(
+            f"products: layer {NORM} has the tiles of proj and up, so it is exchanged alone; got "
+            f"{', '.join(only)}"
         )
     if turns < 1:
         raise ValueError(f"products: turns = {turns} must be at least 1")

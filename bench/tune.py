@@ -7,7 +7,7 @@ in CUDA graphs, with weights rotated beyond L2 under 16,384 rows as in a tower; 
 of interleaved rounds, and only candidates that are as accurate as plain PyTorch get one. The
 results are the tables of kernels/gemm_tuning.py and library_tuning.py, as their literals or as the
 file in the user's cache that stands before them and before the tiles of few rows
-(kernels/tables.py).
+(kernels/tables.py). Pairs of tiles around a norm are not measured here, but by `products`.
 
 Attention: our kernels, that for Hopper in each configuration, against each usable tile of
 FlashAttention-4, for classes of lengths, beside what the rules take (`choose_backend` of

@@ -260,7 +260,9 @@ def tune(
     """Measure which matrix products are fastest on this GPU, and keep the table for later runs.
 
     It replaces an earlier one of this GPU and these versions, and stands before the shipped tables,
-    that of few rows too, for the layers that were measured. `vitgraph info` says which is in use.
+    that of few rows too, for the layers that were measured. (Norms that take no kernel in some
+    forwards of few rows stay so, with the tiles that are shipped.) `vitgraph info` says which is in
+    use.
     """
     with _usage_errors():
         from ..bench.timing import TimeBudget

@@ -83,6 +83,8 @@ class _Workspace:
             epilogue = up_epilogue(spec)
             self.deferred = choose_deferred(T, block.proj_weight, block.up_weight, epilogue)
         if self.deferred is not None:
+            # where norm1 has written zeros to padding: the second product may multiply rows, by a
+            # larger tile, that the first leaves alone
             self.scaled = ScaledRows.over(self.normed)
         if is_gated:
             N, K = block.up_weight.shape

@@ -36,6 +36,7 @@ class Stream:
         self._live = live_rows
         self._in_fp8 = in_fp8
         self._partials: torch.Tensor | None = None  # what is lacking
+        self._is_read = False  # by a norm, since it was last written otherwise
         self._buffers: dict[int, torch.Tensor] = {}  # of partial sums, by number of parts
         # of quantised rows, by width and whether a product writes them: those are apart, since it
         # reads others meanwhile. Each is read by the product that follows, then free.
@@ -61,6 +62,7 @@ class Stream:
     ) -> torch.Tensor:
         """Norm of the stream, read as [T / joined, joined * D]; `destination` as in the kernel."""
         partials = self._take_partials()
+        self._is_read = True
         x = self._x.view(len(self._x) // joined, -1)
         if partials is not None:
             partials = partials.view(-1, *x.shape)
@@ -78,6 +80,7 @@ class Stream:
     def add_linear(self, rows: torch.Tensor, weight: torch.Tensor) -> None:
         """Stream += rows @ weight.T."""
         x = self.settled()
+        self._is_read = False
         config = None
         if not self._in_fp8:
             config = choose_partials(len(rows), weight)
@@ -102,13 +105,17 @@ class Stream:
     ) -> None:
         """Stream += rows @ weight.T, and `out` for the norm that follows.
 
-        Nothing may have written the stream just before (`deferred_norm.add_linear_scaled`).
+        The kernel just before must not write the stream (`deferred_norm.add_linear_scaled`). So a
+        norm comes between, which completes it, and behind that whatever makes `rows` of the norm.
 
         Raises:
-            RuntimeError: the stream lacks partial sums, and adding them would be such a write.
+            RuntimeError: no norm has read the stream since something was added to it.
         """
-        if self._partials is not None:
-            raise RuntimeError("the stream lacks partial sums; let a norm read it first")
+        if not self._is_read:
+            raise RuntimeError(
+                "the stream was written and not read since; let a norm read it first"
+            )
+        self._is_read = False
         add_linear_scaled(
             rows, weight, self._x, norm, offset, out=out, live_rows=self._live, config=config
         )

@@ -1,10 +1,10 @@
 """A tower's weights on one device, prepared for the kernels, and convertible back.
 
-Two kinds of tensors: `tensors`, exact images of Hugging Face's by the family's rules; and offsets
-derived from them. The residual stream is updated in place by library GEMMs that can add either a
-bias or the stream, not both, so the biases of `proj` and `down` are left out of it, and every
-reader of the stream adds the sum left out so far (an offset, fp32 [D]). A tower without them has
-no offsets.
+Two kinds of tensors: `tensors`, exact images of Hugging Face's by the family's rules; and vectors
+derived from them: those of deferred norms (deferred_norm.py), and offsets. The residual stream is
+updated in place by library GEMMs that can add either a bias or the stream, not both, so the biases
+of `proj` and `down` are left out of it, and every reader of the stream adds the sum left out so far
+(an offset, fp32 [D]). A tower without them has no offsets.
 """
 
 from collections.abc import Mapping
@@ -169,7 +169,7 @@ class TowerWeights:
         self._fill_offsets()
         for i, block in enumerate(self.blocks):
             if block.deferred is not None:
-                block.deferred.refresh(self._deferred(i))
+                block.deferred.refresh(self._deferred_norm(i))
         self.fp8.refresh(self.tensors)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -195,7 +195,11 @@ class TowerWeights:
     def _norm(self, name: str, offset: torch.Tensor | None) -> NormWeights:
         return self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias"), offset
 
-    def _deferred(self, i: int) -> DeferredNorm:
+    def _deferred(self, i: int) -> DeferredNorm | None:
+        proj, up = (self.tensors[f"blocks.{i}.{name}.weight"] for name in ("proj", "up"))
+        return self._deferred_norm(i) if can_defer(proj, up) else None
+
+    def _deferred_norm(self, i: int) -> DeferredNorm:
         get, name = self.tensors.get, f"blocks.{i}"
         return DeferredNorm.of(
             self.spec.norm, self.spec.eps,
@@ -215,7 +219,7 @@ class TowerWeights:
             up_weight=self.tensors[f"{name}.up.weight"],
             up_bias=get(f"{name}.up.bias"),
             down_weight=self.tensors[f"{name}.down.weight"],
-            deferred=self._deferred(i) if can_defer(self.tensors[f"{name}.up.weight"]) else None,
+            deferred=self._deferred(i),
         )
 
     def _merger(self, name: str, offset: torch.Tensor | None) -> MergerWeights:

@@ -13,9 +13,10 @@ of the first product, which has the stream in its registers, leaves sum and squa
 columns, and the programs of the second add up those of their rows when they have multiplied.
 
 How exact: z is rounded once, as the output of a norm is, but in proportion to s, not to s - mean.
-The stream itself was rounded in proportion to s, so a mean far above the deviation costs no more
-than it has cost already. Moments are those of centred groups, in fp32, and are added up without a
-difference of large numbers. In fp16 z could overflow where the norm does not: bf16 alone.
+A stream that holds its biases, as Hugging Face's does, has been rounded in proportion to s before,
+so a mean far above the deviation costs no more than it has cost there. Moments are those of centred
+groups, in fp32, and are added up without a difference of large numbers. In fp16 z could overflow
+where the norm does not: bf16 alone.
 
 Shapes: x [T, F], w1 [D, F], stream, z [T, D]; w2 [N, D] (gated, gate over up as in
 gated_linear.py); gain, shift [D]; offset [D] fp32 or None; sums, bias [N] fp32; y [T, N] ([T, N/2]
@@ -89,9 +90,11 @@ class DeferredNorm:
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         matrix = weight.to(wide)
         total = None if bias is None else bias.to(wide)
-        if shift is not None:
-            total = matrix @ shift.to(wide) + (0 if total is None else total)
-        sums = None if kind == "rms" else matrix @ gain.to(wide)
+        # towers are built and reloaded under autocast too, which would round both products
+        with torch.autocast(weight.device.type, enabled=False):
+            if shift is not None:
+                total = matrix @ shift.to(wide) + (0 if total is None else total)
+            sums = None if kind == "rms" else matrix @ gain.to(wide)
         return cls(kind, eps, gain, sums, total)
 
     def refresh(self, source: "DeferredNorm") -> None:
@@ -101,14 +104,15 @@ class DeferredNorm:
                 mine.copy_(new)
 
 
-def can_defer(second: torch.Tensor) -> bool:
-    """Whether the kernels of both products can run in front of and with w2."""
+def can_defer(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether the kernels of both products can run with w1 and w2."""
     width = second.shape[1]
     return (
         second.is_cuda
         and second.dtype == torch.bfloat16
         and width % GROUP == 0
         and width <= GROUP * MOST_GROUPS
+        and is_aligned(first, second)
         and hopper_reason(second.device, second.dtype) is None
     )
 
@@ -124,7 +128,7 @@ def choose_deferred(
     Raises:
         ValueError: the user's table for this GPU is damaged.
     """
-    if not can_defer(second) or not is_aligned(first, second):
+    if not can_defer(first, second):
         return None
     return deferred_tiles(M, *second.shape, epilogue, tuning(second.device).deferred)
 
@@ -154,7 +158,8 @@ def add_linear_scaled(
     check_arguments(name, x, weight, None, None, stream, None, live_rows)
     T, D = stream.shape
     _check_scaled(name, out, stream)
-    _check_vectors(name, D, gain=norm.gain, offset=offset)
+    _check_vectors(name, stream, D, gain=norm.gain)
+    _check_vectors(name, out.moments, D, offset=offset)
     if not x.is_cuda:
         num_live = T if live_rows is None else min(T, int(live_rows))
         live, wide = stream[:num_live], out.moments.dtype
@@ -238,6 +243,11 @@ def linear_of_scaled(
             f"{name}: a gate needs weight [2F, D] and no activation but its own silu, got "
             f"{tuple(weight.shape)} and activation={activation!r}"
         )
+    if is_gated and config.block_n not in (128, 256):
+        raise ValueError(
+            f"{name}: config={config} has no two halves of 64 or 128 columns, one for the gate; "
+            "use block_n=128 or 256"
+        )
     check_arguments(name, x, weight, None, activation, None, None, live_rows)
     width = N // 2 if is_gated else N
     if out.shape != (T, width) or out.dtype != x.dtype or out.device != x.device:
@@ -246,7 +256,7 @@ def linear_of_scaled(
             f"{out.dtype} on {out.device}"
         )
     _check_scaled(name, scaled, x)
-    _check_vectors(name, N, sums=norm.sums, bias=norm.bias)
+    _check_vectors(name, scaled.moments, N, sums=norm.sums, bias=norm.bias)
     if not x.is_cuda:
         num_live = T if live_rows is None else min(T, int(live_rows))
         moments = scaled.moments[:num_live, :, : D // GROUP]
@@ -283,11 +293,20 @@ def _check_scaled(name: str, scaled: ScaledRows, stream: torch.Tensor) -> None:
             )
 
 
-def _check_vectors(name: str, length: int, **vectors: torch.Tensor | None) -> None:
+def _check_vectors(
+    name: str, like: torch.Tensor, length: int, **vectors: torch.Tensor | None
+) -> None:
     for field, vector in vectors.items():
-        if vector is not None and (vector.shape != (length,) or not vector.is_contiguous()):
+        if vector is None:
+            continue
+        if vector.shape != (length,) or not vector.is_contiguous():
             raise ValueError(
                 f"{name}: {field} {tuple(vector.shape)} must be [{length}], contiguous"
+            )
+        if vector.dtype != like.dtype or vector.device != like.device:
+            raise TypeError(
+                f"{name}: {field} must be {like.dtype} on {like.device}, got {vector.dtype} on "
+                f"{vector.device}"
             )
 
 

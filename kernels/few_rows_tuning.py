@@ -144,8 +144,9 @@ TABLE: Table = {
 # For the products before and behind a norm that deferred_norm.py divides between them, by (N, K,
 # epilogue) of the second: (last M, tiles of both), each from the one before on; None where the norm
 # is better a kernel of its own, as it is taken to be up to 128 rows. Measured in the same way on
-# 2026-11-23 (`products --layers norm2`), at 256 rows, 384 (the 7B and 8B towers), 512, 640 and 768
-# (Qwen3-VL-8B, Qwen2-VL), 832 and 1024: replays take 0.5 to 6 per cent less.
+# 2026-11-23: `products --layers norm2` at 256 and 832 rows of the 7B and 8B towers, by a script
+# around the same code at 384, 512, 640, 768 and 1024, and the other towers at 256, 512 and 832.
+# Replays take 0.3 to 5.5 per cent less, the smallest of which are within what captures differ by.
 DeferredTiles = tuple[FewRowsConfig, FewRowsConfig]
 DeferredTable = Mapping[tuple[int, int, str], tuple[tuple[int, DeferredTiles | None], ...]]
 

@@ -2,10 +2,9 @@
 
 On compute capability 9.0 a kernel launched with `launch_pdl=True` may start once every program of
 the kernel before has let it, or ended. Up to `wait_for_previous` it may read only constants, and
-what the kernel just before did not write; from there on all kernels before have ended and all that
-they wrote is visible. That takes the launch,
-the set-up of barriers and the first reads off the critical path. In a captured graph the order
-becomes a programmatic edge.
+what was complete when the kernel just before was launched; from there on all kernels before have
+ended and all that they wrote is visible. That takes the launch, the set-up of barriers and the
+first reads off the critical path. In a captured graph the order becomes a programmatic edge.
 
 Constants are what no kernel of the chain writes (weights, biases) and what its first one writes:
 the layout of the batch, which is live counts, offsets of segments, and places. The first two are
@@ -13,7 +12,7 @@ ordinary kernels, so the second starts when the first has ended, and all others 
 
 Rules that keep a chain right, for every kernel that is launched so:
 
-- `wait_for_previous` comes before its first read, and its first write, of anything but constants.
+- `wait_for_previous` comes before its first read of anything but that, and before its first write.
 - It lets the next kernel start only then. So when a kernel starts, all but the one just before
   have ended. That holds for programs without live rows as well.
 - A call from outside cannot promise that its arguments are constants by then: kernels start early

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import vitgraph.bench.towers_config as towers
-from vitgraph.bench import products, report
+from vitgraph.bench import deferred_contest, products, report
 from vitgraph.bench.__main__ import main
 from vitgraph.bench.deferred_contest import DeferredOperands
 from vitgraph.bench.product_search import (
@@ -131,9 +131,13 @@ def test_pairs_around_a_norm_can_run(shape, rows):
     for first, second in pairs:
         assert first.splits == second.splits == 1
         assert shape.epilogue != GATED or second.block_n in (128, 256)
-        # a ring, the tile of the stream, and up to 128 columns of what is scaled
+        # a ring, the tile of the stream, and up to 128 columns of what is scaled or results
         shared = first.num_stages * (first.block_m + first.block_n) * 128
         shared += first.block_m * (first.block_n + min(first.block_n, 128)) * 2
+        assert shared < 227 << 10
+        columns = second.block_n // (2 if shape.epilogue == GATED else 1)
+        shared = second.num_stages * (second.block_m + second.block_n) * 128
+        shared += second.block_m * min(columns, 128) * 2 + 8 * second.block_n
         assert shared < 227 << 10
     assert deferred_candidates(shape, 2048, 132) == [None]
 
@@ -337,8 +341,12 @@ def test_a_pair_is_held_against_all_three(kind, epilogue, monkeypatch):
     first, second = operands(64, 64, RESIDUAL), operands(128, 64, epilogue)
     contest = DeferredOperands(first, second, kind, 1e-6)
     assert 0 < contest.check((SMALL, WIDE)) < 1.5
-    # with a norm of other weights
-    monkeypatch.setattr(contest, "_gain", 1.1 * contest._gain)
+    add = deferred_contest.add_linear_scaled
+
+    def without_offset(x, weight, stream, norm, offset, **options):
+        add(x, weight, stream, norm, None, **options)
+
+    monkeypatch.setattr(deferred_contest, "add_linear_scaled", without_offset)
     assert contest.check((SMALL, WIDE)) > 2
 
 
@@ -453,6 +461,10 @@ def test_bench_products(monkeypatch, tmp_path, capsys):
         (["--layers", "qkv", "fc1"], "layer fc1 is not known; use qkv, proj, up, down or norm2"),
         (["--towers", "gpt"], "tower 'gpt' is not known"),
         (["--budget-s", "0"], "must be more than 0"),
+        (
+            ["--layers", "up", "norm2"],
+            "norm2 has the tiles of proj and up, so it is exchanged alone",
+        ),
         ([], "products: measuring needs a CUDA device, and there is none"),
     ],
 )
@@ -478,7 +490,8 @@ def test_one_tower_on_a_gpu(monkeypatch):
         pytest.skip(reason)
     monkeypatch.setattr(products, "candidates", lambda *_: [None, WIDE])
     monkeypatch.setattr(products, "deferred_candidates", lambda *_: [None, (SMALL, WIDE)])
-    rows = products.run(["qwen3-vl-2b"], [128], only=["proj", "up", products.NORM], turns=1)
+    rows = products.run(["qwen3-vl-2b"], [128], only=["proj", "up"], turns=1)
+    rows += products.run(["qwen3-vl-2b"], [128], only=[products.NORM], turns=1)
     assert [row["layer"] for row in rows] == ["proj", "up", products.NORM]
     for row, tried in zip(rows, (WIDE, WIDE, (SMALL, WIDE)), strict=True):
         assert set(row["us"]) == {candidate_name(None), candidate_name(tried)}, summary(rows)

@@ -29,10 +29,11 @@ from vitgraph.kernels.testing import assert_as_accurate
 BF16 = torch.bfloat16
 EPS = 1e-6
 TILE = FewRowsConfig(64, 64, num_stages=6)
+HALVES = FewRowsConfig(64, 128, num_stages=4)  # with room for a gate
 # widths of no tower, with halves of a tile past the end, and a stream as wide as it may be
 OTHERS = {
-    (200, 192, "gelu_erf"): ((64, (FewRowsConfig(64, 128, 4), TILE)),),
-    (208, 2048, GATED): ((64, (TILE, FewRowsConfig(64, 128, 4))),),
+    (200, 192, "gelu_erf"): ((64, (HALVES, TILE)),),
+    (208, 2048, GATED): ((64, (TILE, HALVES)),),
 }
 
 
@@ -68,11 +69,11 @@ class Operands:
             out=self.scaled, live_rows=live, config=config,
         )  # fmt: skip
 
-    def second(self, live=None, config=TILE):
+    def second(self, live=None, config=None):
         return linear_of_scaled(
             self.scaled, self.w2, self.norm,
             activation=self.activation, is_gated=self.is_gated,
-            out=self.out, live_rows=live, config=config,
+            out=self.out, live_rows=live, config=config or (HALVES if self.is_gated else TILE),
         )  # fmt: skip
 
     def behind_a_norm(self, stream, dtype):
@@ -138,6 +139,36 @@ def test_rows_past_the_live_ones_are_left_alone():
     assert (call.scaled.rows != 3).all()
 
 
+@pytest.mark.parametrize("holder", ["stream", "offset"])
+def test_a_mean_far_above_the_deviation_on_a_cpu(holder):
+    """No worse than rounding a stream that holds its biases."""
+    call = Operands(200, (256, 1152, "gelu_tanh"), "layer", dtype=BF16)
+    call.before = torch.randn(200, 1152, generator=torch.Generator().manual_seed(1)).to(BF16)
+    call.offset.zero_()
+    if holder == "stream":
+        call.before += 100
+    else:
+        call.offset += 100
+    call.stream = call.before.clone()
+    call.first()
+    call.second()
+    exact = call.before.double() + call.x.double() @ call.w1.double().t()
+    theirs = torch.addmm(call.before + call.offset.to(BF16), call.x, call.w1.t())
+    oracle = call.behind_a_norm(exact, torch.float64)
+    call.offset.zero_()
+    assert_as_accurate(call.out, call.behind_a_norm(theirs, BF16), oracle)
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_autocast_does_not_round_the_vectors(kind):
+    call = Operands(3, (128, 64, "silu"), kind, dtype=BF16)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = DeferredNorm.of(kind, EPS, call.gain, call.shift, call.w2, call.bias)
+    for mine, want in ((found.sums, call.norm.sums), (found.bias, call.norm.bias)):
+        assert (mine is None) == (want is None)
+        assert want is None or (mine.dtype == torch.float32 and torch.equal(mine, want))
+
+
 def test_new_weights_go_to_the_same_memory():
     call, other = (Operands(3, (64, 64, "silu"), "layer", seed=seed) for seed in (0, 1))
     sums, bias = call.norm.sums, call.norm.bias
@@ -158,6 +189,7 @@ def test_new_weights_go_to_the_same_memory():
         ({"stream": torch.zeros(8, 64).double()}, ValueError, "residual must be"),
         ({"gain": torch.zeros(63).double()}, ValueError, r"gain \(63,\) must be \[64\]"),
         ({"offset": torch.zeros(63).double()}, ValueError, r"offset \(63,\) must be \[64\]"),
+        ({"offset": torch.zeros(64)}, TypeError, "offset must be torch.float64 on cpu, got .*32"),
         ({"rows": torch.zeros(9, 64)}, ValueError, "rows of the scaled rows must be contiguous"),
         ({"moments": torch.zeros(9, 2, 1)}, ValueError, r"contiguous \[9, 2, 32\] torch.float64"),
     ],
@@ -208,6 +240,22 @@ def test_the_second_refuses(change, message):
         call.second()
 
 
+def test_a_gate_needs_two_halves():
+    call = Operands(3, (128, 64, GATED), "rms")
+    call.first()
+    for block_n in (64, 192):
+        with pytest.raises(ValueError, match="has no two halves of 64 or 128 columns"):
+            call.second(config=replace(TILE, block_n=block_n))
+
+
+def test_vectors_are_as_wide_as_moments():
+    call = Operands(3, (128, 64, "silu"), "layer")
+    call.first()
+    call.norm = replace(call.norm, sums=call.norm.sums.float())
+    with pytest.raises(TypeError, match=r"sums must be torch.float64 on cpu, got torch.float32"):
+        call.second()
+
+
 # the table
 
 
@@ -225,6 +273,7 @@ def towers_by_key():
 def test_an_entry_is_well_formed(key):
     _, D, epilogue = key
     assert key in towers_by_key()
+    assert epilogue, "a gate with a limit is a kernel of its own"
     lasts = [last for last, _ in DEFERRED[key]]
     assert lasts == sorted(set(lasts))
     assert DEFERRED[key][-1][1] is not None
