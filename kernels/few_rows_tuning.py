@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .gemm_tuning import GATED, RESIDUAL, ROTATED, one_of, read_table
+from .gemm_tuning import GATED, RESIDUAL, ROTATED, of_class, one_of, read_table
 from .rows import ceil_div
 
 _SHARED_BYTES = 227 << 10  # that a program may have on compute capability 9.0
@@ -207,17 +207,11 @@ def few_rows_tile(
     M: int, N: int, K: int, epilogue: str, table: Table = TABLE
 ) -> FewRowsConfig | None:
     """Tile for M rows; None where another product is the faster, or nothing is known."""
-    for last, tile in table.get((N, K, epilogue), ()):
-        if last >= M:
-            return tile
-    return None
+    return of_class(M, table.get((N, K, epilogue), ()))
 
 
 def deferred_tiles(
     M: int, N: int, K: int, epilogue: str, table: DeferredTable = DEFERRED
 ) -> DeferredTiles | None:
     """Tiles of both products for M rows; None where the norm between them is better a kernel."""
-    for last, tiles in table.get((N, K, epilogue), ()):
-        if last >= M:
-            return tiles
-    return None
+    return of_class(M, table.get((N, K, epilogue), ()))

@@ -250,6 +250,11 @@ def one_of(tiles_for: Callable[[str, int], Iterable[_Tile]]) -> TileReader[_Tile
     return read_tile
 
 
+def of_class(M: int, classes: Iterable[tuple[int, _Tile | None]]) -> _Tile | None:
+    """What (last M, tile) entries in ascending order have for M rows; None past the last."""
+    return next((tile for last, tile in classes if last >= M), None)
+
+
 def read_table(
     entries: Any,
     read_tile: TileReader[_Tile],

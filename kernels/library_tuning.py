@@ -24,7 +24,7 @@ from dataclasses import fields
 from typing import Any, get_args
 
 from .cublaslt import Algorithm, Epilogue
-from .gemm_tuning import RESIDUAL, read_table
+from .gemm_tuning import RESIDUAL, of_class, read_table
 
 # (N, K, what the library does after the product): (last M, algorithm), each from the one before on.
 # None, and rows past the last entry, are the library's own choice.
@@ -186,10 +186,7 @@ def library_algorithm(
     M: int, N: int, K: int, epilogue: str, table: Table = TABLE
 ) -> Algorithm | None:
     """The algorithm for M rows; None to leave it to the library."""
-    for last, algorithm in table.get((N, K, epilogue), ()):
-        if last >= M:
-            return algorithm
-    return None
+    return of_class(M, table.get((N, K, epilogue), ()))
 
 
 def table_digest(table: Table = TABLE) -> str:

@@ -114,6 +114,14 @@ def test_kernels_of_a_block_by_place():
     assert block_of([[Span("a", 0, 1), Span("b", 1, 2)]]) == []
 
 
+def test_a_block_is_told_by_place():
+    spans = [Span(name, i, i + 1) for i, name in enumerate(["embed", *["norm<8>", "gemm"] * 3])]
+    row = summarise(spans, call_ms=0.05, host_ms=0.02, replay_ms=0.03, replays=1)
+    assert [kernel["name"] for kernel in row["block"]] == ["norm", "gemm"]
+    told = summary([{"tower": "t", "workload": "w", **row}]).split("a block of t w")[1]
+    assert told.index("norm") < told.index("gemm")
+
+
 def test_parts_of_a_call():
     spans = [span for start in (0, 1000, 2000) for span in replay(start)]
     row = summarise(spans, call_ms=0.05, host_ms=0.02, replay_ms=0.03, replays=3)
@@ -128,6 +136,7 @@ def test_parts_of_a_call():
     assert "t w" in text
     assert "gemm" in text
     assert "merger" not in text
+    assert "a block of" not in text, "nothing repeats"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
