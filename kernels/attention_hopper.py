@@ -75,6 +75,7 @@ class LaunchConfig:
 # what `launch_config` picks from, and its neighbours
 CANDIDATES = (
     *(LaunchConfig(1, 64, stages, programs) for programs in (1, 2) for stages in (3, 4, 5)),
+    LaunchConfig(1, 64, 8),
     LaunchConfig(1, 128, 3),
     *(LaunchConfig(2, 64, stages) for stages in (3, 4, 5, 6)),
     *(LaunchConfig(2, 128, stages) for stages in (2, 3, 4)),
@@ -100,7 +101,10 @@ def launch_config(head_dim: int, num_rows: int, num_heads: int, num_sms: int) ->
     other multiplies, which is fastest where all tiles run at once, and with heads of 64 and 80
     beyond that. Then groups that share k and v are: two, or three, where their larger tiles leave
     few multiprocessors idle at the end. Short steps waste little on segments that fill few of them.
-    Where one long segment and many short ones differ, the loss of either is kept small.
+    Fewer tiles than multiprocessors are spread with heads of 64 and 72, by a ring beside which no
+    second program fits: those that start early would share the ones that are idle already, which
+    costs 1 per cent of a tower. Where one long segment and many short ones differ, the loss of
+    either is kept small.
     """
     width = sum(split_head_dim(head_dim))
 
@@ -118,13 +122,15 @@ def launch_config(head_dim: int, num_rows: int, num_heads: int, num_sms: int) ->
     in_one_round = tiles(1) <= 2 * num_sms if shares else tiles(2) <= num_sms
     if not in_one_round and tiles(3) <= num_sms:
         return three
+    if tiles(1) <= num_sms and (width <= 64 or not shares):
+        return LaunchConfig(groups=1, block_n=64, num_stages=8 if width <= 64 else 5)
     if width <= 64:
         if num_rows * num_heads < 8192 * 16:
             return LaunchConfig(groups=1, block_n=64, num_stages=5, programs_per_sm=2)
         return LaunchConfig(groups=2, block_n=128, num_stages=4)
     if tiles(3) >= 4 * num_sms:
         return three
-    if shares or tiles(1) <= num_sms:
+    if shares:
         return LaunchConfig(groups=1, block_n=64, num_stages=4, programs_per_sm=2)
     # a tile of three takes 1.4 times as long as one of two
     if 1.4 * ceil_div(tiles(3), num_sms) < ceil_div(tiles(2), num_sms):

@@ -136,7 +136,6 @@ TABLE: Table = {
     # GLM-4.1V: qkv, proj, gate and up, down
     (4608, 1536, ROTATED): ((256, _SQUARE), (512, None), (640, _LARGE)),
     (1536, 1536, RESIDUAL): ((256, _WIDE_SUMS),),
-    (8192, 1536, GATED): ((768, None), (896, _HUGE)),
     (1536, 4096, RESIDUAL): ((256, _WIDE_HALVES),),
 }  # fmt: skip
 

@@ -54,9 +54,12 @@ class PatchEmbedConfig:
 def config(T: int, dtype: torch.dtype, sampling: str = "bilinear_corners") -> PatchEmbedConfig:
     """Small tiles while a few of them must fill the chip; fp32 takes half the depth.
 
-    Also for positions of many taps: those of a large tile do not fit into registers.
+    Also for positions of many taps: those of a large tile do not fit into registers. Up to 512 rows
+    a program is alone on its multiprocessor: twice the warps, and more loads on their way.
     """
     depth = 64 if dtype.itemsize == 2 else 32
+    if T <= 512:
+        return PatchEmbedConfig(64, 64, depth, num_warps=8, num_stages=6)
     if T <= 2048 or sampling in ("bicubic", "bilinear_antialias"):
         return PatchEmbedConfig(64, 64, depth, num_warps=4, num_stages=4)
     return PatchEmbedConfig(128, 128, depth, num_warps=8, num_stages=3)
@@ -142,6 +145,10 @@ def _patch_embed_kernel(
     pixels = pixels_ptr + row[:, None].to(tl.int64) * P
     weight = weight_ptr + d[:, None] * P
     acc = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
+    if table_ptr is not None:
+        # in front of the products, which start to load meanwhile
+        mask = live[:, None] & in_d[None, :]
+        acc += sample_table(table_ptr, position_ptr, t, d, D, live, mask, SIDE, SAMPLING)
     if tl.program_id(1) * BLOCK_T < num_live:
         for p0 in range(0, P, BLOCK_P):
             p = p0 + tl.arange(0, BLOCK_P)
@@ -151,9 +158,6 @@ def _patch_embed_kernel(
             acc = tl.dot(a, b.T, acc, input_precision="ieee")
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + d, mask=in_d, other=0.0).to(tl.float32)[None, :]
-    if table_ptr is not None:
-        mask = live[:, None] & in_d[None, :]
-        acc += sample_table(table_ptr, position_ptr, t, d, D, live, mask, SIDE, SAMPLING)
     acc = tl.where(live[:, None], acc, 0.0)
     to = x_ptr + t[:, None].to(tl.int64) * D + d[None, :]
     tl.store(to, acc.to(x_ptr.dtype.element_ty), mask=(t < T)[:, None] & in_d[None, :])

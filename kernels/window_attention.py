@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import window_attention_hopper
 from .attention import attention_ref, check_tensors
 from .attention import cost as attention_cost
 from .attention_triton import (
@@ -294,6 +295,9 @@ def window_attention(
         )
     num_windows = cu_window_seqlens.shape[0] - 1
     if q.numel() == 0 or num_windows == 0:
+        return
+    if window_attention_hopper.can_run(q, k, v, max_window):
+        window_attention_hopper.launch(q, k, v, cos, sin, cu_window_seqlens, out, scale)
         return
     config = launch_config(max_window, D, q.dtype)
     grid = (num_windows * (config.block_n // config.block_m) * H,)

@@ -60,7 +60,10 @@ def test_usable_configs_are_those_that_fit(D):
 @pytest.mark.parametrize(
     ("head_dim", "num_rows", "num_heads", "config"),
     [
-        (64, 196, 16, LaunchConfig(1, 64, 5, 2)),
+        (64, 196, 16, LaunchConfig(1, 64, 8)),
+        (64, 512, 16, LaunchConfig(1, 64, 8)),  # 128 tiles of one group, a multiprocessor for each
+        (64, 513, 16, LaunchConfig(1, 64, 5, 2)),
+        (80, 196, 16, LaunchConfig(1, 64, 4, 2)),
         (64, 1024, 16, LaunchConfig(1, 64, 5, 2)),
         (64, 1025, 16, LaunchConfig(3, 64, 4)),  # 272 tiles of one group, of 264 at once
         (80, 2112, 8, LaunchConfig(1, 64, 4, 2)),
@@ -70,7 +73,7 @@ def test_usable_configs_are_those_that_fit(D):
         (64, 8191, 16, LaunchConfig(1, 64, 5, 2)),
         (64, 8192, 16, LaunchConfig(2, 128, 4)),
         (64, 10000, 12, LaunchConfig(1, 64, 5, 2)),
-        (72, 512, 16, LaunchConfig(1, 64, 4, 2)),
+        (72, 512, 16, LaunchConfig(1, 64, 5)),
         (72, 513, 16, LaunchConfig(2, 64, 5)),
         (72, 512, 17, LaunchConfig(2, 64, 5)),
         (72, 1024, 16, LaunchConfig(2, 64, 5)),

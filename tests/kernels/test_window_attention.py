@@ -1,6 +1,8 @@
 import pytest
 import torch
+from vitgraph.kernels import window_attention_hopper as hopper
 from vitgraph.kernels.attention import attention_ref
+from vitgraph.kernels.pdl import kernel_chain
 from vitgraph.kernels.testing import assert_as_accurate
 from vitgraph.kernels.window_attention import (
     cost,
@@ -182,6 +184,76 @@ def test_on_gpu(lengths, max_window, D, device):
     q, k, v, cos, sin, cu, out = make(lengths, 16, D, torch.bfloat16, device, pad=70, tail=20)
     window_attention(q, k, v, cos, sin, cu, scale=D**-0.5, out=out, max_window=max_window)
     check(q, k, v, cos, sin, cu, out, D**-0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "runs"),
+    [
+        ({}, True),
+        ({"max_window": 65}, False),
+        ({"D": 72}, False),  # halves of 36
+        ({"reason": "needs a CUDA device"}, False),
+        ({"skip": 1}, False),  # rows start anywhere
+    ],
+)
+def test_the_hopper_kernel_runs_where_it_can(change, runs, monkeypatch):
+    a = {"D": 80, "max_window": 64, "reason": None, "skip": 0, **change}
+    monkeypatch.setattr(hopper, "unusable_reason", lambda *_: a["reason"])
+    q, k, v, *_ = make([9], 2, a["D"], torch.bfloat16, "cpu")
+    flat = torch.zeros(k.numel() + 8, dtype=k.dtype)
+    k = flat[a["skip"] :][: k.numel()].view(k.shape)
+    assert hopper.can_run(q, k, v, a["max_window"]) == runs
+
+
+EDGES = [64, 32, 0, 16, 64, 1, 63]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("D", [16, 48, 64, 80, 96, 112, 128])
+def test_both_kernels_on_a_hopper_gpu(D, dtype, device, monkeypatch):
+    q, k, v, cos, sin, cu, out = make(EDGES, 3, D, dtype, device, pad=9, tail=2)
+    if not hopper.can_run(q, k, v, 64):
+        pytest.skip("needs compute capability 9.0")
+    for can_run in (hopper.can_run, lambda *_: False):
+        monkeypatch.setattr(hopper, "can_run", can_run)
+        out.fill_(NAN)
+        window_attention(q, k, v, cos, sin, cu, scale=D**-0.5, out=out)
+        check(q, k, v, cos, sin, cu, out, D**-0.5)
+
+
+@pytest.mark.gpu
+def test_values_past_a_window_do_not_reach_it(device):
+    """Rows that a box brings along belong to the next window, or to nobody."""
+    q, k, v, cos, sin, cu, out = make([20, 30], 2, 80, torch.bfloat16, device, pad=40)
+    for x in (q, k, v):
+        x[20:] = NAN
+    window_attention(q, k, v, cos, sin, cu, scale=0.2, out=out)
+    first = window_attention_ref(*(x[:20] for x in (q, k, v, cos, sin)), cu[:2], scale=0.2)
+    assert out[20:].isnan().all()
+    oracle = [x[:20].double() for x in (q, k, v, cos, sin)]
+    assert_as_accurate(out[:20], first, window_attention_ref(*oracle, cu[:2], scale=0.2))
+
+
+@pytest.mark.gpu
+def test_spread_programs_that_start_early_compute_the_same(device):
+    """In a chain, with few and with many windows; only the few leave room to no third program."""
+    for count in (4, 40):
+        q, k, v, cos, sin, cu, out = make([64] * count, 16, 80, torch.bfloat16, device, tail=3)
+        window_attention(q, k, v, cos, sin, cu, scale=0.1, out=out)
+        want = out.clone()
+        source = torch.stack([q, k, v], 1)
+        graph = torch.cuda.CUDAGraph()
+        chained = torch.full_like(out, NAN)
+        with torch.cuda.graph(graph), kernel_chain():
+            q.copy_(source[:, 0])  # the first two have to be ordinary kernels
+            k.copy_(source[:, 1])
+            for _ in range(4):
+                window_attention(q, k, v, cos, sin, cu, scale=0.1, out=chained)
+        for _ in range(5):
+            chained.fill_(NAN)
+            graph.replay()
+            assert torch.equal(chained, want)
 
 
 @pytest.mark.gpu
