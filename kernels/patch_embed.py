@@ -14,8 +14,7 @@ a pass: with a table it leaves the products in fp32, and the pass adds bias and 
 pass zeroes padding. Both round once. (Positions behind rounded products raised the error of whole
 towers of Qwen3-VL-8B by a tenth.) The library does not take `source`.
 `backend="auto"` is "library" where it can be, in 16 bits with rows at multiples of 16 bytes, from
-`MIN_LIBRARY_ROWS` on: on an H200 0.4 to 0.6 of the time from 784 to 65,536 rows of 1176 values, and
-nine tenths at 196.
+`MIN_LIBRARY_ROWS` on: on an H200 0.4 to 0.6 of the time from 784 to 65,536 rows of 1176 values.
 
 All are ordinary launches: kernels behind these read the layout early (pdl.py). Compute-bound:
 2*T*P*D FLOP, under 1 % of a tower.
