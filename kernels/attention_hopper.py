@@ -101,9 +101,9 @@ def launch_config(head_dim: int, num_rows: int, num_heads: int, num_sms: int) ->
     other multiplies, which is fastest where all tiles run at once, and with heads of 64 and 80
     beyond that. Then groups that share k and v are: two, or three, where their larger tiles leave
     few multiprocessors idle at the end. Short steps waste little on segments that fill few of them.
-    Fewer tiles than multiprocessors are spread with heads of 64 and 72, by a ring beside which no
-    second program fits: those that start early would share the ones that are idle already, which
-    costs 1 per cent of a tower. Where one long segment and many short ones differ, the loss of
+    Up to as many tiles as multiprocessors are spread with heads of 64 and 72, by a ring beside
+    which no second program fits: those that start early would share what is idle already, and the
+    tower would take 1 per cent more. Where one long segment and many short ones differ, the loss of
     either is kept small.
     """
     width = sum(split_head_dim(head_dim))

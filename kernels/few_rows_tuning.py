@@ -178,16 +178,16 @@ def table_digest(table: Table | DeferredTable = TABLE) -> str:
 
 
 def shipped_few_rows(epilogue: str, K: int) -> tuple[FewRowsConfig, ...]:
-    """Tiles of the table that a product with this epilogue over K columns runs with."""
+    """Tiles of both tables that a product with this epilogue over K columns runs with."""
 
     def kind(name: str) -> str:
         return name if name in (RESIDUAL, GATED) else ""
 
+    entries = [(key[2], tile) for key, classes in TABLE.items() for _, tile in classes]
+    # behind a norm
+    entries += [(key[2], pair and pair[1]) for key, pairs in DEFERRED.items() for _, pair in pairs]
     tiles = dict.fromkeys(
-        tile
-        for (_, _, name), classes in TABLE.items()
-        for _, tile in classes
-        if tile is not None and kind(name) == kind(epilogue)
+        tile for name, tile in entries if tile is not None and kind(name) == kind(epilogue)
     )
     return tuple(tile for tile in tiles if tile.splits <= ceil_div(K, 64))
 

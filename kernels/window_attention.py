@@ -11,8 +11,8 @@ the product, as Hugging Face does; scores and softmax are fp32.
 Memory-bound at 64 rows a window: q, k and v are read once, out is written once. One program takes a
 (window, head) of up to 64 rows; larger windows are cut into 64-row tiles of q, each of which reads
 all of k and v. Rows outside the windows are not written, and nothing of them reaches the result.
-`max_window` must hold for every window, which the host cannot check: of a longer one, the rows past
-the tile that holds `max_window` are ignored as keys and not written.
+`max_window` must hold for every window, which the host cannot check: of a longer one, rows past it,
+rounded up to a power of two from 16 on (or to 64), are ignored as keys and not written.
 
 Windows of up to 64 rows in 16 bits take the kernel of window_attention_hopper.py on compute
 capability 9.0, others this one.

@@ -2,11 +2,12 @@
 
 A program takes one head of one window, and is one chain: loads, rotation, scores, softmax, values,
 store. So all of its rows of q, k and v are asked for at once, by TMA, and wait in shared memory for
-their turn instead of in registers; that leaves room for five programs on a multiprocessor. Angles,
-which the layout wrote, are asked for before the kernel in front has ended (pdl.py). Half a head
-comes in one or two blocks of columns (40 is 32 + 16, of which TMA reads the next half or zeros, and
-angles of zero remove both), so that the halves that a rotation joins lie in the same registers.
-k is rotated in place, q on its way into the registers that the product reads.
+their turn instead of in registers; that leaves room for four or five programs on a multiprocessor.
+Angles, which the layout wrote, are asked for before the kernel in front has ended (pdl.py). Half a
+head comes in one or two blocks of columns (40 is 32 + 16, of which TMA reads the next half or
+zeros, and angles of zero remove all that is finite), so that the halves that a rotation joins lie
+in the same registers. k is rotated in place, q on its way into the registers that the product
+reads.
 
 Programs that start early fill the multiprocessors that the kernel in front leaves idle, as many on
 each as it holds, though all others are about to be free. So where two on each are enough for all,

@@ -102,6 +102,14 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", [64, 72])
+def test_where_tiles_are_few_no_second_program_fits(D, dtype):
+    info = inspect_attention(D, launch_config(D, 256, 16, 132), dtype)
+    used = info.shared_bytes + 1024  # the system's own
+    assert used <= 228 << 10 < 2 * used
+
+
 @pytest.mark.parametrize("drawn", [False, True], ids=["given", "drawn"])
 @pytest.mark.parametrize(("D", "config", "dtype"), CASES)
 def test_attention(D, config, dtype, drawn):

@@ -34,7 +34,8 @@ def inspect_window(D, dtype="bf16", *, out="", spare=0, early=True):
 
 
 CASES = [(80, "bf16", ""), (80, "fp16", ""), (80, "bf16", "fp8e4nv"), (64, "bf16", ""),
-         (16, "bf16", ""), (128, "bf16", "")]  # fmt: skip
+         (16, "bf16", ""), (48, "bf16", ""), (96, "bf16", ""), (112, "bf16", ""),
+         (128, "bf16", "")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("D", "dtype", "out"), CASES)

@@ -60,6 +60,19 @@ def test_rows_are_split_where_that_is_faster(T, D, widths):
     assert blocks(D, config(T, D)) == widths
 
 
+@pytest.mark.parametrize(
+    ("T", "D", "rows", "num_warps"),
+    [
+        (1, 1025, 1, 8), (1024, 2048, 1, 8), (1025, 1152, 2, 4), (2047, 1152, 2, 4),
+        (512, 1024, 1, 4), (513, 1024, 2, 4), (2048, 768, 2, 1),
+        (1024, 2049, 1, 8), (4096, 8192, 1, 8), (1, 8193, 1, 16),
+    ],
+)  # fmt: skip
+def test_warps_by_rows_and_width(T, D, rows, num_warps):
+    launch = config(T, D)
+    assert (launch.rows, launch.num_warps) == (rows, num_warps)
+
+
 @pytest.mark.parametrize("kind", ["layer", "rms"])
 @pytest.mark.parametrize("D", [96, 127, 1152, 1280])
 def test_split_rows(D, kind, device, monkeypatch):

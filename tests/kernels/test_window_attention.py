@@ -107,8 +107,9 @@ def test_packing_leaves_a_window_bitwise_unchanged(device):
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # the interpreter, in head 1
-def test_heads_are_independent(device):
-    q, k, v, cos, sin, cu, out = make([30], 3, 80, torch.float32, device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_heads_are_independent(dtype, device):
+    q, k, v, cos, sin, cu, out = make([30], 3, 80, dtype, device)
     for x in (q, k, v):
         x[:, 1] = NAN
     window_attention(q, k, v, cos, sin, cu, scale=0.2, out=out)
@@ -192,6 +193,7 @@ def test_on_gpu(lengths, max_window, D, device):
         ({}, True),
         ({"max_window": 65}, False),
         ({"D": 72}, False),  # halves of 36
+        ({"D": 88}, False),
         ({"reason": "needs a CUDA device"}, False),
         ({"skip": 1}, False),  # rows start anywhere
     ],
@@ -236,24 +238,30 @@ def test_values_past_a_window_do_not_reach_it(device):
 
 
 @pytest.mark.gpu
-def test_spread_programs_that_start_early_compute_the_same(device):
-    """In a chain, with few and with many windows; only the few leave room to no third program."""
-    for count in (4, 40):
-        q, k, v, cos, sin, cu, out = make([64] * count, 16, 80, torch.bfloat16, device, tail=3)
-        window_attention(q, k, v, cos, sin, cu, scale=0.1, out=out)
-        want = out.clone()
-        source = torch.stack([q, k, v], 1)
-        graph = torch.cuda.CUDAGraph()
-        chained = torch.full_like(out, NAN)
-        with torch.cuda.graph(graph), kernel_chain():
-            q.copy_(source[:, 0])  # the first two have to be ordinary kernels
-            k.copy_(source[:, 1])
-            for _ in range(4):
-                window_attention(q, k, v, cos, sin, cu, scale=0.1, out=chained)
-        for _ in range(5):
-            chained.fill_(NAN)
-            graph.replay()
-            assert torch.equal(chained, want)
+@pytest.mark.parametrize("count", [4, 30], ids=["spread", "many"])
+def test_calls_that_start_early_wait_for_the_one_before(count, device):
+    """Each takes for q what the one before wrote; only few programs leave no room to a third."""
+    q, k, v, cos, sin, cu, first = make([64] * count, 16, 80, torch.bfloat16, device, tail=3)
+    results = first, torch.empty_like(first)
+
+    def calls():
+        x = q
+        for i in range(5):
+            y = results[i % 2]
+            window_attention(x, k, v, cos, sin, cu, scale=0.1, out=y)
+            x = y
+
+    calls()
+    want = [y.clone() for y in results]
+    assert not any(y.isnan().any() for y in want)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), kernel_chain():
+        for y in results:
+            y.fill_(NAN)  # the first two have to be ordinary kernels
+        calls()
+    for _ in range(10):
+        graph.replay()
+        assert all(torch.equal(got, y) for got, y in zip(results, want, strict=True))
 
 
 @pytest.mark.gpu
