@@ -15,7 +15,7 @@ pass zeroes padding. Both round once. (Positions behind rounded products raised 
 towers of Qwen3-VL-8B by a tenth.) The library does not take `source`.
 `backend="auto"` is "library" where it can be, in 16 bits with rows at multiples of 16 bytes, from
 `MIN_LIBRARY_ROWS` on: on an H200 0.4 to 0.6 of the time from 784 to 65,536 rows of 1176 values.
-At 196 it was nine tenths, before the kernel took a quarter less there.
+At 196 it was nine tenths of what this kernel took before it had more warps there.
 
 All are ordinary launches: kernels behind these read the layout early (pdl.py). Compute-bound:
 2*T*P*D FLOP, under 1 % of a tower.

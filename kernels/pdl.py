@@ -7,7 +7,7 @@ ended and all that they wrote is visible. That takes the launch, the set-up of b
 first reads off the critical path. In a captured graph the order becomes a programmatic edge.
 
 Constants are what no kernel of the chain writes (weights, biases) and what its first one writes:
-the layout of the batch, which is live counts, offsets of segments, and places. The first two are
+the layout of the batch: live counts, offsets of segments, places and angles. The first two are
 ordinary kernels, so the second starts when the first has ended, and all others after that.
 
 Rules that keep a chain right, for every kernel that is launched so:

@@ -10,7 +10,7 @@ from vitgraph.kernels.window_attention_hopper import MAX_WINDOW, room
 kernel = pytest.importorskip("vitgraph.kernels.window_attention_hopper_kernel")
 
 
-def inspect_window(D, dtype="bf16", *, out="", spare=0, early=True):
+def inspect_window(D, dtype="bf16", *, out="", spare=0):
     def descriptor(columns):
         shape, layout = box(MAX_WINDOW, columns)
         return f"tensordesc<{dtype}{shape},{layout!r}>"
@@ -29,7 +29,7 @@ def inspect_window(D, dtype="bf16", *, out="", spare=0, early=True):
                 constexprs[f"{name}{i}"] = None
     return inspect(
         kernel.window_attention_hopper_kernel, signature, constexprs,
-        num_warps=4, launch_pdl=early,
+        num_warps=4, launch_pdl=True,
     )  # fmt: skip
 
 

@@ -9,7 +9,13 @@ from vitgraph.encoder.families import FAMILIES
 from vitgraph.kernels import gemm as gemm_module
 from vitgraph.kernels import gemm_few_rows as module
 from vitgraph.kernels import linear as linear_module
-from vitgraph.kernels.few_rows_tuning import TABLE, FewRowsConfig, few_rows_tile
+from vitgraph.kernels.few_rows_tuning import (
+    DEFERRED,
+    TABLE,
+    FewRowsConfig,
+    few_rows_tile,
+    shipped_few_rows,
+)
 from vitgraph.kernels.gated_linear import gated_linear, gated_linear_ref
 from vitgraph.kernels.gemm_few_rows import (
     BLOCK_K,
@@ -80,6 +86,14 @@ def test_an_entry_is_well_formed(key):
         assert tile.splits == 1 or epilogue == RESIDUAL
     assert N % (16 if epilogue == GATED else 8) == 0
     assert K % 8 == 0
+
+
+@pytest.mark.parametrize("key", DEFERRED, ids=str)
+def test_tiles_behind_a_norm_are_among_those_that_a_user_may_name(key):
+    _, K, epilogue = key
+    shipped = shipped_few_rows(epilogue, K)
+    assert {pair[1] for _, pair in DEFERRED[key] if pair} <= {*shipped}
+    assert len(shipped) == len({*shipped})
 
 
 def test_a_class_of_rows_ends_with_its_last(monkeypatch):

@@ -207,6 +207,26 @@ def test_the_hopper_kernel_runs_where_it_can(change, runs, monkeypatch):
     assert hopper.can_run(q, k, v, a["max_window"]) == runs
 
 
+@pytest.mark.parametrize(
+    ("windows", "early", "spreads"),
+    [(1, True, True), (132, True, True), (133, True, False), (1, False, False)],
+)
+def test_programs_spread_where_two_a_multiprocessor_are_enough(
+    windows, early, spreads, monkeypatch
+):
+    pytest.importorskip("vitgraph.kernels.window_attention_hopper_kernel")
+    calls = []
+    monkeypatch.setattr(hopper, "launch_kernel", lambda *args, **named: calls.append((args, named)))
+    monkeypatch.setattr(hopper, "starts_early", lambda rows: early)
+    monkeypatch.setattr(hopper, "num_sms", lambda device: 132)
+    q, k, v, cos, sin, cu, out = make([2] * windows, 2, 80, torch.bfloat16, "cpu")
+    hopper.launch(q, k, v, cos, sin, cu, out, 0.1)
+    [((_, grid, *_), named)] = calls
+    assert grid == (2 * windows,)
+    assert named["ROOM"] == (hopper.room(80) if spreads else 0)
+    assert named["launch_pdl"] == early
+
+
 EDGES = [64, 32, 0, 16, 64, 1, 63]
 
 
