@@ -12,8 +12,10 @@ from contextlib import contextmanager
 
 import torch
 
-# With more rows the kernels fill the GPU by themselves, and branches only fight over its caches.
-MOST_ROWS = 512
+from ..kernels.pdl import ordinary_kernels
+
+# With more rows the kernels fill the GPU by themselves, and a branch gains nothing.
+MOST_ROWS = 1024
 
 
 @functools.cache
@@ -39,19 +41,27 @@ class Branch:
             self._stream = _side_stream(torch.cuda.current_stream(device))
         self._used: list[torch.Tensor] = []
 
+    @property
+    def is_beside(self) -> bool:
+        """Whether its kernels run beside those of the main line."""
+        return self._stream is not None
+
     @contextmanager
     def after_main(self, *tensors: torch.Tensor) -> Iterator[None]:
         """Launch on the branch, after what the main line has been given so far.
 
         `tensors` were allocated on the main line and are used inside; they are kept until `join`.
-        What the main line overwrites later must not be read inside.
+        What the main line overwrites later must not be read inside. No kernel starts early there:
+        it would hold multiprocessors while it waits. In line neither, so that a warm-up compiles
+        what a capture launches.
         """
         if self._stream is None:
-            yield
+            with ordinary_kernels():
+                yield
             return
         self._used += tensors
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), ordinary_kernels():
             yield
 
     def join(self) -> None:

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 import torch
 
 from ..capture import RungLimits
+from ..kernels import background
 from ..kernels.attention import FP8_BACKENDS, varlen_attention
 from ..kernels.deferred_norm import ScaledRows, choose_deferred, linear_of_scaled
 from ..kernels.frame_positions import add_frame_positions_
 from ..kernels.gated_linear import choose_gated_backend, gated_linear
+from ..kernels.gemm import gemm
 from ..kernels.layout import Layout, layout
 from ..kernels.linear import empty_output, linear
 from ..kernels.norm import norm
@@ -171,7 +173,7 @@ def _forward(
             normed = stream.norm(merger.norm, spec, joined=spec.patches_per_token)
             # what reads the stream stays on the main line
             with branch.after_main(normed):
-                _merge(merger, fp8.deepstack[j], normed, plan.live_tokens, out)
+                _merge(merger, fp8.deepstack[j], normed, plan.live_tokens, out, branch)
         if i in states:
             stream.state(weights.offset_after(i), states[i])
     last = outputs["last_hidden_state"]
@@ -333,12 +335,25 @@ def _merge(
     joined: torch.Tensor,
     live: torch.Tensor,
     out: torch.Tensor,
+    branch: Branch | None = None,
 ) -> None:
-    """The two layers of a merger, on normalised rows of 2 x 2 patches side by side."""
+    """The two layers of a merger, on normalised rows of 2 x 2 patches side by side.
+
+    `branch` is what it is launched on, None for the main line.
+    """
     if in_fp8.fc1 is not None and in_fp8.fc2 is not None:
         mlp_of_rows(
             joined, in_fp8.fc1, merger.fc1_bias, in_fp8.fc2, merger.fc2_bias, "gelu_erf", live, out
         )
+        return
+    weights = merger.fc1_weight, merger.fc2_weight
+    if branch is not None and background.suits_background(joined, *weights):
+        # in eager calls nothing runs beside it, and the same kernel takes the whole GPU
+        programs = background.PROGRAMS if branch.is_beside else None
+        place = {"live_rows": live, "config": background.TILE, "programs": programs}
+        # both leave the same rows alone
+        hidden = gemm(joined, merger.fc1_weight, merger.fc1_bias, activation="gelu_erf", **place)
+        gemm(hidden, merger.fc2_weight, merger.fc2_bias, out=out, **place)
         return
     hidden = linear(
         joined, merger.fc1_weight, merger.fc1_bias,

@@ -284,6 +284,7 @@ def gemm(
     out: torch.Tensor | None = None,
     live_rows: torch.Tensor | None = None,
     config: GemmConfig | HopperConfig | None = None,
+    programs: int | None = None,
 ) -> torch.Tensor:
     """`activation(x @ weight.T + bias)`, into `out`, or added to `residual` in place.
 
@@ -295,14 +296,18 @@ def gemm(
             (see the module docstring) are uninitialised.
         live_rows: int32 [1] on the device, or None for all T rows.
         config: `gemm_config` of the shapes if None.
+        programs: launch at most so many, which leaves multiprocessors to kernels beside this one;
+            None for what the device holds. Results do not depend on it.
 
     Raises:
         ValueError: shapes disagree, elements of a row are not adjacent, both `out` and `residual`
-            are given, an activation is unknown, or a `HopperConfig` does not suit the operands
-            or the device.
+            are given, an activation is unknown, a `HopperConfig` does not suit the operands or
+            the device, or `programs` is below 1.
         TypeError: dtypes or devices disagree, or the dtype is none of fp32, fp16, bf16.
     """
     check_arguments("gemm", x, weight, bias, activation, residual, out, live_rows)
+    if programs is not None and programs < 1:
+        raise ValueError(f"gemm: programs = {programs} must be at least 1, or None")
     if use_reference(x):
         return write_reference(x, weight, bias, activation, residual, out)
     if x.dtype not in DTYPES:
@@ -318,6 +323,7 @@ def gemm(
     sms = num_sms(x.device)
     config = config or gemm_config(M, N, K, x.dtype, sms)
     tiles = ceil_div(M, config.block_m) * ceil_div(N, config.block_n)
+    most = tiles if programs is None else min(tiles, programs)
     if isinstance(config, HopperConfig):
         _check_hopper(x, weight, y)
         from .gemm_hopper import launch
@@ -325,7 +331,7 @@ def gemm(
         launch(
             x, weight, bias, y, live_rows,
             activation=activation, has_residual=residual is not None, config=config,
-            programs=min(sms, tiles),
+            programs=min(sms, most),
         )  # fmt: skip
         return y
     bm, bn, bk = config.block_m, config.block_n, config.block_k
@@ -338,7 +344,7 @@ def gemm(
             for m, block in zip(operands, blocks, strict=True)
         )
     launch_kernel(
-        _gemm_kernel, (min(sms * config.programs_per_sm, tiles),),
+        _gemm_kernel, (min(sms * config.programs_per_sm, most),),
         operands[0], operands[1], bias, operands[2], live_rows,
         M, N, K, x.stride(0), weight.stride(0), y.stride(0),
         ACTIVATION=activation or "", HAS_RESIDUAL=residual is not None, USE_TMA=use_tma,

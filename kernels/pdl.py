@@ -63,6 +63,16 @@ def kernel_chain() -> Iterator[None]:
         _in_chain.reset(token)
 
 
+@contextmanager
+def ordinary_kernels() -> Iterator[None]:
+    """Launch no kernel early inside, though a chain is open."""
+    token = _in_chain.set(False)
+    try:
+        yield
+    finally:
+        _in_chain.reset(token)
+
+
 def starts_early(rows: torch.Tensor) -> bool:
     """Whether a kernel that works on `rows` is launched early: few rows, in a chain, sm_90."""
     return _in_chain.get() and len(rows) <= FEW_ROWS and rows.is_cuda and _has_pdl(rows.device)

@@ -2,8 +2,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from vitgraph.encoder import branch
+import vitgraph.bench.towers_config as towers
+from vitgraph.encoder import VisionEncoder, branch, forward
 from vitgraph.encoder.branch import MOST_ROWS, Branch
+from vitgraph.kernels import background, pdl
+from vitgraph.kernels.testing import rel_rms
 
 
 def test_in_line_on_a_cpu():
@@ -13,6 +16,22 @@ def test_in_line_on_a_cpu():
         x += 1
     branch.join()
     assert (x == 1).all()
+
+
+class OnGpu(list):
+    """Rows that claim to be on a GPU."""
+
+    is_cuda, device = True, torch.device("cuda")
+
+
+def test_no_kernel_of_a_branch_starts_early(monkeypatch):
+    """In line neither: what a warm-up compiles is what a capture launches."""
+    monkeypatch.setattr(pdl, "_has_pdl", lambda device: True)
+    rows = OnGpu([0])
+    with pdl.kernel_chain():
+        with Branch(torch.device("cpu"), rows=1).after_main():
+            assert not pdl.starts_early(rows)
+        assert pdl.starts_early(rows)
 
 
 class FakeStream:
@@ -41,6 +60,47 @@ def test_the_branch_is_never_the_main_line_itself(main_is, monkeypatch):
     assert find(main).cuda_stream != main_is
 
 
+@pytest.fixture
+def products(monkeypatch):
+    """Most programs of the products that may run beside others."""
+    calls = []
+    product = forward.gemm
+
+    def gemm(x, weight, bias, **options):
+        calls.append(options["programs"])
+        return product(x, weight, bias, **options)
+
+    monkeypatch.setattr(forward, "gemm", gemm)
+    return calls
+
+
+def test_the_last_merger_takes_the_whole_gpu(products, monkeypatch):
+    monkeypatch.setattr(background, "suits_background", lambda *_: True)
+    hf = towers.build_tower("tiny-qwen3-vl", device="cpu", dtype=torch.float64)
+    encoder = VisionEncoder.from_hf(hf)
+    g = torch.Generator().manual_seed(0)
+    pixels = torch.randn(40, encoder.spec.patch_values, generator=g, dtype=torch.float64)
+    got = encoder.eager_forward(pixels, [(1, 4, 6), (1, 4, 4)])
+    assert products == [None, None] * len(encoder.spec.deepstack_layers), "in line"
+    monkeypatch.setattr(background, "suits_background", lambda *_: False)
+    want = encoder.eager_forward(pixels, [(1, 4, 6), (1, 4, 4)])
+    for key, value in want.items():
+        assert rel_rms(got[key], value) <= 1e-12
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [background.MOST_ROWS, background.MOST_ROWS + 4])
+def test_mergers_beside_the_blocks_get_few_programs(tokens, products):
+    hf = towers.build_tower("tiny-qwen3-vl", device="cuda", dtype=torch.bfloat16)
+    encoder = VisionEncoder.from_hf(hf)
+    products_of_all = 2 * len(encoder.spec.deepstack_layers)
+    expected = [background.PROGRAMS] * (products_of_all if tokens <= background.MOST_ROWS else 0)
+    encoder.capture({"token_budgets": (tokens,)})
+    split = len(products) - len(expected)
+    assert products[split:] == expected
+    assert set(products[:split]) <= {None}, "warm-ups are in line"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("rows", "is_beside"), [(MOST_ROWS, True), (MOST_ROWS + 1, False)], ids=["few", "many"]
@@ -55,18 +115,22 @@ def test_beside_the_main_line_of_a_graph(rows, is_beside):
         branch = Branch(device, rows)
         copied = x + 0
         with branch.after_main(copied):
+            assert branch.is_beside == (torch.cuda.current_stream() != main)
+            assert not pdl.starts_early(x)
             streams.append(torch.cuda.current_stream())
             squares.copy_(copied * copied)
         sums.copy_(copied + x)
         branch.join()
         sums.add_(squares)
 
-    work()  # eager calls are in line
-    assert streams.pop() == torch.cuda.current_stream()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        main = torch.cuda.current_stream()
-        work()
+    main = torch.cuda.current_stream()
+    with pdl.kernel_chain():
+        work()  # eager calls are in line
+        assert streams.pop() == main
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            main = torch.cuda.current_stream()
+            work()
     assert (streams.pop() != main) == is_beside
     for start in (0.0, 5.0):
         x.copy_(torch.arange(4.0) + start)

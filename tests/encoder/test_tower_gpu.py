@@ -26,7 +26,7 @@ LAYOUTS = {name: list(grids) for name, grids in WORKLOADS.items()} | {
     "tiles": [(1, 8, 8)] * 16,
     "maximal": [(1, 96, 192)],  # all of the largest rung
 }
-BUDGETS = (16, 49, 196, 512, 1088, 1568, 4608)
+BUDGETS = (16, 49, 90, 196, 512, 1088, 1568, 4608)
 
 
 class Case:

@@ -1,7 +1,7 @@
 """What the compiler makes of the Gluon matrix product for the H200, without one."""
 
 import pytest
-from vitgraph.kernels import linear_fp8
+from vitgraph.kernels import background, linear_fp8
 from vitgraph.kernels.compiled import inspect
 from vitgraph.kernels.gemm_tuning import GATED, ROTATED, HopperConfig, shipped_tiles
 
@@ -127,6 +127,11 @@ def test_tile(config, epilogue):
     # pairs lie in a thread: rotating them exchanges nothing
     assert info.count("SHFL") == 0
     assert ("sin.approx" in info.ptx) == ("rotated" in epilogue)
+
+
+@pytest.mark.parametrize("epilogue", [{}, {"activation": "gelu_erf"}], ids=["bias", "erf"])
+def test_tile_of_the_background(epilogue):
+    check_shipped(inspect_hopper(background.TILE, **epilogue), "HGMMA", "QGMMA")
 
 
 @pytest.mark.parametrize("epilogue", FP8_EPILOGUES.values(), ids=list(FP8_EPILOGUES))

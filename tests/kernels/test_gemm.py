@@ -1,5 +1,6 @@
 import pytest
 import torch
+from vitgraph.kernels import gemm as gemm_module
 from vitgraph.kernels.gemm import (
     FP32_CONFIG,
     TILE_RATES,
@@ -123,6 +124,25 @@ def test_result_of_a_row_does_not_depend_on_the_others(device):
     assert torch.equal(gemm(x, weight, bias, config=SMALL)[:50], alone)
 
 
+@pytest.mark.parametrize("programs", [1, 3, 1000])
+def test_result_does_not_depend_on_the_number_of_programs(programs, device):
+    x, weight, bias, _ = operands(device, 130, 72, 64, torch.bfloat16)
+    alone = gemm(x, weight, bias, config=SMALL, programs=programs)
+    assert torch.equal(gemm(x, weight, bias, config=SMALL), alone)
+
+
+def test_most_programs_are_launched(device, monkeypatch):
+    grids = []
+    monkeypatch.setattr(
+        gemm_module, "launch_kernel", lambda kernel, grid, *_, **__: grids.append(grid)
+    )
+    x, weight, _, _ = operands(device, 130, 72, 64, torch.bfloat16)  # 5 x 3 tiles
+    for programs in (1, 2, 1000):
+        gemm(x, weight, config=SMALL, programs=programs)
+    assert grids[:2] == [(1,), (2,)]
+    assert grids[2] == (min(15, gemm_module.num_sms(x.device)),)
+
+
 @pytest.mark.parametrize(("T", "N"), [(0, 8), (8, 0)])
 def test_empty(T, N, device):
     x, weight = torch.zeros(T, 16, device=device), torch.zeros(N, 16, device=device)
@@ -148,12 +168,15 @@ def zeros(*shape, dtype=torch.float32):
         ({"live_rows": zeros(1)}, ValueError, "live_rows must be one int32"),
         ({"live_rows": zeros(2, dtype=torch.int32)}, ValueError, "live_rows must be one int32"),
         ({"x": zeros(2, 0), "weight": zeros(4, 0)}, ValueError, "no columns"),
+        ({"programs": 0}, ValueError, "programs = 0 must be at least 1, or None"),
     ],
 )
 def test_bad_arguments(arguments, error, message, device):
     arguments = {"x": zeros(2, 8), "weight": zeros(4, 8)} | arguments
     with pytest.raises(error, match=message):
-        gemm(**{k: v if isinstance(v, str) else v.to(device) for k, v in arguments.items()})
+        gemm(**{
+            k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()
+        })  # fmt: skip
 
 
 def test_fp64_is_refused(device):

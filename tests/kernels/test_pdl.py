@@ -19,7 +19,13 @@ from vitgraph.kernels import (
     window_attention,
 )
 from vitgraph.kernels.compiled import inspect
-from vitgraph.kernels.pdl import FEW_ROWS, kernel_chain, pdl_options, starts_early
+from vitgraph.kernels.pdl import (
+    FEW_ROWS,
+    kernel_chain,
+    ordinary_kernels,
+    pdl_options,
+    starts_early,
+)
 
 
 class Rows:
@@ -52,6 +58,13 @@ def test_only_inside_a_chain():
             assert starts_early(Rows())
         assert starts_early(Rows()), "the inner one has ended, the outer has not"
     assert not starts_early(Rows())
+
+
+def test_ordinary_kernels_in_a_chain():
+    with kernel_chain():
+        with ordinary_kernels():
+            assert not starts_early(Rows())
+        assert starts_early(Rows()), "the chain goes on"
 
 
 def test_an_error_ends_the_chain():
