@@ -4,8 +4,8 @@ A product whose result nobody waits for, such as a deepstack merger's, can run u
 leave multiprocessors idle. Spread over all of them it is over sooner, but until then each of those
 kernels finds some of its places taken. With few programs, which walk over the tiles one after
 another, it stays on the multiprocessors that the others leave. That pays up to 256 rows of patches,
-where the kernels of a block have no more than 108 programs: where they have one for nearly every
-multiprocessor, each place that is taken costs one of them a second wave.
+where the kernels of a block (of Qwen3-VL-8B) have no more than 108 programs: where they have one
+for nearly every multiprocessor, a place that is taken costs each of them a second wave.
 
 The kernel is that of gemm_hopper.py, and its results do not depend on the number of programs.
 
