@@ -119,8 +119,7 @@ def tower_forward(
             [T/4, out] and, for each deepstack merger, "deepstack_0".. [T/4, out]; live rows first.
             With merger "mean" items of several frames have fewer tokens.
             Without a merger, "last_hidden_state" alone.
-            Padding rows are finite, or as they were where a large matrix product leaves them
-            alone.
+            Padding rows are finite, or as they were where a matrix product leaves them alone.
         attention: Backend of the blocks that attend over whole frames or items.
         states: Block index to [T, D] tensors that take the stream after those blocks.
     """
