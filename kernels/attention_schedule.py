@@ -5,14 +5,11 @@ by itself. Which of them are its own is known beforehand, or drawn from a counte
 then the warp that loads draws, and posts each number to the groups of warps that compute.
 """
 
-from typing import Any
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-# Triton 3.7 renamed it
-barrier: Any = getattr(gl, "barrier", None) or getattr(gl, "thread_barrier")  # noqa: B009
+from .gluon_tiles import barrier
 
 
 @gluon.jit

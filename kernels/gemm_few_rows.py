@@ -8,8 +8,9 @@ gated_linear.py. With so few rows a product is a microsecond or three of arithme
 matrix that has to come from memory, so what counts is when that begins:
 
 - One tile a program, no wave after the first.
-- A program asks for its weights before the kernel that writes x has ended (pdl.py); as a rule all
-  of the first ring are there when it has.
+- A program asks for its weights before the kernel that writes x has ended (pdl.py), and does
+  little before: it takes the place of a program of that kernel, so nothing else hides its start. A
+  warp kept apart for the loads would have to be set up first.
 - Where tiles of columns are too few for the GPU (proj, down), K is cut into parts. Nobody adds
   them up in a kernel of its own: the norm that follows reads the stream anyway, and adds the
   partial sums of all parts on the way (`partials` of norm.py and residual.py). Sums are taken in
@@ -60,8 +61,8 @@ def choose_partials(M: int, weight: torch.Tensor) -> FewRowsConfig | None:
 def partials_ref(x: torch.Tensor, weight: torch.Tensor, splits: int) -> torch.Tensor:
     """Plain PyTorch definition of p, fp32 (fp64 for fp64)."""
     wide = x.dtype if x.dtype == torch.float64 else torch.float32
-    steps = ceil_div(x.shape[1], BLOCK_K)
-    edges = [s * steps // splits * BLOCK_K for s in range(splits + 1)]
+    steps, longer = divmod(ceil_div(x.shape[1], BLOCK_K), splits)
+    edges = [(s * steps + min(s, longer)) * BLOCK_K for s in range(splits + 1)]
     return torch.stack([
         x[:, a:b].to(wide) @ weight[:, a:b].to(wide).t() for a, b in itertools.pairwise(edges)
     ])  # fmt: skip
@@ -162,7 +163,7 @@ def launch(
         moments, sums, eps = scaled
     launch_kernel(
         gemm_few_rows_kernel,
-        (ceil_div(M, block_m) * ceil_div(N, block_n) * config.splits,),
+        (ceil_div(M, block_m), ceil_div(N, block_n), config.splits),
         blocks(x, block_m, BLOCK_K),
         blocks(weight, head // 2 if is_gated else head, BLOCK_K),
         blocks(weight, block_n - head, BLOCK_K) if block_n > head else None,
@@ -172,7 +173,7 @@ def launch(
         gain, offset, moments, sums,
         None if is_partial else blocks(out, block_m, STORE_N),
         out if is_partial else None,
-        live_rows, M, N, K, config.splits, eps,
+        live_rows, M, N, K, *divmod(ceil_div(K, BLOCK_K), config.splits), eps,
         ACTIVATION=activation or "", IS_GATED=is_gated, IS_RMS=sums is None,
         MOST_GROUPS=MOST_GROUPS,
         STAGES=config.num_stages,

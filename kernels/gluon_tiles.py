@@ -8,11 +8,12 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 
 from .activation import apply_activation
 
-# Triton 3.7 renamed both
+# Triton 3.7 renamed these
 load_async: Any = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 store_async: Any = (
     tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 )
+barrier: Any = getattr(gl, "barrier", None) or getattr(gl, "thread_barrier")  # noqa: B009
 
 
 @gluon.jit

@@ -38,8 +38,8 @@ def test_parts_are_whole_steps_that_sum_to_the_product():
         assert parts.dtype == torch.float32
         torch.testing.assert_close(parts.sum(0), x @ weight.t(), rtol=1e-4, atol=1e-3)
     assert partials_ref(x.double(), weight.double(), 2).dtype == torch.float64
-    # 68 steps in three: 22, 23 and 23
-    edges = [0, 22 * BLOCK_K, 45 * BLOCK_K, 4304]
+    # 68 steps in three: 23, 23 and 22
+    edges = [0, 23 * BLOCK_K, 46 * BLOCK_K, 4304]
     for s, part in enumerate(partials_ref(x, weight, 3)):
         columns = slice(edges[s], edges[s + 1])
         torch.testing.assert_close(part, x[:, columns] @ weight[:, columns].t())
