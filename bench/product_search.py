@@ -12,7 +12,7 @@ from itertools import product
 
 from ..kernels.cublaslt import Algorithm
 from ..kernels.few_rows_tuning import DeferredTiles, FewRowsConfig, deferred_tiles, few_rows_tile
-from ..kernels.gemm_few_rows import BLOCK_K, STORE_N
+from ..kernels.gemm_few_rows import BLOCK_K
 from ..kernels.gemm_tuning import GATED, RESIDUAL, HopperConfig, shipped_tiles
 from ..kernels.pdl import FEW_ROWS
 from ..kernels.rows import ceil_div
@@ -176,9 +176,6 @@ def _stages(
     """The deepest ring with which so many programs fit a multiprocessor of 228 KiB."""
     room = (228 // programs - 1) * _KIB  # each program takes one more
     room -= _KIB + column_bytes * block_n  # barriers and vectors over its columns
-    if shape.epilogue != RESIDUAL:
-        columns = block_n // 2 if shape.epilogue == GATED else block_n
-        room -= min(columns // STORE_N, 2) * block_m * STORE_N * 2
     if shape.epilogue == _ADDED:
         room -= block_m * block_n * 2  # of the stream
     steps = ceil_div(ceil_div(shape.K, BLOCK_K), splits)

@@ -31,8 +31,7 @@ class FewRowsConfig:
     """Tile [block_m, block_n] of a program of gemm_few_rows.py, and the parts of K.
 
     `block_m` is 64 or 128, `block_n` a multiple of 64 up to 256. `num_stages` steps of 64 along K
-    are in flight, two or more, as deep as shared memory holds; what is rounded takes some of that
-    for its results.
+    are in flight, two or more, as deep as shared memory holds beside a few vectors.
 
     Raises:
         ValueError: a field that the kernel cannot run with.
