@@ -7,8 +7,9 @@ exchanged (`python -m vitgraph.bench products` measures so): at 224 (Qwen3-VL) o
 384, 512, 640, 768, 832 and 1024 rows (GLM-OCR: at 256, 512 and 832; GLM-4.1V: not at 384 and 768;
 Qwen3.5-0.8B: not at 768 and 1024). Where two towers share a shape, the better one for both. Between
 measurements a tile is taken to hold as long as its programs fit into one wave. Up to 128 rows a
-product was measured behind or before its norm, by a script that is not here, or not at all. Past
-the last entry, and in shapes without one, gemm_tuning.py and the library decide.
+product was measured behind or before its norm, by a script that is not here, or not at all. The
+kernel kept a warp apart for its loads then. Past the last entry, and in shapes without one,
+gemm_tuning.py and the library decide.
 
 To measure again: `python -m vitgraph.bench products` exchanges them in a captured tower.
 `vitgraph tune` measures them product by product on the user's GPU, and what it found stands before
