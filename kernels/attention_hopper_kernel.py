@@ -34,11 +34,41 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _make_barriers(
+    ready, q_empty, q_full, empty, k_full, v_full, turn, part_full, mail_empty, mail_full,
+    GROUPS: gl.constexpr, HELD: gl.constexpr, HAS_MAIL: gl.constexpr,
+):  # fmt: skip
+    """By the one warp that loads, which needs no barrier between what it does to barriers."""
+    STAGES: gl.constexpr = k_full.shape[0]
+    Q_BUFFERS: gl.constexpr = q_full.shape[0]
+    for i in gl.static_range(STAGES):
+        mbarrier.init(empty.index(i), count=GROUPS)
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+    for i in gl.static_range(Q_BUFFERS):
+        mbarrier.init(q_empty.index(i), count=GROUPS)
+        mbarrier.init(q_full.index(i), count=1)
+    if GROUPS > 1:
+        for i in gl.static_range(GROUPS):
+            mbarrier.init(turn.index(i), count=1)
+    if HELD:
+        for i in gl.static_range(GROUPS):
+            mbarrier.init(part_full.index(i), count=1)
+    if HAS_MAIL:
+        for i in gl.static_range(2):
+            mbarrier.init(mail_empty.index(i), count=GROUPS)
+            mbarrier.init(mail_full.index(i), count=1)
+    fence_async_shared()
+    mbarrier.arrive(ready)
+
+
+@gluon.jit
 def _produce(
     q0, q1, k0, k1, v0, v1, cu_ptr, num_segments,
     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
-    q_empty, q_full, empty, k_full, v_full, tickets_ptr, mail, mail_empty, mail_full,
-    HEADS: gl.constexpr, GROUPS: gl.constexpr, SPLIT: gl.constexpr,
+    ready, q_empty, q_full, empty, k_full, v_full, turn, part_full,
+    tickets_ptr, mail, mail_empty, mail_full,
+    HEADS: gl.constexpr, GROUPS: gl.constexpr, SPLIT: gl.constexpr, HELD: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = k0_ring.shape[0]
     BLOCK_N: gl.constexpr = k0_ring.shape[1]
@@ -54,10 +84,13 @@ def _produce(
     begin = gl.load(cu_ptr)
     end = gl.load(cu_ptr + 1)
     tile = gl.program_id(0)
+    _make_barriers(
+        ready, q_empty, q_full, empty, k_full, v_full, turn, part_full, mail_empty, mail_full,
+        GROUPS, HELD, tickets_ptr is not None,
+    )  # fmt: skip
     segment, first, begin, end, count = walk(
         cu_ptr, tile, segment, first, begin, end, last, HEADS, ROWS_Q
     )
-    wait_for_previous()
     stage = 0
     phase = 0
     lap = 0
@@ -66,6 +99,7 @@ def _produce(
         head = (tile - first) // tiles_q
         row_q = begin + (tile - first) % tiles_q * ROWS_Q
         steps = gl.cdiv(end - begin, BLOCK_N)
+        wait_for_previous()  # before the first tile; before later ones there is nothing to wait for
         for i in range(0, steps):
             row = begin + (i - 1) * BLOCK_N
             if i == 0:
@@ -94,6 +128,7 @@ def _produce(
         segment, first, begin, end, count = walk(
             cu_ptr, tile, segment, first, begin, end, last, HEADS, ROWS_Q
         )
+    wait_for_previous()  # without a tile as well
     return_tickets(tickets_ptr)
 
 
@@ -101,7 +136,7 @@ def _produce(
 def _consume(
     out_ptr, cu_ptr, num_segments, scale_log2,
     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
-    q_empty, q_full, empty, k_full, v_full, turn, tickets_ptr, mail, mail_empty, mail_full,
+    ready, q_empty, q_full, empty, k_full, v_full, turn, tickets_ptr, mail, mail_empty, mail_full,
     k0, k1, v0, v1, part0, part1, part_full,
     D: gl.constexpr, HEADS: gl.constexpr, GROUPS: gl.constexpr, SPLIT: gl.constexpr,
     TAIL: gl.constexpr, HELD: gl.constexpr, NUM_WARPS: gl.constexpr, GROUP: gl.constexpr,
@@ -136,6 +171,7 @@ def _consume(
         cu_ptr, tile, segment, first, begin, end, last, HEADS, ROWS_Q
     )
     wait_for_previous()
+    mbarrier.wait(ready, 0)
     stage = 0
     phase = 0
     lap = 0
@@ -329,6 +365,7 @@ def attention_hopper_kernel(
         q1_tiles = q0_tiles
         k1_ring = k0_ring
         v1_ring = v0_ring
+    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [Q_BUFFERS, 1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [Q_BUFFERS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -352,8 +389,6 @@ def attention_hopper_kernel(
             part1 = gl.allocate_shared_memory(
                 dtype, [GROUPS, BLOCK_N, 1, k1_ring.shape[3]], k1.layout
             )
-        for i in gl.static_range(GROUPS):
-            mbarrier.init(part_full.index(i), count=1)
     # the producer posts a tile while the groups work on the one before
     mail = q_empty
     mail_empty = q_empty
@@ -362,19 +397,7 @@ def attention_hopper_kernel(
         mail = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         mail_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         mail_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(2):
-            mbarrier.init(mail_empty.index(i), count=GROUPS)
-            mbarrier.init(mail_full.index(i), count=1)
-    for i in gl.static_range(Q_BUFFERS):
-        mbarrier.init(q_empty.index(i), count=GROUPS)
-        mbarrier.init(q_full.index(i), count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(empty.index(i), count=GROUPS)
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(v_full.index(i), count=1)
-    if GROUPS > 1:
-        for i in gl.static_range(GROUPS):
-            mbarrier.init(turn.index(i), count=1)
+    mbarrier.init(ready, count=1)
     fence_async_shared()
     # written out: a tuple kept in a variable turns its constexprs into tensors
     if GROUPS == 1:
@@ -383,7 +406,7 @@ def attention_hopper_kernel(
                 (_consume, (
                     out_ptr, cu_ptr, num_segments, scale_log2,
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
-                    q_empty, q_full, empty, k_full, v_full, turn,
+                    ready, q_empty, q_full, empty, k_full, v_full, turn,
                     tickets_ptr, mail, mail_empty, mail_full,
                     k0, k1, v0, v1, part0, part1, part_full,
                     D, HEADS, GROUPS, SPLIT, TAIL, HELD, num_warps, 0,
@@ -391,9 +414,9 @@ def attention_hopper_kernel(
                 (_produce, (
                     q0, q1, k0, k1, v0, v1, cu_ptr, num_segments,
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
-                    q_empty, q_full, empty, k_full, v_full,
+                    ready, q_empty, q_full, empty, k_full, v_full, turn, part_full,
                     tickets_ptr, mail, mail_empty, mail_full,
-                    HEADS, GROUPS, SPLIT,
+                    HEADS, GROUPS, SPLIT, HELD,
                 )),
             ],
             [1],
@@ -405,7 +428,7 @@ def attention_hopper_kernel(
                 (_consume, (
                     out_ptr, cu_ptr, num_segments, scale_log2,
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
-                    q_empty, q_full, empty, k_full, v_full, turn,
+                    ready, q_empty, q_full, empty, k_full, v_full, turn,
                     tickets_ptr, mail, mail_empty, mail_full,
                     k0, k1, v0, v1, part0, part1, part_full,
                     D, HEADS, GROUPS, SPLIT, TAIL, HELD, num_warps, 0,
@@ -413,7 +436,7 @@ def attention_hopper_kernel(
                 (_consume, (
                     out_ptr, cu_ptr, num_segments, scale_log2,
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
-                    q_empty, q_full, empty, k_full, v_full, turn,
+                    ready, q_empty, q_full, empty, k_full, v_full, turn,
                     tickets_ptr, mail, mail_empty, mail_full,
                     k0, k1, v0, v1, part0, part1, part_full,
                     D, HEADS, GROUPS, SPLIT, TAIL, HELD, num_warps, 1,
@@ -421,9 +444,9 @@ def attention_hopper_kernel(
                 (_produce, (
                     q0, q1, k0, k1, v0, v1, cu_ptr, num_segments,
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
-                    q_empty, q_full, empty, k_full, v_full,
+                    ready, q_empty, q_full, empty, k_full, v_full, turn, part_full,
                     tickets_ptr, mail, mail_empty, mail_full,
-                    HEADS, GROUPS, SPLIT,
+                    HEADS, GROUPS, SPLIT, HELD,
                 )),
             ],
             [num_warps, 1],
@@ -435,7 +458,7 @@ def attention_hopper_kernel(
                 (_consume, (
                     out_ptr, cu_ptr, num_segments, scale_log2,
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
-                    q_empty, q_full, empty, k_full, v_full, turn,
+                    ready, q_empty, q_full, empty, k_full, v_full, turn,
                     tickets_ptr, mail, mail_empty, mail_full,
                     k0, k1, v0, v1, part0, part1, part_full,
                     D, HEADS, GROUPS, SPLIT, TAIL, HELD, num_warps, 0,
@@ -443,7 +466,7 @@ def attention_hopper_kernel(
                 (_consume, (
                     out_ptr, cu_ptr, num_segments, scale_log2,
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
-                    q_empty, q_full, empty, k_full, v_full, turn,
+                    ready, q_empty, q_full, empty, k_full, v_full, turn,
                     tickets_ptr, mail, mail_empty, mail_full,
                     k0, k1, v0, v1, part0, part1, part_full,
                     D, HEADS, GROUPS, SPLIT, TAIL, HELD, num_warps, 1,
@@ -451,7 +474,7 @@ def attention_hopper_kernel(
                 (_consume, (
                     out_ptr, cu_ptr, num_segments, scale_log2,
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
-                    q_empty, q_full, empty, k_full, v_full, turn,
+                    ready, q_empty, q_full, empty, k_full, v_full, turn,
                     tickets_ptr, mail, mail_empty, mail_full,
                     k0, k1, v0, v1, part0, part1, part_full,
                     D, HEADS, GROUPS, SPLIT, TAIL, HELD, num_warps, 2,
@@ -459,9 +482,9 @@ def attention_hopper_kernel(
                 (_produce, (
                     q0, q1, k0, k1, v0, v1, cu_ptr, num_segments,
                     q0_tiles, q1_tiles, k0_ring, k1_ring, v0_ring, v1_ring,
-                    q_empty, q_full, empty, k_full, v_full,
+                    ready, q_empty, q_full, empty, k_full, v_full, turn, part_full,
                     tickets_ptr, mail, mail_empty, mail_full,
-                    HEADS, GROUPS, SPLIT,
+                    HEADS, GROUPS, SPLIT, HELD,
                 )),
             ],
             [num_warps, num_warps, 1],

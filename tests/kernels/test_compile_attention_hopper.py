@@ -121,7 +121,8 @@ def test_attention(D, config, dtype, drawn):
     held = holds_maximum(config, D, DTYPES[dtype])
     parts = config.groups if held else 0
     loads = 2 * q_buffers(config, D, DTYPES[dtype]) + 3 * config.num_stages + parts
-    assert info.ptx.count("mbarrier.init") == loads + turns + mail
+    ready = 1
+    assert info.ptx.count("mbarrier.init") == ready + loads + turns + mail
     assert info.ptx.count("atom.") == (2 if drawn else 0)
     # what a tile begins with may wait in local memory, nothing that its steps use
     assert info.spill_bytes <= 256
