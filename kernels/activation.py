@@ -78,23 +78,32 @@ def _gelu_erf(x):
 
 
 @triton.jit
+def binary_exponent(x, ACTIVATION: tl.constexpr):
+    """y of x / (1 + 2^y), which all but `gelu_erf` are: (1 + tanh(u)) / 2 = sigmoid(2 u)."""
+    if ACTIVATION == "gelu_tanh":
+        return x * (-2.302208198 - 0.1029432397 * x * x)
+    elif ACTIVATION == "quick_gelu":
+        return -2.455466955 * x
+    else:
+        return -1.4426950408889634 * x
+
+
+@triton.jit
 def apply_activation(x, ACTIVATION: tl.constexpr, IS_FP32: tl.constexpr = False):
     """`ACTIVATION` of an fp32 tile, to the last place only where the result stays fp32."""
-    if ACTIVATION == "gelu_tanh":
-        # (1 + tanh(u)) / 2 = sigmoid(2 u)
-        if IS_FP32:
+    if IS_FP32:
+        if ACTIVATION == "gelu_tanh":
             x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-        else:
-            x = x * _inverse(1.0 + tl.exp2(x * (-2.302208198 - 0.1029432397 * x * x)))
-    if ACTIVATION == "gelu_erf":
-        if IS_FP32:
+        if ACTIVATION == "gelu_erf":
             x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-        else:
-            x = _gelu_erf(x)
-    if ACTIVATION == "quick_gelu":
-        x = x * (tl.sigmoid(1.702 * x) if IS_FP32 else _inverse(1.0 + tl.exp2(-2.455466955 * x)))
-    if ACTIVATION == "silu":
-        x = x * (tl.sigmoid(x) if IS_FP32 else _inverse(1.0 + tl.exp2(-1.4426950408889634 * x)))
+        if ACTIVATION == "quick_gelu":
+            x = x * tl.sigmoid(1.702 * x)
+        if ACTIVATION == "silu":
+            x = x * tl.sigmoid(x)
+    elif ACTIVATION == "gelu_erf":
+        x = _gelu_erf(x)
+    elif ACTIVATION != "":
+        x = x * _inverse(1.0 + tl.exp2(binary_exponent(x, ACTIVATION)))
     return x
 
 

@@ -10,21 +10,29 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .activation import apply_activation
-from .gluon_norm import add_to_stream, load_moments, load_stream_tile, normalise, scales_of
+from .gluon_norm import (
+    add_to_stream,
+    linear_of_scaled,
+    load_moments,
+    load_stream_tile,
+    scales_of,
+)
 from .gluon_pdl import wait_for_previous
-from .gluon_rope import load_place, rotate
+from .gluon_rope import load_place, rotate, turn_of, turns_of
 from .gluon_tiles import (
+    activate,
     allocate_vector,
-    barrier,
     columns,
     fetch_columns,
     fetch_vector,
     load_async,
-    load_part,
     put_vector,
     store_async,
 )
+
+# Parts of a result, and of the cos and sin for it that are computed before the products, that
+# registers hold together
+MOST_HELD = gl.constexpr(6)
 
 
 @gluon.jit
@@ -37,36 +45,23 @@ def _num_live(live_ptr, M):
 
 @gluon.jit
 def _load_weight(
-    weight, weight_tail, start_n, start_k, N, arrived, block, tail, pred, IS_GATED: gl.constexpr,
+    weight, weight_tail, start_n, start_k, N, arrived, block, tail, IS_GATED: gl.constexpr,
 ):  # fmt: skip
     HEAD: gl.constexpr = block.shape[0]
     if IS_GATED:
         gate, up = start_n // 2, (N + start_n) // 2
-        load_async(weight, [gate, start_k], arrived, block.slice(0, HEAD // 2), pred=pred)
-        load_async(weight, [up, start_k], arrived, block.slice(HEAD // 2, HEAD // 2), pred=pred)
+        load_async(weight, [gate, start_k], arrived, block.slice(0, HEAD // 2))
+        load_async(weight, [up, start_k], arrived, block.slice(HEAD // 2, HEAD // 2))
     else:
-        load_async(weight, [start_n, start_k], arrived, block, pred=pred)
+        load_async(weight, [start_n, start_k], arrived, block)
     if weight_tail is not None:
-        load_async(weight_tail, [start_n + HEAD, start_k], arrived, tail, pred=pred)
-
-
-@gluon.jit
-def _multiply(a, head, tail, acc, acc_tail, USE_ACC: gl.constexpr, HAS_TAIL: gl.constexpr):
-    """A step along K, which is left to run; those before it are done."""
-    acc = warpgroup_mma(a, head.permute((1, 0)), acc, use_acc=USE_ACC, is_async=True)
-    if HAS_TAIL:
-        tail = tail.permute((1, 0))
-        acc_tail = warpgroup_mma(a, tail, acc_tail, use_acc=USE_ACC, is_async=True)
-        acc, acc_tail = warpgroup_mma_wait(2, deps=(acc, acc_tail))
-    else:
-        acc = warpgroup_mma_wait(1, deps=(acc,))
-    return acc, acc_tail
+        load_async(weight_tail, [start_n + HEAD, start_k], arrived, tail)
 
 
 @gluon.jit
 def _store_rounded(
-    parts, bias, scales, sums, row, column, row_turns, column_turns, out, N, start_m, start_n,
-    buffers, LAYOUT: gl.constexpr, ACTIVATION: gl.constexpr, IS_GATED: gl.constexpr,
+    parts, bias, scales, sums, turns, row, column, row_turns, column_turns, out, N, start_m,
+    start_n, buffers, LAYOUT: gl.constexpr, ACTIVATION: gl.constexpr, IS_GATED: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     PARTS: gl.constexpr = len(parts) // 2 if IS_GATED else len(parts)
@@ -76,19 +71,19 @@ def _store_rounded(
         start_n = start_n // 2
     for i in gl.static_range(PARTS):
         first = start_n + i * WIDTH
-        y = normalise(gl.convert_layout(parts[i], LAYOUT), scales, sums, i, LAYOUT)
-        if HAS_BIAS:
-            y += load_part(bias, i, LAYOUT)
+        y = linear_of_scaled(parts[i], scales, sums, bias, i, HAS_BIAS, LAYOUT)
         if row is not None:
-            turns = row_turns.index(i), column_turns.index(i)
-            y = rotate(y, row, column, turns[0], turns[1], first, N, LAYOUT)
-        y = apply_activation(y, ACTIVATION)
+            if i < len(turns):
+                turn = turns[i]
+            else:
+                of_row, of_column = row_turns.index(i), column_turns.index(i)
+                turn = turn_of(row, column, of_row, of_column, first, N, LAYOUT)
+            y = rotate(y, turn, first, N, LAYOUT)
+        y = activate(y, ACTIVATION)
         if IS_GATED:
-            up = gl.convert_layout(parts[PARTS + i], LAYOUT)
-            up = normalise(up, scales, sums, PARTS + i, LAYOUT)
-            if HAS_BIAS:
-                up += load_part(bias, PARTS + i, LAYOUT)
-            y *= up
+            y *= linear_of_scaled(
+                parts[PARTS + i], scales, sums, bias, PARTS + i, HAS_BIAS, LAYOUT
+            )  # fmt: skip
         if i >= BUFFERS:
             tma.store_wait(BUFFERS - 1)
         buffers.index(i % BUFFERS).store(y.to(out.dtype))
@@ -107,139 +102,121 @@ def _store_partial(acc, out_ptr, M, N, start_m, start_n):
     gl.store(out_ptr + rows[:, None] * N + cols[None, :], acc, mask=mask)
 
 
-@gluon.jit(do_not_specialize=["M", "part_steps", "longer_parts"])  # one compilation for all
-def gemm_few_rows_kernel(
-    x,  # [M, K] descriptor
-    weight,  # [N, K] descriptor, blocks of HEAD rows (half of it when gated)
-    weight_tail,  # the same by blocks of TAIL rows, or None
-    bias_ptr,  # [N] or None
-    position_ptr,  # [M, 4] int32, first row and column of the patches, or None
-    turns_ptr,  # [2, N / 2] fp32 with `position_ptr`
-    stream,  # [M, N] descriptor, to which the product is added, or None
-    gain_ptr,  # [N], what scales the stream for `out`, with `stream`
-    offset_ptr,  # [N] fp32 or None, what the stream lacks
-    moments_ptr,  # [M, 2, MOST_GROUPS] fp32 or None: of the stream, or of what x was scaled from
-    sums_ptr,  # [N] fp32 or None, what of the product the mean of a row contributes
-    out,  # [M, N] descriptor (half as wide when gated), or None
-    partial_ptr,  # [parts, M, N] fp32, or None
-    live_ptr,  # [1] int32 or None
-    M,
-    N,
-    K,
-    part_steps,  # of each part of K; the first `longer_parts` have one more
-    longer_parts,
-    eps,
-    ACTIVATION: gl.constexpr,
+@gluon.jit
+def _produce(
+    x, weight, weight_tail, stream, live_ptr, M, N, start_m, start_n, first_step, steps,
+    x_ring, weight_ring, tail_ring, stream_tiles, ready, empty, full, stream_full,
     IS_GATED: gl.constexpr,
-    IS_RMS: gl.constexpr,
-    MOST_GROUPS: gl.constexpr,
-    STAGES: gl.constexpr,
-    num_warps: gl.constexpr,
-):
-    """One tile of one part of K; grid: tiles of rows, the fastest, of columns, parts."""
-    BLOCK_M: gl.constexpr = x.block_shape[0]
-    STEP_K: gl.constexpr = x.block_shape[1]
-    HEAD: gl.constexpr = weight.block_shape[0] * (2 if IS_GATED else 1)
-    HAS_TAIL: gl.constexpr = weight_tail is not None
-    x_ring = gl.allocate_shared_memory(x.dtype, [STAGES, BLOCK_M, STEP_K], x.layout)
-    weight_ring = gl.allocate_shared_memory(x.dtype, [STAGES, HEAD, STEP_K], weight.layout)
-    if HAS_TAIL:
-        TAIL: gl.constexpr = weight_tail.block_shape[0]
-        tail_ring = gl.allocate_shared_memory(x.dtype, [STAGES, TAIL, STEP_K], weight_tail.layout)
-    else:
-        TAIL: gl.constexpr = 0
-        tail_ring = weight_ring
-    BLOCK_N: gl.constexpr = HEAD + TAIL
-    WIDTH: gl.constexpr = STEP_K  # results leave through the ring of x
-    PARTS: gl.constexpr = BLOCK_N // WIDTH
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    bias = allocate_vector(bias_ptr, full, PARTS, WIDTH)
-    row_turns = allocate_vector(turns_ptr, full, PARTS, WIDTH // 2)
-    column_turns = allocate_vector(turns_ptr, full, PARTS, WIDTH // 2)
-    gain = allocate_vector(gain_ptr, full, PARTS, WIDTH)
-    offset = allocate_vector(offset_ptr, full, PARTS, WIDTH)
-    sums = allocate_vector(sums_ptr, full, PARTS, WIDTH)
-    start_m = gl.program_id(0) * BLOCK_M
-    start_n = gl.program_id(1) * BLOCK_N
-    first_step, steps = 0, gl.cdiv(K, STEP_K)
-    if partial_ptr is not None:
-        part = gl.program_id(2)
-        partial_ptr += part * M * N
-        first_step = part * part_steps + gl.minimum(part, longer_parts)
-        steps = gl.where(part < longer_parts, part_steps + 1, part_steps)
-    BYTES: gl.constexpr = (BLOCK_M + BLOCK_N) * STEP_K * 2
+):  # fmt: skip
+    STAGES: gl.constexpr = x_ring.shape[0]
+    STEP_K: gl.constexpr = x_ring.shape[2]
+    TAIL: gl.constexpr = tail_ring.shape[1] if weight_tail is not None else 0
+    BYTES: gl.constexpr = (x_ring.shape[1] + weight_ring.shape[1] + TAIL) * STEP_K * 2
+    # one warp needs no barrier between what it does to barriers, so it makes them
     for i in gl.static_range(STAGES):
+        mbarrier.init(empty.index(i), count=1)
         mbarrier.init(full.index(i), count=1)
+    if stream is not None:
+        mbarrier.init(stream_full, count=1)
     fence_async_shared()
     # weights do not depend on the kernel before: as many as fit are on their way when it ends
-    for i in gl.static_range(STAGES):
-        mbarrier.expect(full.index(i), BYTES, pred=i < steps)
-        _load_weight(
-            weight, weight_tail, start_n, (first_step + i) * STEP_K, N, full.index(i),
-            weight_ring.index(i), tail_ring.index(i), i < steps, IS_GATED,
-        )  # fmt: skip
-    stream_tiles, stream_full = x_ring, full
-    if stream is not None:
-        stream_tiles = gl.allocate_shared_memory(x.dtype, [PARTS, BLOCK_M, WIDTH], stream.layout)
-        stream_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-        mbarrier.init(stream_full, count=1)
-        fence_async_shared()
-        load_stream_tile(stream, start_m, start_n, stream_full, stream_tiles)
-    HEAD_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, HEAD, 16])
-    TAIL_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, TAIL, 16])
-    PART_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, WIDTH, 16])
-    biases = fetch_columns(bias_ptr, start_n, N, IS_GATED, PARTS, WIDTH, num_warps)
-    pair, pairs = start_n // 2, N // 2
-    of_row = fetch_vector(turns_ptr, pair, pairs, PARTS, WIDTH // 2, num_warps)
-    of_column = fetch_vector(turns_ptr, pairs + pair, 2 * pairs, PARTS, WIDTH // 2, num_warps)
-    gains = fetch_columns(gain_ptr, start_n, N, False, PARTS, WIDTH, num_warps)
-    offsets = fetch_columns(offset_ptr, start_n, N, False, PARTS, WIDTH, num_warps)
-    column_sums = fetch_columns(sums_ptr, start_n, N, IS_GATED, PARTS, WIDTH, num_warps)
-    row = load_place(position_ptr, start_m, M, 0, BLOCK_M, HEAD_LAYOUT)
-    column = load_place(position_ptr, start_m, M, 1, BLOCK_M, HEAD_LAYOUT)
-    live = _num_live(live_ptr, M)
-    wait_for_previous()
     early = gl.minimum(steps, STAGES)
     for i in range(early):
-        load_async(x, [start_m, (first_step + i) * STEP_K], full.index(i), x_ring.index(i))
+        mbarrier.expect(full.index(i), BYTES)
+        _load_weight(
+            weight, weight_tail, start_n, (first_step + i) * STEP_K, N, full.index(i),
+            weight_ring.index(i), tail_ring.index(i), IS_GATED,
+        )  # fmt: skip
+    if stream is not None:
+        load_stream_tile(stream, start_m, start_n, stream_full, stream_tiles)
+    mbarrier.arrive(ready)
+    live = _num_live(live_ptr, M)
+    wait_for_previous()
+    for i in range(early):
+        start_k = (first_step + i) * STEP_K
+        load_async(x, [start_m, start_k], full.index(i), x_ring.index(i))
+    if start_m < live:
+        for i in range(STAGES, steps):
+            stage = i % STAGES
+            start_k = (first_step + i) * STEP_K
+            mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
+            mbarrier.expect(full.index(stage), BYTES)
+            _load_weight(
+                weight, weight_tail, start_n, start_k, N, full.index(stage),
+                weight_ring.index(stage), tail_ring.index(stage), IS_GATED,
+            )  # fmt: skip
+            load_async(x, [start_m, start_k], full.index(stage), x_ring.index(stage))
+    else:
+        # the memory of a program that has ended belongs to others
+        for i in range(early):
+            mbarrier.wait(full.index(i), 0)
+        if stream is not None:
+            mbarrier.wait(stream_full, 0)
+
+
+@gluon.jit
+def _consume(
+    bias_ptr, position_ptr, turns_ptr, gain_ptr, offset_ptr, sums_ptr, moments_ptr, stream, out,
+    partial_ptr, live_ptr, M, N, K, eps, start_m, start_n, steps,
+    x_ring, weight_ring, tail_ring, stream_tiles, bias, row_turns, column_turns, gain, offset, sums,
+    ready, empty, full, stream_full,
+    ACTIVATION: gl.constexpr, IS_GATED: gl.constexpr, IS_RMS: gl.constexpr, HAS_TAIL: gl.constexpr,
+    MOST_GROUPS: gl.constexpr, NUM_WARPS: gl.constexpr,
+):  # fmt: skip
+    STAGES: gl.constexpr = x_ring.shape[0]
+    BLOCK_M: gl.constexpr = x_ring.shape[1]
+    WIDTH: gl.constexpr = x_ring.shape[2]  # results leave through the ring of x
+    HEAD: gl.constexpr = weight_ring.shape[1]
+    TAIL: gl.constexpr = tail_ring.shape[1]
+    PARTS: gl.constexpr = (HEAD + (TAIL if HAS_TAIL else 0)) // WIDTH
+    HEAD_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, HEAD, 16])
+    TAIL_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, TAIL, 16])
+    PART_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, WIDTH, 16])
+    row = load_place(position_ptr, start_m, M, 0, BLOCK_M, HEAD_LAYOUT)
+    column = load_place(position_ptr, start_m, M, 1, BLOCK_M, HEAD_LAYOUT)
+    pair, pairs = start_n // 2, N // 2
+    of_row = fetch_vector(turns_ptr, pair, pairs, PARTS, WIDTH // 2, NUM_WARPS)
+    of_column = fetch_vector(turns_ptr, pairs + pair, 2 * pairs, PARTS, WIDTH // 2, NUM_WARPS)
+    biases = fetch_columns(bias_ptr, start_n, N, IS_GATED, PARTS, WIDTH, NUM_WARPS)
+    gains = fetch_columns(gain_ptr, start_n, N, False, PARTS, WIDTH, NUM_WARPS)
+    offsets = fetch_columns(offset_ptr, start_n, N, False, PARTS, WIDTH, NUM_WARPS)
+    column_sums = fetch_columns(sums_ptr, start_n, N, IS_GATED, PARTS, WIDTH, NUM_WARPS)
+    live = _num_live(live_ptr, M)
+    wait_for_previous()
     if start_m < live:
         moments = load_moments(
-            moments_ptr if stream is None else None, start_m, live, MOST_GROUPS, BLOCK_M, num_warps
+            moments_ptr if stream is None else None, start_m, live, MOST_GROUPS, BLOCK_M, NUM_WARPS
         )
+        # what the epilogue needs besides the products, before x is there
+        put_vector(row_turns, of_row, 0)
+        put_vector(column_turns, of_column, 0)
+        put_vector(bias, biases, 0)
+        put_vector(gain, gains, 0)
+        put_vector(offset, offsets, 0)
+        put_vector(sums, column_sums, 0)
+        turns = turns_of(
+            row, column, row_turns, column_turns, start_n, N, 0, min(PARTS, MOST_HELD - PARTS),
+            PART_LAYOUT,
+        )  # fmt: skip
+        scales = scales_of(moments, K, eps, IS_RMS, WIDTH, PART_LAYOUT)
+        mbarrier.wait(ready, 0)
         acc = gl.zeros([BLOCK_M, HEAD], gl.float32, HEAD_LAYOUT)
         tail = acc
         if HAS_TAIL:
             tail = gl.zeros([BLOCK_M, TAIL], gl.float32, TAIL_LAYOUT)
-        mbarrier.wait(full.index(0), 0)
-        acc, tail = _multiply(
-            x_ring.index(0), weight_ring.index(0), tail_ring.index(0), acc, tail, False, HAS_TAIL
-        )
-        # what the epilogue needs, while the tensor cores are at work
-        put_vector(bias, biases, 0)
-        put_vector(row_turns, of_row, 0)
-        put_vector(column_turns, of_column, 0)
-        put_vector(gain, gains, 0)
-        put_vector(offset, offsets, 0)
-        put_vector(sums, column_sums, 0)
-        scales = scales_of(moments, K, eps, IS_RMS, WIDTH, PART_LAYOUT)
-        for i in range(1, steps):
+        for i in range(steps):
             stage = i % STAGES
             mbarrier.wait(full.index(stage), (i // STAGES) & 1)
-            acc, tail = _multiply(
-                x_ring.index(stage), weight_ring.index(stage), tail_ring.index(stage), acc, tail,
-                True, HAS_TAIL,
-            )  # fmt: skip
-            if i + STAGES <= steps:
-                # the step before has been read, so its place takes the one a ring further on
-                stage = (i - 1) % STAGES
-                start_k = (first_step + i - 1 + STAGES) * STEP_K
-                barrier()  # by all warps
-                mbarrier.expect(full.index(stage), BYTES)
-                _load_weight(
-                    weight, weight_tail, start_n, start_k, N, full.index(stage),
-                    weight_ring.index(stage), tail_ring.index(stage), True, IS_GATED,
-                )  # fmt: skip
-                load_async(x, [start_m, start_k], full.index(stage), x_ring.index(stage))
+            a = x_ring.index(stage)
+            acc = warpgroup_mma(a, weight_ring.index(stage).permute((1, 0)), acc, is_async=True)
+            # products of this step are left to run; those of the step before are done
+            if HAS_TAIL:
+                b = tail_ring.index(stage).permute((1, 0))
+                tail = warpgroup_mma(a, b, tail, is_async=True)
+                acc, tail = warpgroup_mma_wait(2, deps=(acc, tail))
+            else:
+                acc = warpgroup_mma_wait(1, deps=(acc,))
+            mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), pred=i > 0)
         if HAS_TAIL:
             acc, tail = warpgroup_mma_wait(0, deps=(acc, tail))
         else:
@@ -261,13 +238,95 @@ def gemm_few_rows_kernel(
                 )  # fmt: skip
             else:
                 _store_rounded(
-                    parts, bias, scales, sums, row, column, row_turns, column_turns, out, N,
+                    parts, bias, scales, sums, turns, row, column, row_turns, column_turns, out, N,
                     start_m, start_n, x_ring, PART_LAYOUT, ACTIVATION, IS_GATED,
                     bias_ptr is not None,
                 )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["M", "part_steps", "longer_parts"])  # one compilation for all
+def gemm_few_rows_kernel(
+    x,  # [M, K] descriptor
+    weight,  # [N, K] descriptor, blocks of HEAD rows (half of it when gated)
+    weight_tail,  # the same by blocks of TAIL rows, or None
+    bias_ptr,  # [N] or None
+    position_ptr,  # [M, 4] int32, first row and column of the patches, or None
+    turns_ptr,  # [2, N / 2] fp32 with `position_ptr`
+    stream,  # [M, N] descriptor, to which the product is added, or None
+    gain_ptr,  # [N], what scales the stream for `out`, with `stream`
+    offset_ptr,  # [N] fp32 or None, what the stream lacks
+    moments_ptr,  # [M, 2, MOST_GROUPS] fp32 or None: of the stream, or of what x was scaled from
+    sums_ptr,  # [N] fp32 or None, what of the product the mean of a row contributes
+    out,  # [M, N] descriptor (half as wide when gated), or None
+    partial_ptr,  # [splits, M, N] fp32, or None
+    live_ptr,  # [1] int32 or None
+    M,
+    N,
+    K,
+    part_steps,  # of a part of K, the first `longer_parts` of them have one more
+    longer_parts,
+    eps,
+    ACTIVATION: gl.constexpr,
+    IS_GATED: gl.constexpr,
+    IS_RMS: gl.constexpr,
+    MOST_GROUPS: gl.constexpr,
+    STAGES: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """One tile of one part; grid: tiles of rows, tiles of columns, parts."""
+    BLOCK_M: gl.constexpr = x.block_shape[0]
+    STEP_K: gl.constexpr = x.block_shape[1]
+    HEAD: gl.constexpr = weight.block_shape[0] * (2 if IS_GATED else 1)
+    HAS_TAIL: gl.constexpr = weight_tail is not None
+    x_ring = gl.allocate_shared_memory(x.dtype, [STAGES, BLOCK_M, STEP_K], x.layout)
+    weight_ring = gl.allocate_shared_memory(x.dtype, [STAGES, HEAD, STEP_K], weight.layout)
+    if HAS_TAIL:
+        TAIL: gl.constexpr = weight_tail.block_shape[0]
+        tail_ring = gl.allocate_shared_memory(x.dtype, [STAGES, TAIL, STEP_K], weight_tail.layout)
+        BLOCK_N: gl.constexpr = HEAD + TAIL
     else:
-        # the memory of a program that has ended belongs to others
-        for i in range(early):
-            mbarrier.wait(full.index(i), 0)
-        if stream is not None:
-            mbarrier.wait(stream_full, 0)
+        tail_ring = weight_ring
+        BLOCK_N: gl.constexpr = HEAD
+    PARTS: gl.constexpr = BLOCK_N // STEP_K
+    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    bias = allocate_vector(bias_ptr, ready, PARTS, STEP_K)
+    row_turns = allocate_vector(turns_ptr, ready, PARTS, STEP_K // 2)
+    column_turns = allocate_vector(turns_ptr, ready, PARTS, STEP_K // 2)
+    gain = allocate_vector(gain_ptr, ready, PARTS, STEP_K)
+    offset = allocate_vector(offset_ptr, ready, PARTS, STEP_K)
+    sums = allocate_vector(sums_ptr, ready, PARTS, STEP_K)
+    stream_tiles = x_ring
+    stream_full = ready
+    if stream is not None:
+        stream_tiles = gl.allocate_shared_memory(x.dtype, [PARTS, BLOCK_M, STEP_K], stream.layout)
+        stream_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(ready, count=1)
+    fence_async_shared()
+    start_m = gl.program_id(0) * BLOCK_M
+    start_n = gl.program_id(1) * BLOCK_N
+    first_step, steps = 0, gl.cdiv(K, STEP_K)
+    if partial_ptr is not None:
+        part = gl.program_id(2)
+        partial_ptr += part * M * N
+        first_step = part * part_steps + gl.minimum(part, longer_parts)
+        steps = gl.where(part < longer_parts, part_steps + 1, part_steps)
+    gl.warp_specialize(
+        [
+            (_consume, (
+                bias_ptr, position_ptr, turns_ptr, gain_ptr, offset_ptr, sums_ptr, moments_ptr,
+                stream, out, partial_ptr, live_ptr, M, N, K, eps, start_m, start_n, steps,
+                x_ring, weight_ring, tail_ring, stream_tiles, bias, row_turns, column_turns, gain,
+                offset, sums, ready, empty, full, stream_full,
+                ACTIVATION, IS_GATED, IS_RMS, HAS_TAIL, MOST_GROUPS, num_warps,
+            )),
+            (_produce, (
+                x, weight, weight_tail, stream, live_ptr, M, N, start_m, start_n, first_step, steps,
+                x_ring, weight_ring, tail_ring, stream_tiles, ready, empty, full, stream_full,
+                IS_GATED,
+            )),
+        ],
+        [1],
+        [24],
+    )  # fmt: skip

@@ -29,11 +29,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .activation import apply_activation
 from .gemm_tuning import HopperConfig
 from .gluon_pdl import wait_for_previous
-from .gluon_rope import load_place, rotate
+from .gluon_rope import load_place, rotate, turn_of
 from .gluon_tiles import (
+    activate,
     activate_for_fp8,
     allocate_vector,
     columns,
@@ -199,12 +199,11 @@ def _finish(
         first = start_n + i * WIDTH
         y = _sums(parts[i], x_scale, w_scale, bias, OWN + i, HAS_BIAS, LAYOUT)
         if row is not None:
-            y = rotate(
-                y, row, column, row_turns.index(OWN + i), column_turns.index(OWN + i), first, N,
-                LAYOUT,
-            )  # fmt: skip
+            of_row, of_column = row_turns.index(OWN + i), column_turns.index(OWN + i)
+            turn = turn_of(row, column, of_row, of_column, first, N, LAYOUT)
+            y = rotate(y, turn, first, N, LAYOUT)
         if out_scale is None:
-            y = apply_activation(y, ACTIVATION)
+            y = activate(y, ACTIVATION)
         else:
             y = activate_for_fp8(y, out_scale, ACTIVATION)
         if IS_GATED:

@@ -113,10 +113,18 @@ def _inverse_deviation(squares, D, eps):
 
 
 @gluon.jit
-def normalise(y, scales, sums, part: gl.constexpr, LAYOUT: gl.constexpr):
-    """A part of a product of scaled rows as if the rows had been normalised before it."""
+def linear_of_scaled(
+    y, scales, sums, bias, part: gl.constexpr, HAS_BIAS: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """A part of a product of scaled rows as if they had been normalised before it, and the bias."""
+    y = gl.convert_layout(y, LAYOUT)
+    offset = gl.zeros([1, y.shape[1]], gl.float32, LAYOUT)
+    if HAS_BIAS:
+        offset = load_part(bias, part, LAYOUT)
+    if len(scales) > 1:
+        offset = offset - scales[1][:, None] * load_part(sums, part, LAYOUT)
     if len(scales) > 0:
         y *= scales[0][:, None]
-    if len(scales) > 1:
-        y -= scales[1][:, None] * load_part(sums, part, LAYOUT)
+    if HAS_BIAS or len(scales) > 1:
+        y += offset
     return y

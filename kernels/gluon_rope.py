@@ -42,26 +42,49 @@ def _sin(x):
 
 
 @gluon.jit
-def _turn(y, row, column, row_turns, column_turns, LAYOUT: gl.constexpr):
-    x1, x2 = y.reshape([y.shape[0], y.shape[1] // 2, 2]).split()
-    PAIRS: gl.constexpr = x1.type.layout
-    by_row = row_turns.load(gl.SliceLayout(0, PAIRS))[None, :]
-    by_column = column_turns.load(gl.SliceLayout(0, PAIRS))[None, :]
-    row = gl.convert_layout(row, gl.SliceLayout(1, PAIRS)).to(gl.float32)[:, None]
-    column = gl.convert_layout(column, gl.SliceLayout(1, PAIRS)).to(gl.float32)[:, None]
-    angle = 6.283185307179586 * _fraction(row * by_row + column * by_column)
-    cos, sin = _cos(angle), _sin(angle)
-    turned = gl.join(x1 * cos - x2 * sin, x2 * cos + x1 * sin)
-    return gl.convert_layout(turned.reshape([y.shape[0], y.shape[1]]), LAYOUT)
+def turn_of(row, column, row_turns, column_turns, first, N, LAYOUT: gl.constexpr):
+    """cos and sin for columns `first`.. of N, as the pairs of a tile of `LAYOUT` lie.
+
+    The columns are those of q, k and v, and v stays. `row_turns` and `column_turns` are vectors in
+    shared memory over the pairs, zero there.
+    """
+    ROWS: gl.constexpr = row.shape[0]
+    COUNT: gl.constexpr = row_turns.shape[0]
+    sin = gl.zeros([ROWS, 2 * COUNT], gl.float32, LAYOUT).reshape([ROWS, COUNT, 2]).split()[0]
+    cos = sin + 1.0
+    if first < N // 3 * 2:  # what lies in v alone is spared the arithmetic
+        PAIRS: gl.constexpr = sin.type.layout
+        by_row = row_turns.load(gl.SliceLayout(0, PAIRS))[None, :]
+        by_column = column_turns.load(gl.SliceLayout(0, PAIRS))[None, :]
+        at_row = gl.convert_layout(row, gl.SliceLayout(1, PAIRS)).to(gl.float32)[:, None]
+        at_column = gl.convert_layout(column, gl.SliceLayout(1, PAIRS)).to(gl.float32)[:, None]
+        angle = 6.283185307179586 * _fraction(at_row * by_row + at_column * by_column)
+        cos, sin = _cos(angle), _sin(angle)
+    return cos, sin
 
 
 @gluon.jit
-def rotate(y, row, column, row_turns, column_turns, first, N, LAYOUT: gl.constexpr):
-    """Columns `first`.. of N, which are q, k and v: each pair of neighbours turned by its place.
+def turns_of(
+    row, column, row_turns, column_turns, first, N, PART: gl.constexpr, END: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """`turn_of` for the columns of the vectors' parts from `PART` to `END`; none without places."""
+    if row is None or PART == END:
+        return ()
+    else:
+        of_row, of_column = row_turns.index(PART), column_turns.index(PART)
+        at = first + PART * 2 * row_turns.shape[1]
+        turn = turn_of(row, column, of_row, of_column, at, N, LAYOUT)
+        others = turns_of(row, column, row_turns, column_turns, first, N, PART + 1, END, LAYOUT)
+        return (turn,) + others  # noqa: RUF005 (Gluon cannot unpack)
 
-    `row_turns` and `column_turns` are vectors in shared memory over the pairs, zero where v stays;
-    what lies in v alone is spared the arithmetic.
-    """
+
+@gluon.jit
+def rotate(y, turn, first, N, LAYOUT: gl.constexpr):
+    """Columns `first`.. of N: each pair of neighbours of q and k turned."""
     if first < N // 3 * 2:
-        y = _turn(y, row, column, row_turns, column_turns, LAYOUT)
+        cos, sin = turn
+        x1, x2 = y.reshape([y.shape[0], y.shape[1] // 2, 2]).split()
+        turned = gl.join(x1 * cos - x2 * sin, x2 * cos + x1 * sin)
+        y = gl.convert_layout(turned.reshape([y.shape[0], y.shape[1]]), LAYOUT)
     return y

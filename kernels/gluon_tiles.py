@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-from .activation import apply_activation
+from .activation import apply_activation, binary_exponent
 
 # Triton 3.7 renamed these
 load_async: Any = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -79,6 +79,30 @@ def put_vector(vector, parts, FIRST: gl.constexpr):
 def load_part(vector, part: gl.constexpr, LAYOUT: gl.constexpr):
     """A part of a vector in fp32, as a row beside tiles of `LAYOUT`."""
     return vector.index(part).load(gl.SliceLayout(0, LAYOUT)).to(gl.float32)[None, :]
+
+
+@gluon.jit
+def _reciprocal(x):
+    return gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def activate(x, ACTIVATION: gl.constexpr):
+    """`apply_activation` of a tile for results of 16 bits, neighbours in pairs.
+
+    The unit for exponentials and reciprocals is what an epilogue waits for, and one reciprocal of a
+    product serves both: 1 / a = b / (a b). So exponents end at 62, where x / 2^62 is as good as 0.
+    """
+    if ACTIVATION == "" or ACTIVATION == "gelu_erf":
+        return apply_activation(x, ACTIVATION)
+    else:
+        y = 1.0 + gl.exp2(gl.minimum(binary_exponent(x, ACTIVATION), 62.0))
+        a, b = y.reshape([x.shape[0], x.shape[1] // 2, 2]).split()
+        r = _reciprocal(a * b)
+        inverse = gl.join(b * r, a * r).reshape([x.shape[0], x.shape[1]])
+        return x * gl.convert_layout(inverse, x.type.layout)
 
 
 @gluon.jit
