@@ -58,7 +58,7 @@ class Sweep:
 
 
 def candidate_name(candidate: Candidate) -> str:
-    """An algorithm's name, or rows x columns, stages, and groups of warps or parts of K."""
+    """An algorithm's name, or rows x columns, stages, groups or parts of K, and if it is fed."""
     if candidate is None:
         return LIBRARY
     if isinstance(candidate, tuple):
@@ -68,7 +68,9 @@ def candidate_name(candidate: Candidate) -> str:
     name = f"{candidate.block_m}x{candidate.block_n} s{candidate.num_stages}"
     if isinstance(candidate, HopperConfig):
         return f"{name} by 2"
-    return name if candidate.splits == 1 else f"{name} in {candidate.splits}"
+    if candidate.splits > 1:
+        name = f"{name} in {candidate.splits}"
+    return f"{name} fed" if candidate.producer else name
 
 
 def candidates(
@@ -108,7 +110,10 @@ def _few_rows(
             for splits in _parts(shape, tiles, num_sms):
                 most = partial(_stages, shape, block_m, block_n, splits, column_bytes)
                 depths = _depths(most, ceil_div(tiles * splits, num_sms))
-                found += [FewRowsConfig(block_m, block_n, depth, splits) for depth in depths]
+                found += [
+                    FewRowsConfig(block_m, block_n, depth, splits, producer)
+                    for depth, producer in product(depths, (False, True))
+                ]
     return found
 
 

@@ -104,7 +104,9 @@ def time_graphs_us(works: Mapping[str, Sequence[Work]]) -> dict[str, float]:
 def tile_name(tile: HopperConfig | FewRowsConfig) -> str:
     """A tile as rows and reports name it."""
     name = f"{tile.block_m}x{tile.block_n}s{tile.num_stages}"
-    return f"few {name}p{tile.splits}" if isinstance(tile, FewRowsConfig) else name
+    if isinstance(tile, HopperConfig):
+        return name
+    return f"few {name}p{tile.splits}{' fed' if tile.producer else ''}"
 
 
 @torch.inference_mode()

@@ -7,9 +7,10 @@ exchanged (`python -m vitgraph.bench products` measures so): at 224 (Qwen3-VL) o
 384, 512, 640, 768, 832 and 1024 rows (GLM-OCR: at 256, 512 and 832; GLM-4.1V: not at 384 and 768;
 Qwen3.5-0.8B: not at 768 and 1024). Where two towers share a shape, the better one for both. Between
 measurements a tile is taken to hold as long as its programs fit into one wave. Up to 128 rows a
-product was measured behind or before its norm, by a script that is not here, or not at all. The
-kernel kept a warp apart for its loads then. Past the last entry, and in shapes without one,
-gemm_tuning.py and the library decide.
+product was measured behind or before its norm, by a script that is not here, or not at all. All had
+a warp kept apart for loads then; which are better without was measured last, by a script around the
+same code, at up to 256 rows and at some of the others, and at 256 and 832 in all tiles. Past the
+last entry, and in shapes without one, gemm_tuning.py and the library decide.
 
 To measure again: `python -m vitgraph.bench products` exchanges them in a captured tower.
 `vitgraph tune` measures them product by product on the user's GPU, and what it found stands before
@@ -18,7 +19,7 @@ this table (tables.py).
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .gemm_tuning import GATED, RESIDUAL, ROTATED, of_class, one_of, read_table
@@ -32,7 +33,8 @@ class FewRowsConfig:
     """Tile [block_m, block_n] of a program of gemm_few_rows.py, and the parts of K.
 
     `block_m` is 64 or 128, `block_n` a multiple of 64 up to 256. `num_stages` steps of 64 along K
-    are in flight, two or more, as deep as shared memory holds beside a few vectors.
+    are in flight, two or more, as deep as shared memory holds beside a few vectors. With `producer`
+    a warp is kept apart for loads: the program starts later, and no step waits for all its warps.
 
     Raises:
         ValueError: a field that the kernel cannot run with.
@@ -42,6 +44,7 @@ class FewRowsConfig:
     block_n: int
     num_stages: int
     splits: int = 1
+    producer: bool = False
 
     def __post_init__(self):
         for name, values in (("block_m", (64, 128)), ("block_n", (64, 128, 192, 256))):
@@ -64,11 +67,22 @@ class FewRowsConfig:
                 f"FewRowsConfig: splits = {self.splits!r} must be an integer of at least 1, the "
                 "parts of K"
             )
+        if type(self.producer) is not bool:
+            raise ValueError(
+                f"FewRowsConfig: producer = {self.producer!r} must be True or False, whether a "
+                "warp is kept apart for loads"
+            )
 
     @property
     def max_registers(self) -> int:
-        """Registers of a thread: a small tile shares a multiprocessor with another one."""
-        return 128 if self.block_m * self.block_n <= 64 * 128 else 168
+        """Registers of a thread: a small tile shares a multiprocessor with another one.
+
+        With a warp kept apart four more warps have as many.
+        """
+        is_small = self.block_m * self.block_n <= 64 * 128
+        if self.producer:
+            return 128 if is_small else 168
+        return 168 if is_small else 224
 
 
 # (N, K, epilogue): (last M, tile), each from the one before on; None for another product. RESIDUAL
@@ -91,12 +105,27 @@ _SQUARE = FewRowsConfig(128, 128, num_stages=6)
 _LARGE = FewRowsConfig(128, 192, num_stages=4)
 _HUGE = FewRowsConfig(128, 256, num_stages=4)
 
+_FED_NARROW = replace(_NARROW, producer=True)
+_FED_DEEP = replace(_DEEP, producer=True)
+_FED_THIRDS = replace(_THIRDS, producer=True)
+_FED_DEEP_THIRDS = replace(_DEEP_THIRDS, producer=True)
+_FED_WIDE = replace(_WIDE, producer=True)
+_FED_TALL = replace(_TALL, producer=True)
+_FED_BROAD = replace(_BROAD, producer=True)
+_FED_WIDE_SUMS = replace(_WIDE_SUMS, producer=True)
+_FED_WIDE_THIRDS = replace(_WIDE_THIRDS, producer=True)
+_FED_SQUARE = replace(_SQUARE, producer=True)
+_FED_LARGE = replace(_LARGE, producer=True)
+_FED_HUGE = replace(_HUGE, producer=True)
+
 TABLE: Table = {
     # Qwen3-VL-8B and 32B: qkv, proj, up, down
-    (3456, 1152, ""): ((256, _WIDE), (704, None), (896, _LARGE)),
-    (3456, 1152, ROTATED): ((256, _WIDE), (384, None), (512, _SQUARE), (896, _LARGE)),
+    (3456, 1152, ""): ((256, _FED_WIDE), (704, None), (896, _FED_LARGE)),
+    (3456, 1152, ROTATED): (
+        (256, _FED_WIDE), (384, None), (512, _FED_SQUARE), (896, _FED_LARGE),
+    ),
     (1152, 1152, RESIDUAL): (
-        (128, _THIRDS), (256, _NARROW), (448, None), (512, _WIDE_SUMS), (768, None),
+        (128, _FED_THIRDS), (256, _NARROW), (448, None), (512, _WIDE_SUMS), (768, None),
         (896, _WIDE_SUMS),
     ),
     (4304, 1152, "gelu_tanh"): (
@@ -105,7 +134,7 @@ TABLE: Table = {
     (1152, 4304, RESIDUAL): ((128, _DEEP_THIRDS), (256, _WIDE_THIRDS)),
     # Qwen3-VL-2B and 4B, GLM-OCR: qkv, proj, up of Qwen3-VL, down
     (3072, 1024, ""): ((256, _WIDE), (448, None), (512, _SQUARE)),
-    (3072, 1024, ROTATED): ((256, _WIDE), (384, None), (512, _WIDE_PAIRS), (640, _SQUARE)),
+    (3072, 1024, ROTATED): ((256, _WIDE), (384, None), (512, _WIDE_PAIRS), (640, _FED_SQUARE)),
     (1024, 1024, RESIDUAL): (
         (384, _WIDE_HALVES), (512, _WIDE_SUMS), (768, None), (832, _WIDE_SUMS),
     ),
@@ -113,28 +142,30 @@ TABLE: Table = {
     (1024, 4096, RESIDUAL): ((256, _WIDE_THIRDS), (512, _WIDE_HALVES)),
     # Qwen2.5-VL and Qwen2-VL: qkv, proj
     (3840, 1280, ""): ((256, _WIDE),),
-    (3840, 1280, ROTATED): ((256, _WIDE), (512, None), (768, _LARGE)),
+    (3840, 1280, ROTATED): (
+        (256, _FED_WIDE), (512, None), (768, _FED_LARGE), (896, _FED_HUGE),
+    ),
     (1280, 1280, RESIDUAL): (
-        (128, _THIRDS), (256, _WIDE_HALVES), (352, None), (448, _WIDE_SUMS), (512, None),
-        (640, _WIDE_SUMS), (768, None), (832, _WIDE_SUMS),
+        (128, _FED_THIRDS), (256, _WIDE_HALVES), (352, None), (448, _WIDE_SUMS), (512, None),
+        (640, _FED_WIDE_SUMS), (768, None), (832, _WIDE_SUMS),
     ),
     # Qwen2.5-VL: gate and up, down
     (6912, 1280, GATED): ((128, FewRowsConfig(64, 128, num_stages=9)), (256, _SQUARE)),
     (1280, 3456, RESIDUAL): (
-        (128, _THIRDS), (256, _WIDE_HALVES), (352, None), (384, _WIDE_HALVES),
+        (128, _THIRDS), (256, _WIDE_THIRDS), (352, None), (384, _WIDE_HALVES),
     ),
     # Qwen2-VL: up, down
     (5120, 1280, "quick_gelu"): (
         (128, _WIDE), (256, _TALL), (384, _SQUARE), (512, _LARGE),
     ),
-    (1280, 5120, RESIDUAL): ((128, _DEEP_THIRDS), (256, _WIDE_THIRDS)),
+    (1280, 5120, RESIDUAL): ((128, _FED_DEEP_THIRDS), (256, _WIDE_THIRDS)),
     # Qwen3.5-0.8B: qkv, proj, up, down
-    (2304, 768, ROTATED): ((256, _NARROW), (384, _WIDE), (832, _WIDE_PAIRS)),
+    (2304, 768, ROTATED): ((256, _FED_NARROW), (384, _WIDE), (832, _WIDE_PAIRS)),
     (768, 768, RESIDUAL): ((384, _DEEP), (640, _WIDE_SUMS)),
     (3072, 768, "gelu_tanh"): ((256, _NARROW), (384, None), (640, _WIDE_PAIRS)),
-    (768, 3072, RESIDUAL): ((384, _WIDE_THIRDS), (512, _WIDE_HALVES)),
+    (768, 3072, RESIDUAL): ((256, _FED_WIDE_THIRDS), (384, _WIDE_THIRDS), (512, _WIDE_HALVES)),
     # GLM-4.1V: qkv, proj, gate and up, down
-    (4608, 1536, ROTATED): ((256, _SQUARE), (512, None), (640, _LARGE)),
+    (4608, 1536, ROTATED): ((256, _FED_SQUARE), (512, None), (640, _FED_LARGE)),
     (1536, 1536, RESIDUAL): ((256, _WIDE_SUMS),),
     (1536, 4096, RESIDUAL): ((256, _WIDE_HALVES),),
 }  # fmt: skip
@@ -152,23 +183,27 @@ DeferredTable = Mapping[tuple[int, int, str], tuple[tuple[int, DeferredTiles | N
 DEFERRED: DeferredTable = {
     # Qwen3-VL-8B and 32B
     (4304, 1152, "gelu_tanh"): (
-        (128, None), (256, (_DEEP, _TALL)), (384, (_DEEP, _SQUARE)), (512, None),
-        (640, (_WIDE, _LARGE)), (768, None), (896, (_WIDE, _HUGE)),
+        (128, None), (256, (_FED_DEEP, _TALL)), (384, (_FED_DEEP, _FED_SQUARE)), (512, None),
+        (640, (_WIDE, _FED_LARGE)), (768, None), (896, (_WIDE, _HUGE)),
     ),
     # Qwen3-VL-2B and 4B
-    (4096, 1024, "gelu_tanh"): ((128, None), (256, (_WIDE, _WIDE)), (512, (_WIDE, _SQUARE))),
+    (4096, 1024, "gelu_tanh"): (
+        (128, None), (256, (_FED_DEEP, _FED_WIDE)), (512, (_WIDE, _FED_SQUARE)),
+    ),
     # Qwen2.5-VL
-    (6912, 1280, GATED): ((128, None), (256, (_DEEP, _SQUARE)), (512, (_WIDE, _HUGE))),
+    (6912, 1280, GATED): ((128, None), (256, (_FED_DEEP, _FED_SQUARE)), (512, (_WIDE, _HUGE))),
     # Qwen2-VL
     (5120, 1280, "quick_gelu"): (
-        (128, None), (256, (_DEEP, _TALL)), (384, (_WIDE, _BROAD)), (512, (_WIDE, _LARGE)),
-        (768, None), (832, (_WIDE, _BROAD)),
+        (128, None), (256, (_FED_DEEP, _FED_TALL)), (384, (_FED_WIDE, _FED_BROAD)),
+        (512, (_WIDE, _FED_LARGE)), (768, None), (832, (_WIDE, _BROAD)),
     ),
     # Qwen3.5-0.8B
-    (3072, 768, "gelu_tanh"): ((128, None), (256, (_DEEP, _WIDE)), (512, (_WIDE, _TALL))),
+    (3072, 768, "gelu_tanh"): (
+        (128, None), (256, (_FED_DEEP, _FED_WIDE)), (512, (_WIDE, _FED_TALL)),
+    ),
     # GLM-OCR, GLM-4.1V
-    (8192, 1024, GATED): ((128, None), (256, (_DEEP, _SQUARE))),
-    (8192, 1536, GATED): ((128, None), (256, (_WIDE, _SQUARE))),
+    (8192, 1024, GATED): ((128, None), (256, (_FED_DEEP, _FED_SQUARE))),
+    (8192, 1536, GATED): ((128, None), (256, (_FED_WIDE, _SQUARE))),
 }  # fmt: skip
 
 

@@ -9,8 +9,9 @@ matrix that has to come from memory, so what counts is when that begins:
 
 - One tile a program, no wave after the first.
 - A program asks for its weights before the kernel that writes x has ended (pdl.py), and does
-  little before: it takes the place of a program of that kernel, so nothing else hides its start. A
-  warp kept apart for the loads would have to be set up first.
+  little before: it takes the place of a program of that kernel, so nothing else hides its start.
+- All its warps multiply, and each step along K waits for all of them before it is overwritten, or a
+  warp is kept apart for loads, which starts later. The table says which is faster.
 - Where tiles of columns are too few for the GPU (proj, down), K is cut into parts. Nobody adds
   them up in a kernel of its own: the norm that follows reads the stream anyway, and adds the
   partial sums of all parts on the way (`partials` of norm.py and residual.py). Sums are taken in
@@ -176,6 +177,6 @@ def launch(
         live_rows, M, N, K, *divmod(ceil_div(K, BLOCK_K), config.splits), eps,
         ACTIVATION=activation or "", IS_GATED=is_gated, IS_RMS=sums is None,
         MOST_GROUPS=MOST_GROUPS,
-        STAGES=config.num_stages,
+        STAGES=config.num_stages, HAS_PRODUCER=config.producer,
         num_warps=block_m // 16, maxnreg=config.max_registers, launch_pdl=starts_early(x),
     )  # fmt: skip

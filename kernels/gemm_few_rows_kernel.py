@@ -22,6 +22,7 @@ from .gluon_rope import load_place, rotate, turn_of, turns_of
 from .gluon_tiles import (
     activate,
     allocate_vector,
+    barrier,
     columns,
     fetch_columns,
     fetch_vector,
@@ -45,17 +46,30 @@ def _num_live(live_ptr, M):
 
 @gluon.jit
 def _load_weight(
-    weight, weight_tail, start_n, start_k, N, arrived, block, tail, IS_GATED: gl.constexpr,
+    weight, weight_tail, start_n, start_k, N, arrived, block, tail, pred, IS_GATED: gl.constexpr,
 ):  # fmt: skip
     HEAD: gl.constexpr = block.shape[0]
     if IS_GATED:
         gate, up = start_n // 2, (N + start_n) // 2
-        load_async(weight, [gate, start_k], arrived, block.slice(0, HEAD // 2))
-        load_async(weight, [up, start_k], arrived, block.slice(HEAD // 2, HEAD // 2))
+        load_async(weight, [gate, start_k], arrived, block.slice(0, HEAD // 2), pred=pred)
+        load_async(weight, [up, start_k], arrived, block.slice(HEAD // 2, HEAD // 2), pred=pred)
     else:
-        load_async(weight, [start_n, start_k], arrived, block)
+        load_async(weight, [start_n, start_k], arrived, block, pred=pred)
     if weight_tail is not None:
-        load_async(weight_tail, [start_n + HEAD, start_k], arrived, tail)
+        load_async(weight_tail, [start_n + HEAD, start_k], arrived, tail, pred=pred)
+
+
+@gluon.jit
+def _multiply(a, head, tail, acc, acc_tail, USE_ACC: gl.constexpr, HAS_TAIL: gl.constexpr):
+    """A step along K, which is left to run; those before it are done."""
+    acc = warpgroup_mma(a, head.permute((1, 0)), acc, use_acc=USE_ACC, is_async=True)
+    if HAS_TAIL:
+        tail = tail.permute((1, 0))
+        acc_tail = warpgroup_mma(a, tail, acc_tail, use_acc=USE_ACC, is_async=True)
+        acc, acc_tail = warpgroup_mma_wait(2, deps=(acc, acc_tail))
+    else:
+        acc = warpgroup_mma_wait(1, deps=(acc,))
+    return acc, acc_tail
 
 
 @gluon.jit
@@ -103,71 +117,107 @@ def _store_partial(acc, out_ptr, M, N, start_m, start_n):
 
 
 @gluon.jit
+def _load_first(
+    weight, weight_tail, stream, start_m, start_n, first_step, steps, N, BYTES: gl.constexpr,
+    weight_ring, tail_ring, stream_tiles, full, stream_full, IS_GATED: gl.constexpr,
+):  # fmt: skip
+    """What does not depend on the kernel before: a ring of weights, and a tile of the stream."""
+    STAGES: gl.constexpr = weight_ring.shape[0]
+    STEP_K: gl.constexpr = weight_ring.shape[2]
+    for i in gl.static_range(STAGES):
+        mbarrier.expect(full.index(i), BYTES, pred=i < steps)
+        _load_weight(
+            weight, weight_tail, start_n, (first_step + i) * STEP_K, N, full.index(i),
+            weight_ring.index(i), tail_ring.index(i), i < steps, IS_GATED,
+        )  # fmt: skip
+    if stream is not None:
+        load_stream_tile(stream, start_m, start_n, stream_full, stream_tiles)
+
+
+@gluon.jit
+def _load_first_x(x, start_m, first_step, steps, x_ring, full):
+    STAGES: gl.constexpr = x_ring.shape[0]
+    STEP_K: gl.constexpr = x_ring.shape[2]
+    for i in range(gl.minimum(steps, STAGES)):
+        start_k = (first_step + i) * STEP_K
+        load_async(x, [start_m, start_k], full.index(i), x_ring.index(i))
+
+
+@gluon.jit
+def _load_step(
+    x, weight, weight_tail, start_m, start_n, step, N, BYTES: gl.constexpr, arrived, x_block,
+    weight_block, tail_block, IS_GATED: gl.constexpr,
+):  # fmt: skip
+    STEP_K: gl.constexpr = x_block.shape[1]
+    start_k = step * STEP_K
+    mbarrier.expect(arrived, BYTES)
+    _load_weight(
+        weight, weight_tail, start_n, start_k, N, arrived, weight_block, tail_block, True, IS_GATED
+    )  # fmt: skip
+    load_async(x, [start_m, start_k], arrived, x_block)
+
+
+@gluon.jit
+def _drain(steps, full, stream, stream_full):
+    """Wait for what was asked for: the memory of a program that has ended belongs to others."""
+    STAGES: gl.constexpr = full.shape[0]
+    for i in range(gl.minimum(steps, STAGES)):
+        mbarrier.wait(full.index(i), 0)
+    if stream is not None:
+        mbarrier.wait(stream_full, 0)
+
+
+@gluon.jit
 def _produce(
     x, weight, weight_tail, stream, live_ptr, M, N, start_m, start_n, first_step, steps,
     x_ring, weight_ring, tail_ring, stream_tiles, ready, empty, full, stream_full,
-    IS_GATED: gl.constexpr,
+    BYTES: gl.constexpr, IS_GATED: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = x_ring.shape[0]
-    STEP_K: gl.constexpr = x_ring.shape[2]
-    TAIL: gl.constexpr = tail_ring.shape[1] if weight_tail is not None else 0
-    BYTES: gl.constexpr = (x_ring.shape[1] + weight_ring.shape[1] + TAIL) * STEP_K * 2
     # one warp needs no barrier between what it does to barriers, so it makes them
     for i in gl.static_range(STAGES):
-        mbarrier.init(empty.index(i), count=1)
         mbarrier.init(full.index(i), count=1)
     if stream is not None:
         mbarrier.init(stream_full, count=1)
     fence_async_shared()
-    # weights do not depend on the kernel before: as many as fit are on their way when it ends
-    early = gl.minimum(steps, STAGES)
-    for i in range(early):
-        mbarrier.expect(full.index(i), BYTES)
-        _load_weight(
-            weight, weight_tail, start_n, (first_step + i) * STEP_K, N, full.index(i),
-            weight_ring.index(i), tail_ring.index(i), IS_GATED,
-        )  # fmt: skip
-    if stream is not None:
-        load_stream_tile(stream, start_m, start_n, stream_full, stream_tiles)
+    _load_first(
+        weight, weight_tail, stream, start_m, start_n, first_step, steps, N, BYTES, weight_ring,
+        tail_ring, stream_tiles, full, stream_full, IS_GATED,
+    )  # fmt: skip
+    for i in gl.static_range(STAGES):
+        mbarrier.init(empty.index(i), count=1)
     mbarrier.arrive(ready)
     live = _num_live(live_ptr, M)
     wait_for_previous()
-    for i in range(early):
-        start_k = (first_step + i) * STEP_K
-        load_async(x, [start_m, start_k], full.index(i), x_ring.index(i))
+    _load_first_x(x, start_m, first_step, steps, x_ring, full)
     if start_m < live:
-        for i in range(STAGES, steps):
-            stage = i % STAGES
-            start_k = (first_step + i) * STEP_K
-            mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
-            mbarrier.expect(full.index(stage), BYTES)
-            _load_weight(
-                weight, weight_tail, start_n, start_k, N, full.index(stage),
-                weight_ring.index(stage), tail_ring.index(stage), IS_GATED,
+        for step in range(STAGES, steps):
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            _load_step(
+                x, weight, weight_tail, start_m, start_n, first_step + step, N, BYTES,
+                full.index(stage), x_ring.index(stage), weight_ring.index(stage),
+                tail_ring.index(stage), IS_GATED,
             )  # fmt: skip
-            load_async(x, [start_m, start_k], full.index(stage), x_ring.index(stage))
     else:
-        # the memory of a program that has ended belongs to others
-        for i in range(early):
-            mbarrier.wait(full.index(i), 0)
-        if stream is not None:
-            mbarrier.wait(stream_full, 0)
+        _drain(steps, full, stream, stream_full)
 
 
 @gluon.jit
 def _consume(
-    bias_ptr, position_ptr, turns_ptr, gain_ptr, offset_ptr, sums_ptr, moments_ptr, stream, out,
-    partial_ptr, live_ptr, M, N, K, eps, start_m, start_n, steps,
-    x_ring, weight_ring, tail_ring, stream_tiles, bias, row_turns, column_turns, gain, offset, sums,
-    ready, empty, full, stream_full,
-    ACTIVATION: gl.constexpr, IS_GATED: gl.constexpr, IS_RMS: gl.constexpr, HAS_TAIL: gl.constexpr,
-    MOST_GROUPS: gl.constexpr, NUM_WARPS: gl.constexpr,
+    x, weight, weight_tail, bias_ptr, position_ptr, turns_ptr, gain_ptr, offset_ptr, sums_ptr,
+    moments_ptr, stream, out, partial_ptr, live_ptr, M, N, K, eps, start_m, start_n, first_step,
+    steps, x_ring, weight_ring, tail_ring, stream_tiles, bias, row_turns, column_turns, gain,
+    offset, sums, ready, empty, full, stream_full,
+    BYTES: gl.constexpr, ACTIVATION: gl.constexpr, IS_GATED: gl.constexpr, IS_RMS: gl.constexpr,
+    MOST_GROUPS: gl.constexpr, HAS_PRODUCER: gl.constexpr, NUM_WARPS: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = x_ring.shape[0]
     BLOCK_M: gl.constexpr = x_ring.shape[1]
     WIDTH: gl.constexpr = x_ring.shape[2]  # results leave through the ring of x
     HEAD: gl.constexpr = weight_ring.shape[1]
     TAIL: gl.constexpr = tail_ring.shape[1]
+    HAS_TAIL: gl.constexpr = weight_tail is not None
     PARTS: gl.constexpr = (HEAD + (TAIL if HAS_TAIL else 0)) // WIDTH
     HEAD_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, HEAD, 16])
     TAIL_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, TAIL, 16])
@@ -183,6 +233,8 @@ def _consume(
     column_sums = fetch_columns(sums_ptr, start_n, N, IS_GATED, PARTS, WIDTH, NUM_WARPS)
     live = _num_live(live_ptr, M)
     wait_for_previous()
+    if not HAS_PRODUCER:
+        _load_first_x(x, start_m, first_step, steps, x_ring, full)
     if start_m < live:
         moments = load_moments(
             moments_ptr if stream is None else None, start_m, live, MOST_GROUPS, BLOCK_M, NUM_WARPS
@@ -199,24 +251,36 @@ def _consume(
             PART_LAYOUT,
         )  # fmt: skip
         scales = scales_of(moments, K, eps, IS_RMS, WIDTH, PART_LAYOUT)
-        mbarrier.wait(ready, 0)
+        if HAS_PRODUCER:
+            mbarrier.wait(ready, 0)
         acc = gl.zeros([BLOCK_M, HEAD], gl.float32, HEAD_LAYOUT)
         tail = acc
         if HAS_TAIL:
             tail = gl.zeros([BLOCK_M, TAIL], gl.float32, TAIL_LAYOUT)
-        for i in range(steps):
+        mbarrier.wait(full.index(0), 0)
+        # apart, so that the sums need no zeros: in a loop that begins with them ptxas of CUDA 13
+        # may have each product wait for the one before
+        acc, tail = _multiply(
+            x_ring.index(0), weight_ring.index(0), tail_ring.index(0), acc, tail, False, HAS_TAIL
+        )
+        for i in range(1, steps):
             stage = i % STAGES
             mbarrier.wait(full.index(stage), (i // STAGES) & 1)
-            a = x_ring.index(stage)
-            acc = warpgroup_mma(a, weight_ring.index(stage).permute((1, 0)), acc, is_async=True)
-            # products of this step are left to run; those of the step before are done
-            if HAS_TAIL:
-                b = tail_ring.index(stage).permute((1, 0))
-                tail = warpgroup_mma(a, b, tail, is_async=True)
-                acc, tail = warpgroup_mma_wait(2, deps=(acc, tail))
+            acc, tail = _multiply(
+                x_ring.index(stage), weight_ring.index(stage), tail_ring.index(stage), acc, tail,
+                True, HAS_TAIL,
+            )  # fmt: skip
+            before = (i - 1) % STAGES
+            if HAS_PRODUCER:
+                mbarrier.arrive(empty.index(before))
             else:
-                acc = warpgroup_mma_wait(1, deps=(acc,))
-            mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), pred=i > 0)
+                if i - 1 + STAGES < steps:
+                    barrier()  # all warps have read it
+                    _load_step(
+                        x, weight, weight_tail, start_m, start_n, first_step + i - 1 + STAGES, N,
+                        BYTES, full.index(before), x_ring.index(before), weight_ring.index(before),
+                        tail_ring.index(before), IS_GATED,
+                    )  # fmt: skip
         if HAS_TAIL:
             acc, tail = warpgroup_mma_wait(0, deps=(acc, tail))
         else:
@@ -242,6 +306,9 @@ def _consume(
                     start_m, start_n, x_ring, PART_LAYOUT, ACTIVATION, IS_GATED,
                     bias_ptr is not None,
                 )  # fmt: skip
+    else:
+        if not HAS_PRODUCER:
+            _drain(steps, full, stream, stream_full)
 
 
 @gluon.jit(do_not_specialize=["M", "part_steps", "longer_parts"])  # one compilation for all
@@ -271,6 +338,7 @@ def gemm_few_rows_kernel(
     IS_RMS: gl.constexpr,
     MOST_GROUPS: gl.constexpr,
     STAGES: gl.constexpr,
+    HAS_PRODUCER: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     """One tile of one part; grid: tiles of rows, tiles of columns, parts."""
@@ -288,22 +356,22 @@ def gemm_few_rows_kernel(
         tail_ring = weight_ring
         BLOCK_N: gl.constexpr = HEAD
     PARTS: gl.constexpr = BLOCK_N // STEP_K
-    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    BYTES: gl.constexpr = (BLOCK_M + BLOCK_N) * STEP_K * 2
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    bias = allocate_vector(bias_ptr, ready, PARTS, STEP_K)
-    row_turns = allocate_vector(turns_ptr, ready, PARTS, STEP_K // 2)
-    column_turns = allocate_vector(turns_ptr, ready, PARTS, STEP_K // 2)
-    gain = allocate_vector(gain_ptr, ready, PARTS, STEP_K)
-    offset = allocate_vector(offset_ptr, ready, PARTS, STEP_K)
-    sums = allocate_vector(sums_ptr, ready, PARTS, STEP_K)
-    stream_tiles = x_ring
-    stream_full = ready
+    ready, empty = full, full
+    if HAS_PRODUCER:
+        ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    bias = allocate_vector(bias_ptr, full, PARTS, STEP_K)
+    row_turns = allocate_vector(turns_ptr, full, PARTS, STEP_K // 2)
+    column_turns = allocate_vector(turns_ptr, full, PARTS, STEP_K // 2)
+    gain = allocate_vector(gain_ptr, full, PARTS, STEP_K)
+    offset = allocate_vector(offset_ptr, full, PARTS, STEP_K)
+    sums = allocate_vector(sums_ptr, full, PARTS, STEP_K)
+    stream_tiles, stream_full = x_ring, full
     if stream is not None:
         stream_tiles = gl.allocate_shared_memory(x.dtype, [PARTS, BLOCK_M, STEP_K], stream.layout)
         stream_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(ready, count=1)
-    fence_async_shared()
     start_m = gl.program_id(0) * BLOCK_M
     start_n = gl.program_id(1) * BLOCK_N
     first_step, steps = 0, gl.cdiv(K, STEP_K)
@@ -312,21 +380,42 @@ def gemm_few_rows_kernel(
         partial_ptr += part * M * N
         first_step = part * part_steps + gl.minimum(part, longer_parts)
         steps = gl.where(part < longer_parts, part_steps + 1, part_steps)
-    gl.warp_specialize(
-        [
-            (_consume, (
-                bias_ptr, position_ptr, turns_ptr, gain_ptr, offset_ptr, sums_ptr, moments_ptr,
-                stream, out, partial_ptr, live_ptr, M, N, K, eps, start_m, start_n, steps,
-                x_ring, weight_ring, tail_ring, stream_tiles, bias, row_turns, column_turns, gain,
-                offset, sums, ready, empty, full, stream_full,
-                ACTIVATION, IS_GATED, IS_RMS, HAS_TAIL, MOST_GROUPS, num_warps,
-            )),
-            (_produce, (
-                x, weight, weight_tail, stream, live_ptr, M, N, start_m, start_n, first_step, steps,
-                x_ring, weight_ring, tail_ring, stream_tiles, ready, empty, full, stream_full,
-                IS_GATED,
-            )),
-        ],
-        [1],
-        [24],
-    )  # fmt: skip
+    if HAS_PRODUCER:
+        mbarrier.init(ready, count=1)
+        fence_async_shared()
+        gl.warp_specialize(
+            [
+                (_consume, (
+                    x, weight, weight_tail, bias_ptr, position_ptr, turns_ptr, gain_ptr, offset_ptr,
+                    sums_ptr, moments_ptr, stream, out, partial_ptr, live_ptr, M, N, K, eps,
+                    start_m, start_n, first_step, steps, x_ring, weight_ring, tail_ring,
+                    stream_tiles, bias, row_turns, column_turns, gain, offset, sums, ready, empty,
+                    full, stream_full,
+                    BYTES, ACTIVATION, IS_GATED, IS_RMS, MOST_GROUPS, True, num_warps,
+                )),
+                (_produce, (
+                    x, weight, weight_tail, stream, live_ptr, M, N, start_m, start_n, first_step,
+                    steps, x_ring, weight_ring, tail_ring, stream_tiles, ready, empty, full,
+                    stream_full, BYTES, IS_GATED,
+                )),
+            ],
+            [1],
+            [24],
+        )  # fmt: skip
+    else:
+        for i in gl.static_range(STAGES):
+            mbarrier.init(full.index(i), count=1)
+        if stream is not None:
+            mbarrier.init(stream_full, count=1)
+        fence_async_shared()
+        _load_first(
+            weight, weight_tail, stream, start_m, start_n, first_step, steps, N, BYTES, weight_ring,
+            tail_ring, stream_tiles, full, stream_full, IS_GATED,
+        )  # fmt: skip
+        _consume(
+            x, weight, weight_tail, bias_ptr, position_ptr, turns_ptr, gain_ptr, offset_ptr,
+            sums_ptr, moments_ptr, stream, out, partial_ptr, live_ptr, M, N, K, eps, start_m,
+            start_n, first_step, steps, x_ring, weight_ring, tail_ring, stream_tiles, bias,
+            row_turns, column_turns, gain, offset, sums, ready, empty, full, stream_full,
+            BYTES, ACTIVATION, IS_GATED, IS_RMS, MOST_GROUPS, False, num_warps,
+        )  # fmt: skip

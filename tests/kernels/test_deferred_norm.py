@@ -336,12 +336,18 @@ PAIRS = [
     for _, tiles in classes
     if tiles is not None
 ]
+# with warps kept apart for loads, and without
+PAIRS = list(dict.fromkeys(
+    (key, tuple(replace(tile, producer=way) for tile in tiles))
+    for key, tiles in PAIRS
+    for way in (False, True)
+))  # fmt: skip
 
 
 def pair_name(pair):
     (N, D, epilogue), tiles = pair
     return f"{N}x{D}-{epilogue}-" + "-".join(
-        f"{t.block_m}x{t.block_n}s{t.num_stages}" for t in tiles
+        f"{t.block_m}x{t.block_n}s{t.num_stages}{' fed' if t.producer else ''}" for t in tiles
     )
 
 
@@ -464,7 +470,7 @@ class Chain:
                 live_rows=self.live, partials=partials,
             )  # fmt: skip
             launch(y, self.qkv, None, call.x, self.live, config=TILE)
-            call.first(self.live, FewRowsConfig(64, 64, 12))
+            call.first(self.live, FewRowsConfig(64, 64, 12, producer=True))
             call.second(self.live, FewRowsConfig(64, 192, 6))
             sums = FewRowsConfig(64, 128, 9, splits=3)
             launch(call.out, self.down, None, self.parts, self.live, config=sums)

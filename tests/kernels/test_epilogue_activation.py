@@ -12,7 +12,7 @@ BF16 = torch.bfloat16
 NAN, INF = float("nan"), float("inf")
 
 # beside each, in turn, an ordinary number: neither may reach the other
-EXTREMES = [-1e30, -1e4, -200.0, -40.0, -9.0, 0.0, 9.0, 40.0, 200.0, 1e4, 1e30, INF, NAN]
+EXTREMES = [-1e30, -1e4, -200.0, -40.0, -9.0, -0.5, 0.0, 9.0, 40.0, 200.0, 1e4, 1e30, INF, NAN]
 
 
 @pytest.fixture(scope="module")
@@ -36,4 +36,4 @@ def test_neighbours_of_extremes(activation, backend, needs_hopper):
     usual = want.isfinite()
     error, want = (y - want)[usual].abs(), want[usual].abs()
     # one rounding to bf16; far below zero what is left is x / 2^62
-    assert (error <= 2.0**-8.9 * want + 2.0**-61 * bias.double().abs().expand_as(y)[usual]).all()
+    assert (error <= 2.0**-7.9 * want + 2.0**-61 * bias.double().abs().expand_as(y)[usual]).all()

@@ -87,6 +87,7 @@ def test_a_class_of_rows_ends_with_its_last(monkeypatch):
         ({"num_stages": 4.0}, "num_stages = 4.0 must be from 2"),
         ({"splits": 0}, "splits = 0 must be an integer of at least 1"),
         ({"splits": 1.5}, "splits = 1.5 must be an integer of at least 1"),
+        ({"producer": 1}, "producer = 1 must be True or False"),
     ],
     ids=str,
 )

@@ -195,9 +195,16 @@ SUMMED += [((1152, 4304, RESIDUAL), FewRowsConfig(128, 192, 4, splits=5))]
 SUMMED += [((72, 200, RESIDUAL), replace(TILE, splits=4))]
 
 
+def in_both_ways(products):
+    """With a warp kept apart for loads, and without."""
+    ways = [(key, replace(tile, producer=way)) for key, tile in products for way in (False, True)]
+    return list(dict.fromkeys(ways))
+
+
 def product_name(product):
     (N, K, epilogue), tile = product
     name = f"{tile.block_m}x{tile.block_n}s{tile.num_stages}p{tile.splits}"
+    name += " fed" if tile.producer else ""
     return f"{N}x{K}-{epilogue or 'bias'}-{name}"
 
 
@@ -276,7 +283,7 @@ class Product:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("product", ROUNDED + SUMMED, ids=product_name)
+@pytest.mark.parametrize("product", in_both_ways(ROUNDED + SUMMED), ids=product_name)
 @pytest.mark.parametrize("M", [1, 64, 200, 300])
 def test_matches_oracle(M, product, needs_hopper):
     call = Product(M, *product)
@@ -285,7 +292,7 @@ def test_matches_oracle(M, product, needs_hopper):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("product", ROUNDED + SUMMED, ids=product_name)
+@pytest.mark.parametrize("product", in_both_ways(ROUNDED + SUMMED), ids=product_name)
 @pytest.mark.parametrize("live", [0, 1, 64, 65, 129, 250, 1000])
 def test_live_rows(live, product, needs_hopper):
     M = 250
@@ -299,7 +306,7 @@ def test_live_rows(live, product, needs_hopper):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("product", [ROUNDED[0], SUMMED[0]], ids=product_name)
+@pytest.mark.parametrize("product", in_both_ways([ROUNDED[0], SUMMED[0]]), ids=product_name)
 def test_fp16(product, needs_hopper):
     call = Product(200, *product, dtype=torch.float16)
     call.run()
@@ -366,7 +373,8 @@ class Chain:
             module.launch(
                 y, self.up, self.bias, self.hidden, self.live, activation="gelu_tanh", config=wide
             )
-            thirds = self._sums(self.hidden, self.down, FewRowsConfig(64, 64, 12, splits=3))
+            thirds = FewRowsConfig(64, 64, 12, splits=3, producer=True)
+            thirds = self._sums(self.hidden, self.down, thirds)
             y = self._norm(thirds)
             self._norm(self._sums(y, self.proj, FewRowsConfig(64, 128, 9, splits=2)))
 

@@ -1,5 +1,7 @@
 """q, k and v with the rotation in the epilogue, against product and pass, and when it is taken."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from vitgraph.kernels import gemm as gemm_module
@@ -275,14 +277,17 @@ def test_some_tiles_of_few_rows_rotate():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("producer", [False, True])
 @pytest.mark.parametrize(("N", "K", "M", "tile"), TILES_OF_FEW_ROWS, ids=str)
-def test_tiles_of_few_rows(N, K, M, tile, hopper, monkeypatch):
+def test_tiles_of_few_rows(N, K, M, tile, producer, hopper, monkeypatch):
     H, live = 16, M - M // 9
     (x, weight, bias), rotation = operands(M, H, N // 3 // H, K, BF16, CUDA, side=28)
     out = empty(M, H, N // 3 // H, BF16, CUDA)
     two = rotary_linear(x, weight, bias, rotation, out=torch.empty_like(out), backend="library")
     oracle = oracle_of(x, weight, bias, rotation)
     assert rotating_tile(M, N, K, BF16, CUDA) == tile
+    tile = replace(tile, producer=producer)
+    monkeypatch.setattr(module, "few_rows_tile", lambda *_: tile)
     monkeypatch.setattr(module, "linear", None)  # one kernel
     live_rows = torch.tensor([live], dtype=torch.int32, device=CUDA)
     x[live:] = NAN
