@@ -29,11 +29,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .activation import apply_activation
 from .gemm_tuning import HopperConfig
 from .gluon_pdl import wait_for_previous
 from .gluon_rope import load_place, rotate, turn_of
 from .gluon_tiles import (
-    activate,
     activate_for_fp8,
     allocate_vector,
     columns,
@@ -203,7 +203,7 @@ def _finish(
             turn = turn_of(row, column, of_row, of_column, first, N, LAYOUT)
             y = rotate(y, turn, first, N, LAYOUT)
         if out_scale is None:
-            y = activate(y, ACTIVATION)
+            y = apply_activation(y, ACTIVATION)
         else:
             y = activate_for_fp8(y, out_scale, ACTIVATION)
         if IS_GATED:

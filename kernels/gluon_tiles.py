@@ -92,8 +92,9 @@ def _reciprocal(x):
 def activate(x, ACTIVATION: gl.constexpr):
     """`apply_activation` of a tile for results of 16 bits, neighbours in pairs.
 
-    The unit for exponentials and reciprocals is what an epilogue waits for, and one reciprocal of a
-    product serves both: 1 / a = b / (a b). So exponents end at 62, where x / 2^62 is as good as 0.
+    The unit for exponentials and reciprocals is what an epilogue waits for if nothing runs beside
+    it, and one reciprocal of a product serves both: 1 / a = b / (a b). So exponents end at 62,
+    where x / 2^62 is as good as 0. Under other products (gemm_hopper.py) instructions cost more.
     """
     if ACTIVATION == "" or ACTIVATION == "gelu_erf":
         return apply_activation(x, ACTIVATION)
