@@ -183,7 +183,10 @@ class VisionEncoder(RecordableTower, HoldsGraphs[EncoderCudaGraphManager]):
         self.weights.load(dict(tower.named_parameters()))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Hugging Face's names (without `visual.`) and values, bit for bit in this dtype."""
+        """Hugging Face's names (without `visual.`) and values, bit for bit in this dtype.
+
+        Contiguous tensors that share no element, views of our memory where they can be.
+        """
         return self.weights.state_dict()
 
     def __call__(

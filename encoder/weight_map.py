@@ -54,7 +54,7 @@ class Rule:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def unpack(self, prepared: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Hugging Face's tensors, by name."""
+        """Hugging Face's tensors, by name; contiguous, as files of tensors need them."""
         rows = prepared.shape[0] // len(self.sources)
         parts = {}
         for i, name in enumerate(self.sources):
@@ -67,8 +67,8 @@ class Rule:
             if self.axes:
                 part = part.reshape([self.shape[axis] for axis in self.axes])
                 back = sorted(range(len(self.axes)), key=self.axes.__getitem__)
-                part = part.permute(back).contiguous()
-            parts[name] = part.reshape(self.shape)
+                part = part.permute(back)
+            parts[name] = part.reshape(self.shape).contiguous()
         return parts
 
     def _source(self, tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:

@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 import vitgraph.bench.towers_config as towers
+from safetensors.torch import load_file, save_file
 from vitgraph.encoder.families import family_of_model, family_of_tower
 from vitgraph.encoder.vision_encoder import VisionEncoder
 from vitgraph.encoder.weight_map import Rule, neighbour_rule
@@ -65,6 +66,21 @@ def test_odd_mlp_is_padded_with_zeros():
     pixels = torch.randn(120, 1176, generator=torch.Generator().manual_seed(0))
     want = hf(pixels, grid_thw=torch.tensor(grid)).pooler_output
     torch.testing.assert_close(encoder(pixels, grid).pooler_output, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_state_can_be_saved_and_loaded(name, tmp_path):
+    hf = tower(name)
+    if name == "tiny-qwen2.5-vl":  # whose columns are padded
+        hf.config.intermediate_size = 90
+        hf = type(hf)._from_config(hf.config).eval().requires_grad_(False)
+    encoder = VisionEncoder.from_hf(hf)
+    file = tmp_path / "tower.safetensors"
+    save_file(encoder.state_dict(), file)
+    loaded, theirs = load_file(file), hf.state_dict()
+    assert loaded.keys() == theirs.keys()
+    for key, tensor in loaded.items():
+        assert torch.equal(tensor, theirs[key]), key
 
 
 def test_a_live_module_is_shared_and_reloads_in_place():
