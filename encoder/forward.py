@@ -99,6 +99,7 @@ class _Workspace:
             self.up = self.gated = empty_output(
                 x, block.up_weight, spec.activation,
                 live_rows=live_rows, leaves_padding=in_fp8 or self.deferred is not None,
+                at_lines=not in_fp8,
             )  # fmt: skip
 
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ..kernels.aligned_rows import aligned_rows
 from ..kernels.bounded_fp8 import bound_norms, value_factors
 from ..kernels.linear_fp8 import MULTIPLE, fp8_reason, linear_fp8
-from ..kernels.quantize import Bounds, aligned_rows, quantize_rows
+from ..kernels.quantize import FP8, Bounds, quantize_rows
 from .image_spec import ImageTowerSpec
 from .spec import EncoderSpec
 
@@ -178,7 +179,7 @@ class Fp8Weights:
             is_gate = name.endswith(".up") and isinstance(spec, EncoderSpec) and spec.mlp == "gated"
             is_bounded = _reader(name) in names and not is_gate
             self._layers[name] = Fp8Layer(
-                aligned_rows(weight, *weight.shape),
+                aligned_rows(weight, *weight.shape, dtype=FP8),
                 weight.new_empty(weight.shape[0], dtype=torch.float32),
                 weight.new_empty(2, dtype=torch.float32) if is_bounded else None,
             )
@@ -294,7 +295,7 @@ def mlp_of_rows(
     """`out` = down(f(up(rows))), for rows in the tower's dtype."""
     T = len(rows)
     # products leave rows alone past the tiles of live ones
-    between = aligned_rows(rows, T, down.weight.shape[1], live_rows=live_rows)
+    between = aligned_rows(rows, T, down.weight.shape[1], dtype=FP8, live_rows=live_rows)
     hidden = between, rows.new_empty(T, dtype=torch.float32)
     quantized = quantize_rows(rows, live_rows, bounds=bounds_of(up, hidden[1]))
     bounded_mlp(

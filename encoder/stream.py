@@ -7,6 +7,7 @@ norm as a rule, which adds them on the way.
 
 import torch
 
+from ..kernels.aligned_rows import aligned_rows
 from ..kernels.deferred_norm import DeferredNorm, ScaledRows, add_linear_scaled
 from ..kernels.few_rows_tuning import FewRowsConfig
 from ..kernels.gemm_few_rows import choose_partials, linear_partials
@@ -14,7 +15,7 @@ from ..kernels.linear import linear
 from ..kernels.linear_fp8 import linear_fp8
 from ..kernels.norm import norm
 from ..kernels.norm_fp8 import norm_fp8
-from ..kernels.quantize import FP8, Bounds, aligned_rows, quantize_rows
+from ..kernels.quantize import FP8, Bounds, quantize_rows
 from ..kernels.residual import residual
 from ..kernels.rotary_linear import Rotation
 from .fp8 import Fp8Layer, TowerSpec, bounded_mlp, bounds_of
@@ -186,5 +187,6 @@ class Stream:
             scale = self._x.new_empty(T, dtype=torch.float32)
             # products leave rows alone past the tiles of live ones; quantisation writes them all
             live_rows = self._live if hidden else None
-            self._quantized[key] = aligned_rows(self._x, T, width, live_rows=live_rows), scale
+            rows = aligned_rows(self._x, T, width, dtype=FP8, live_rows=live_rows)
+            self._quantized[key] = rows, scale
         return self._quantized[key]

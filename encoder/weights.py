@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..kernels.aligned_rows import with_aligned_rows
 from ..kernels.deferred_norm import DeferredNorm, can_defer
 from ..kernels.frame_positions import frame_table
 from ..kernels.gemm_tuning import GATED
@@ -106,6 +107,10 @@ class TowerWeights:
             rule.name: rule.pack(source).detach().to(device=device, dtype=dtype).contiguous()
             for rule in self.rules
         }
+        if device.type == "cuda" and dtype.itemsize == 2:
+            for i in range(spec.depth):
+                down = f"blocks.{i}.down.weight"
+                self.tensors[down] = with_aligned_rows(self.tensors[down])
         # sums of many biases: wider than the stream, so that they add no rounding of their own
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         D, depth = spec.hidden_size, spec.depth

@@ -30,6 +30,7 @@ interpreter; "hopper" and "few_rows" refuse them.
 
 import torch
 
+from .aligned_rows import aligned_rows
 from .few_rows_tuning import FewRowsConfig, few_rows_tile
 from .gemm import (
     check_arguments,
@@ -98,16 +99,22 @@ def empty_output(
     *,
     live_rows: torch.Tensor | None,
     leaves_padding: bool = False,
+    at_lines: bool = False,
 ) -> torch.Tensor:
     """New `out` [T, N] for `linear`, or for a product that `leaves_padding` alone whatever T is.
 
     Rows past the live ones are zero where the product may leave them alone, so that they are finite
-    after it; all others are uninitialised. `live_rows` is that of the product.
+    after it; all others are uninitialised. `live_rows` is that of the product. With `at_lines` rows
+    start at lines of the cache (aligned_rows.py), except for the library, whose epilogues PyTorch
+    uses for contiguous results alone.
     """
     (T, K), N = x.shape, weight.shape[0]
     backend, _ = choose_backend(T, N, K, x.dtype, x.device, activation, has_residual=False)
-    out = x.new_empty(T, N)
-    return out if backend == "library" and not leaves_padding else zero_padding_(out, live_rows)
+    if backend == "library" and not leaves_padding:
+        return x.new_empty(T, N)
+    if at_lines:
+        return aligned_rows(x, T, N, live_rows=live_rows)
+    return zero_padding_(x.new_empty(T, N), live_rows)
 
 
 def _check_library_epilogue(

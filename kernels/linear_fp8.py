@@ -9,7 +9,7 @@ next product.
 
 x [T, K] and weight [N, K] float8_e4m3fn; x_scale [T] and w_scale [N] fp32; bias [N] or None.
 Elements of a row are adjacent, and rows of x, weight, out and residual start at multiples of 16
-bytes (fp8 best at multiples of 128: `quantize.aligned_rows`).
+bytes (fp8 best at multiples of 128: `aligned_rows.py`).
 
 `backend="hopper"` is the kernel of gemm_hopper.py on compute capability 9.0: all in one kernel, f
 of fp32 sums, for a result in fp8 by a tanh that is off by up to 2**-11. Like its products of 16
@@ -240,7 +240,7 @@ def _check(
         raise ValueError(
             "linear_fp8: rows of x, weight and what is written must start at multiples of 16 "
             f"bytes, got strides {x.stride()}, {weight.stride()} and {y.stride()}; allocate them "
-            "as quantize.aligned_rows does"
+            "as aligned_rows.aligned_rows does"
         )
 
 

@@ -23,13 +23,11 @@ import triton.language as tl
 from .dispatch import use_reference
 from .launch import launch_kernel
 from .rows import ceil_div, check_live_rows
-from .zero_padding import zero_padding_
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 # of the largest magnitude in a row: 448 / 1e-12 and 1e-12 / 448 are both ordinary fp32 numbers
 AMAX_FLOOR = 1e-12
-LINE = 128  # bytes of a line of the cache
 MAX_WIDTH = 16384  # one row must fit in the registers of a program
 
 # |scale * q| is at most this times |x|: casts add up to 1/16 of a value, and what they add to
@@ -161,20 +159,6 @@ def _quantize_kernel(
         tl.store(q_row + g[None, :], q, mask=in_rows & (g < F)[None, :])
         squares += tl.sum(rest * rest, axis=1)
     store_bounds(bound_ptr, norms_ptr, t, T, squares)
-
-
-def aligned_rows(
-    like: torch.Tensor, T: int, F: int, *, live_rows: torch.Tensor | None = None
-) -> torch.Tensor:
-    """New fp8 [T, F] on the device of `like`, whose rows start at multiples of 128 bytes.
-
-    Products read 128 bytes of a row at a time, and twice as much where these lie across two lines
-    of the cache. With `live_rows`, int32 [1], rows from there on are zero; the rest is
-    uninitialised.
-    """
-    # with what lies between the rows: all of it is one range of memory
-    memory = like.new_empty((T, ceil_div(F, LINE) * LINE), dtype=FP8)
-    return zero_padding_(memory, live_rows)[:, :F]
 
 
 def has_adjacent_columns(matrix: torch.Tensor) -> bool:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from vitgraph.kernels.activation import activation_ref
+from vitgraph.kernels.aligned_rows import aligned_rows
 from vitgraph.kernels.bounded_fp8 import (
     EXPONENTS,
     bound_norms,
@@ -15,7 +16,6 @@ from vitgraph.kernels.quantize import (
     FP8,
     FP8_MAX,
     Bounds,
-    aligned_rows,
     bound_ref,
     dequantize,
     quantize_ref,
@@ -52,7 +52,7 @@ class Product:
         return self.exact() / self.bound.double()[:, None]
 
     def quantized(self):
-        out = aligned_rows(self.x, len(self.x), len(self.weight))
+        out = aligned_rows(self.x, len(self.x), len(self.weight), dtype=FP8)
         return linear_fp8(
             self.x, self.x_scale, self.weight, self.w_scale, self.bias,
             transform=self.activation, bound=self.bound, out=out,

@@ -10,12 +10,13 @@ import pytest
 import torch
 from vitgraph.kernels import gemm as gemm_module
 from vitgraph.kernels import gemm_tuning
+from vitgraph.kernels.aligned_rows import aligned_rows
 from vitgraph.kernels.bounded_fp8 import bound_norms
 from vitgraph.kernels.linear_fp8 import linear_fp8, linear_fp8_ref
 from vitgraph.kernels.norm import norm_ref
 from vitgraph.kernels.norm_fp8 import norm_fp8
 from vitgraph.kernels.pdl import kernel_chain
-from vitgraph.kernels.quantize import FP8, Bounds, aligned_rows, bound_ref, quantize_ref
+from vitgraph.kernels.quantize import FP8, Bounds, bound_ref, quantize_ref
 from vitgraph.kernels.rows import ceil_div, num_sms
 from vitgraph.kernels.testing import rel_rms
 
@@ -97,7 +98,7 @@ class Call:
         """Rows of both operands at multiples of 128 bytes, and NaN between them."""
         for name in ("x", "weight"):
             rows = getattr(self, name)
-            aligned = aligned_rows(rows, *rows.shape)
+            aligned = aligned_rows(rows, *rows.shape, dtype=FP8)
             aligned._base.view(torch.uint8).fill_(0x7F)  # NaN
             aligned.copy_(rows)
             setattr(self, name, aligned)
@@ -369,7 +370,7 @@ class Mlp:
         self.down = draw(D, F, seed=6) * F**-0.5
         self.up_q = quantize_ref(self.up)
         self.down_q = quantize_ref(self.down)
-        self.hidden = aligned_rows(self.stream, T, F)
+        self.hidden = aligned_rows(self.stream, T, F, dtype=FP8)
         self.bound = torch.empty(T, device="cuda")
         self.bounds = Bounds(self.bound, bound_norms(*self.up_q, self.bias))
 

@@ -5,13 +5,13 @@ import torch
 from vitgraph.kernels import linear as linear_module
 from vitgraph.kernels import linear_fp8 as module
 from vitgraph.kernels.activation import activation_ref
+from vitgraph.kernels.aligned_rows import aligned_rows
 from vitgraph.kernels.bounded_fp8 import bound_norms, quantize_bounded_ref
 from vitgraph.kernels.linear import empty_output
 from vitgraph.kernels.linear_fp8 import fp8_reason, linear_fp8, linear_fp8_op, linear_fp8_ref
 from vitgraph.kernels.quantize import (
     FP8,
     Bounds,
-    aligned_rows,
     bound_ref,
     dequantize,
     quantize_ref,
@@ -147,8 +147,8 @@ def test_rows_may_be_strided(K, device):
     want = linear_fp8(x, xs, w, ws, bias, out=torch.empty(M, N, dtype=BF16, device=device))
     wide = torch.zeros(M, K + 16, device=device).to(FP8)
     for a, b in (
-        (aligned_rows(x, M, K), aligned_rows(w, N, K)),
-        (wide[:, :K], aligned_rows(w, N, K)),
+        (aligned_rows(x, M, K, dtype=FP8), aligned_rows(w, N, K, dtype=FP8)),
+        (wide[:, :K], aligned_rows(w, N, K, dtype=FP8)),
     ):
         a.copy_(x), b.copy_(w)
         out = torch.empty(M, 2 * N, dtype=BF16, device=device)[:, :N]
@@ -250,17 +250,23 @@ def test_residual_after_the_library(library):
     assert library == [None]
 
 
+@pytest.mark.parametrize("at_lines", [True, False])
 @pytest.mark.parametrize("leaves_padding", [True, False])
 @pytest.mark.parametrize("backend", ["library", "hopper"])
-def test_output_is_zero_where_padding_may_be_left_alone(backend, leaves_padding, monkeypatch):
+def test_output_is_zero_where_padding_may_be_left_alone(
+    backend, leaves_padding, at_lines, monkeypatch
+):
     monkeypatch.setattr(linear_module, "choose_backend", lambda *a, **options: (backend, None))
     live_rows = torch.tensor([2], dtype=torch.int32)
     out = empty_output(
-        torch.zeros(3, 8), torch.zeros(5, 8), live_rows=live_rows, leaves_padding=leaves_padding
-    )
+        torch.zeros(3, 8), torch.zeros(5, 8),
+        live_rows=live_rows, leaves_padding=leaves_padding, at_lines=at_lines,
+    )  # fmt: skip
     assert out.shape == (3, 5)
+    is_library = backend == "library" and not leaves_padding
+    assert out.is_contiguous() == (is_library or not at_lines)
     assert out[:2].isnan().all()  # not written: what new memory holds in these tests
-    if backend == "library" and not leaves_padding:
+    if is_library:
         assert out[2].isnan().all()
     else:
         assert not out[2].any()

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from vitgraph.kernels import quantize as module
+from vitgraph.kernels.aligned_rows import aligned_rows
 from vitgraph.kernels.quantize import (
     AMAX_FLOOR,
     FP8,
     FP8_MAX,
     Bounds,
-    aligned_rows,
     bound_ref,
     column_blocks,
     dequantize,
@@ -167,29 +167,11 @@ def test_strided_rows(device):
 def test_into_aligned_rows(F, device):
     """Within the second column block as well, where a row has one."""
     x = make(device, 3, F, torch.bfloat16)
-    out = aligned_rows(x, 3, F)
-    assert out.shape == (3, F)
-    assert out.stride(0) % 128 == 0
-    assert out.stride(0) - F < 128
-    assert out.dtype == FP8
-    assert out.device == x.device
+    out = aligned_rows(x, 3, F, dtype=FP8)
     q, scale = quantize_rows(x, out=(out, torch.empty(3, device=device)))
     want = quantize_rows(x)
     assert torch.equal(bits(q), bits(want[0]))
     assert torch.equal(scale, want[1])
-
-
-@pytest.mark.parametrize("F", [131, 256])
-@pytest.mark.parametrize("live", [0, 2, 3])
-def test_aligned_rows_with_zeros_as_padding(live, F, device):
-    live_rows = torch.tensor([live], dtype=torch.int32, device=device)
-    out = aligned_rows(torch.empty(0, device=device), 3, F, live_rows=live_rows).float()
-    assert out[:live].isnan().all()  # not written: what new memory holds in these tests
-    assert not out[live:].any()
-
-
-def test_rows_of_whole_lines_are_aligned_as_they_are():
-    assert aligned_rows(torch.empty(0), 5, 1152).is_contiguous()
 
 
 @pytest.mark.parametrize(("T", "F"), [(0, 32), (3, 0)])
