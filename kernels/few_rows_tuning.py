@@ -156,7 +156,7 @@ TABLE: Table = {
     ),
     # Qwen2-VL: up, down
     (5120, 1280, "quick_gelu"): (
-        (128, _WIDE), (256, _TALL), (384, _SQUARE), (512, _LARGE),
+        (128, _WIDE), (256, _TALL), (384, _SQUARE), (512, _LARGE), (768, _HUGE),
     ),
     (1280, 5120, RESIDUAL): ((128, _FED_DEEP_THIRDS), (256, _WIDE_THIRDS)),
     # Qwen3.5-0.8B: qkv, proj, up, down

@@ -8,6 +8,7 @@ from vitgraph.encoder.families import family_of_model, family_of_tower
 from vitgraph.encoder.vision_encoder import VisionEncoder
 from vitgraph.encoder.weight_map import Rule, neighbour_rule
 from vitgraph.encoder.weights import TowerWeights
+from vitgraph.kernels.aligned_rows import LINE
 
 TINY = [name for name in towers.TOWERS if name.startswith("tiny")]
 
@@ -100,6 +101,23 @@ def test_a_live_module_is_shared_and_reloads_in_place():
     want = hf(pixels, grid_thw=torch.tensor(grid)).pooler_output
     assert not torch.allclose(after, before, atol=1e-2)
     torch.testing.assert_close(after, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_rows_of_down_start_at_lines_of_the_cache_on_a_gpu():
+    hf = tower("tiny-qwen3-vl", torch.bfloat16).cuda()  # whose MLP is 96 wide
+    encoder = VisionEncoder.from_hf(hf)
+    down = encoder.weights.blocks[0].down_weight
+    assert down.shape == (64, 96)
+    assert down.stride(0) * down.itemsize % LINE == 0
+    theirs = hf.blocks[0].mlp.linear_fc2.weight
+    theirs.mul_(2)
+    address = down.data_ptr()
+    encoder.load_weights(hf)
+    assert encoder.weights.blocks[0].down_weight.data_ptr() == address
+    assert torch.equal(down, theirs)
+    state = encoder.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in hf.state_dict().items())
 
 
 def test_missing_and_misshapen_tensors_are_named():
