@@ -19,7 +19,7 @@ a 1 x 1 grid, with cos 1, sin 0 and themselves as source.
 
 Each index is decoded in closed form; the item that holds it is found by counting the items that end
 at or before it. Bound by latency: a few microseconds. Angles are fp32, as in Hugging Face's towers.
-An ordinary launch, as must be the one behind it: later kernels read these tensors early (pdl.py).
+An ordinary launch, since kernels behind the next one read these tensors early (pdl.py).
 """
 
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ import triton.language as tl
 
 from .dispatch import use_reference
 from .launch import launch_kernel
+from .pdl import first_options, let_next_start
 from .roofline import Cost
 
 # The kernel runs once in a forward, from cold caches, so what counts is how little code and work a
@@ -249,8 +250,9 @@ def _layout_kernel(
     tickets_ptr,  # [2]
     num_items, num_rows, num_frames, num_windows,
     MERGE: tl.constexpr, WINDOW: tl.constexpr, CLIPS: tl.constexpr, HALF: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_HALF: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(PDL)
     pid = tl.program_id(0)
     row_programs = tl.cdiv(num_rows, BLOCK)
     frame_programs = tl.cdiv(num_frames + 1, BLOCK)
@@ -371,6 +373,7 @@ def layout(
         "BLOCK": BLOCK,
         "BLOCK_I": BLOCK_I,
         "BLOCK_HALF": triton.next_power_of_2(half),
+        **first_options(out.position),
     }
     launch_kernel(
         _layout_kernel, (programs,),

@@ -9,7 +9,7 @@ windows). `position` [T, 4] int32 holds (row, column, grid height, grid width) o
 the table is resampled as positions.py says. A convolution whose stride is its kernel is this GEMM.
 Products accumulate in fp32. Padding is finite whatever stale pixel rows hold.
 
-`backend="triton"` is one kernel, which does not read stale rows. `backend="library"` is cuBLAS and
+`backend="triton"` is one kernel. `backend="library"` is cuBLAS and
 a pass: with a table it leaves the products in fp32, and the pass adds bias and positions; else the
 pass zeroes padding. Both round once. (Positions behind rounded products raised the error of whole
 towers of Qwen3-VL-8B by a tenth.) The library does not take `source`.
@@ -17,7 +17,8 @@ towers of Qwen3-VL-8B by a tenth.) The library does not take `source`.
 `MIN_LIBRARY_ROWS` on: on an H200 0.4 to 0.6 of the time from 784 to 65,536 rows of 1176 values.
 At 196 it was nine tenths of what this kernel took before it had more warps there.
 
-All are ordinary launches: kernels behind these read the layout early (pdl.py). Compute-bound:
+In a chain of kernels the one starts early (pdl.py): unless there is a `source`, it multiplies while
+the layout is computed, and adds positions then. The library's are ordinary launches. Compute-bound:
 2*T*P*D FLOP, under 1 % of a tower.
 """
 
@@ -30,12 +31,14 @@ import triton.language as tl
 from .dispatch import use_reference
 from .launch import launch_kernel
 from .linear import linear
+from .pdl import pdl_options, wait_for_previous
 from .positions import check_table, sample_table, sample_table_ref
 from .roofline import Cost
 from .zero_padding import zero_padding_
 
 BACKENDS = ("auto", "library", "triton")
 MIN_LIBRARY_ROWS = 512
+MOST_FEW = 512  # rows of which most programs are alone on their multiprocessor
 ADD_T, ADD_D = 16, 128  # tile of the pass that adds positions
 MAX_ADDED_ROWS = 65535 * ADD_T  # of that pass: CUDA starts no more programs along its second axis
 
@@ -54,11 +57,11 @@ class PatchEmbedConfig:
 def config(T: int, dtype: torch.dtype, sampling: str = "bilinear_corners") -> PatchEmbedConfig:
     """Small tiles while a few of them must fill the chip; fp32 takes half the depth.
 
-    Also for positions of many taps: those of a large tile do not fit into registers. Up to 512 rows
-    most programs are alone on their multiprocessor: twice the warps, and more loads on their way.
+    Also for positions of many taps: those of a large tile do not fit into registers. Up to
+    `MOST_FEW` rows twice the warps, and more loads on their way.
     """
     depth = 64 if dtype.itemsize == 2 else 32
-    if T <= 512:
+    if T <= MOST_FEW:
         return PatchEmbedConfig(64, 64, depth, num_warps=8, num_stages=6)
     if T <= 2048 or sampling in ("bicubic", "bilinear_antialias"):
         return PatchEmbedConfig(64, 64, depth, num_warps=4, num_stages=4)
@@ -111,6 +114,22 @@ def cost(T: int, P: int, D: int, dtype: torch.dtype, table_rows: int = 0) -> Cos
     return Cost(flops=2 * T * P * D, bytes=elements * dtype.itemsize)
 
 
+@triton.jit
+def _add_products(
+    acc, pixels_ptr, weight_ptr, row, d, is_row, in_d, P: tl.constexpr, BLOCK_P: tl.constexpr
+):
+    # int64 before the multiply: T * P passes 2**31 at 1.4M patches of 1536 values
+    pixels = pixels_ptr + row[:, None].to(tl.int64) * P
+    weight = weight_ptr + d[:, None] * P
+    for p0 in range(0, P, BLOCK_P):
+        p = p0 + tl.arange(0, BLOCK_P)
+        in_p = p < P
+        a = tl.load(pixels + p[None, :], mask=is_row[:, None] & in_p[None, :], other=0.0)
+        b = tl.load(weight + p[None, :], mask=in_d[:, None] & in_p[None, :], other=0.0)
+        acc = tl.dot(a, b.T, acc, input_precision="ieee")
+    return acc
+
+
 @triton.jit(do_not_specialize=["T"])  # one compilation for all row counts
 def _patch_embed_kernel(
     pixels_ptr,  # [T, P]
@@ -129,33 +148,33 @@ def _patch_embed_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    FEW: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     # neighbouring programs share the pixel rows and walk the weight, which stays in L2
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_d = d < D
+    acc = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
+    MULTIPLIES_FIRST: tl.constexpr = FEW and source_ptr is None
+    if MULTIPLIES_FIRST:
+        # stale rows too: how many live the layout says, which may not be there yet
+        acc = _add_products(acc, pixels_ptr, weight_ptr, t, d, t < T, in_d, P, BLOCK_P)
+    wait_for_previous(PDL)
     num_live = T
     if live_ptr is not None:
         num_live = tl.load(live_ptr)
     live = t < num_live
-    in_d = d < D
-    row = t
-    if source_ptr is not None:
-        row = tl.load(source_ptr + t, mask=live, other=0)
-    # int64 before the multiply: T * P passes 2**31 at 1.4M patches of 1536 values
-    pixels = pixels_ptr + row[:, None].to(tl.int64) * P
-    weight = weight_ptr + d[:, None] * P
-    acc = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
     if table_ptr is not None:
-        # in front of the products, which start to load meanwhile
+        # else in front of the products, which start to load meanwhile
         mask = live[:, None] & in_d[None, :]
         acc += sample_table(table_ptr, position_ptr, t, d, D, live, mask, SIDE, SAMPLING)
-    if tl.program_id(1) * BLOCK_T < num_live:
-        for p0 in range(0, P, BLOCK_P):
-            p = p0 + tl.arange(0, BLOCK_P)
-            in_p = p < P
-            a = tl.load(pixels + p[None, :], mask=live[:, None] & in_p[None, :], other=0.0)
-            b = tl.load(weight + p[None, :], mask=in_d[:, None] & in_p[None, :], other=0.0)
-            acc = tl.dot(a, b.T, acc, input_precision="ieee")
+    if not MULTIPLIES_FIRST:
+        row = t
+        if source_ptr is not None:
+            row = tl.load(source_ptr + t, mask=live, other=0)
+        if tl.program_id(1) * BLOCK_T < num_live:
+            acc = _add_products(acc, pixels_ptr, weight_ptr, row, d, live, in_d, P, BLOCK_P)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + d, mask=in_d, other=0.0).to(tl.float32)[None, :]
     acc = tl.where(live[:, None], acc, 0.0)
@@ -283,7 +302,8 @@ def patch_embed(
         pixels, weight, bias, source, table, position, live_rows, x, T, D, P=P,
         SIDE=side, SAMPLING=sampling,
         BLOCK_T=launch.BLOCK_T, BLOCK_D=launch.BLOCK_D, BLOCK_P=launch.BLOCK_P,
-        num_warps=launch.num_warps, num_stages=launch.num_stages,
+        FEW=T <= MOST_FEW, num_warps=launch.num_warps, num_stages=launch.num_stages,
+        **pdl_options(pixels),
     )  # fmt: skip
     return x
 

@@ -6,9 +6,10 @@ what was complete when the kernel just before was launched; from there on all ke
 ended and all that they wrote is visible. That takes the launch, the set-up of barriers and the
 first reads off the critical path. In a captured graph the order becomes a programmatic edge.
 
-Constants are what no kernel of the chain writes (weights, biases) and what its first one writes:
-the layout of the batch: live counts, offsets of segments, places and angles. The first two are
-ordinary kernels, so the second starts when the first has ended, and all others after that.
+Constants are what no kernel of the chain writes (weights, biases, pixels) and, from the third on,
+what its first one writes: the layout of the batch: live counts, offsets of segments, places and
+angles. The first is an ordinary kernel, which lets the second start at once; the second waits for
+it before it reads the layout, and all others start after that.
 
 Rules that keep a chain right, for every kernel that is launched so:
 
@@ -49,12 +50,19 @@ def wait_for_previous(PDL: tl.constexpr):
         gdc_launch_dependents()
 
 
+@triton.jit
+def let_next_start(PDL: tl.constexpr):
+    """Let the next kernel start; for the first of a chain, which is launched as any other."""
+    if PDL:
+        gdc_launch_dependents()
+
+
 @contextmanager
 def kernel_chain() -> Iterator[None]:
     """Let kernels that this thread launches meanwhile start early where they can.
 
-    The first two have to be ordinary kernels, and only the first may write what later ones take
-    for constant.
+    The first has to be an ordinary kernel, the only one that may write what later ones take for
+    constant, and the second must not take that for constant.
     """
     token = _in_chain.set(True)
     try:
@@ -76,6 +84,11 @@ def ordinary_kernels() -> Iterator[None]:
 def starts_early(rows: torch.Tensor) -> bool:
     """Whether a kernel that works on `rows` is launched early: few rows, in a chain, sm_90."""
     return _in_chain.get() and len(rows) <= FEW_ROWS and rows.is_cuda and _has_pdl(rows.device)
+
+
+def first_options(rows: torch.Tensor) -> dict[str, Any]:
+    """The PDL constant of the first kernel of a chain whose second one works on so many `rows`."""
+    return {"PDL": starts_early(rows)}
 
 
 def pdl_options(rows: torch.Tensor) -> dict[str, Any]:

@@ -7,8 +7,7 @@ that a product or the attention multiplies there: NaN times zero is NaN. Live ro
 
 Zero is zero bytes in every dtype and padding is one range of memory, so the kernel knows nothing
 but bytes and is compiled once. Memory-bound: only padding is written; where there is none, the
-programs read `live_rows` and end. It never starts early (pdl.py), since it may be the first kernel
-of a side stream, behind events of two others.
+programs read `live_rows` and end.
 """
 
 import torch
@@ -17,6 +16,7 @@ import triton.language as tl
 
 from .dispatch import use_reference
 from .launch import launch_kernel
+from .pdl import pdl_options, wait_for_previous
 from .rows import ceil_div, check_live_rows, row_programs
 
 BLOCK = 8192  # bytes: four stores of 16 by each thread of four warps
@@ -41,8 +41,10 @@ def _zero_padding_kernel(
     T,
     row_bytes,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     live = tl.minimum(tl.load(live_ptr), T)
+    wait_for_previous(PDL)
     # buffers of 131,072 rows are larger than an int32 can count
     start = live.to(tl.int64) * row_bytes
     end = T.to(tl.int64) * row_bytes
@@ -75,7 +77,7 @@ def zero_padding_(x: torch.Tensor, live_rows: torch.Tensor | None) -> torch.Tens
     T = len(x)
     launch_kernel(
         _zero_padding_kernel, (programs(x.nbytes, x.device),),
-        x.view(torch.uint8), live_rows, T, x.nbytes // T, BLOCK=BLOCK,
+        x.view(torch.uint8), live_rows, T, x.nbytes // T, BLOCK=BLOCK, **pdl_options(x),
     )  # fmt: skip
     return x
 

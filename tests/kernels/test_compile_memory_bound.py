@@ -126,6 +126,7 @@ def test_patch_embed(T, P, D, side, sampling):
         ({} if side else {"table_ptr": None, "position_ptr": None, "bias_ptr": None}) | {
             "P": P, "SIDE": side, "SAMPLING": sampling, "BLOCK_T": launch.BLOCK_T,
             "BLOCK_D": launch.BLOCK_D, "BLOCK_P": launch.BLOCK_P,
+            "FEW": T <= patch_embed.MOST_FEW, "PDL": False,
         },
         divisible=["D"],
         num_warps=launch.num_warps, num_stages=launch.num_stages,
@@ -232,7 +233,7 @@ def test_zero_padding():
     info = inspect(
         zero_padding._zero_padding_kernel,
         {"x_ptr": "*u8", "live_ptr": "*i32", "T": "i32", "row_bytes": "i32"},
-        {"BLOCK": zero_padding.BLOCK},
+        {"BLOCK": zero_padding.BLOCK, "PDL": False},
         divisible=["row_bytes"],
     )
     assert info.spill_bytes == 0
@@ -253,7 +254,7 @@ def test_layout(window, clips):
         },
         {
             "MERGE": 2, "WINDOW": window, "CLIPS": clips, "HALF": 40, "BLOCK": layout.BLOCK,
-            "BLOCK_I": layout.BLOCK_I, "BLOCK_HALF": 64,
+            "BLOCK_I": layout.BLOCK_I, "BLOCK_HALF": 64, "PDL": False,
         },
     )  # fmt: skip
     # the reduction of large angles needs a short array in local memory; nothing else may spill

@@ -17,10 +17,12 @@ from vitgraph.kernels import (
     residual,
     rope,
     window_attention,
+    zero_padding,
 )
 from vitgraph.kernels.compiled import inspect
 from vitgraph.kernels.pdl import (
     FEW_ROWS,
+    first_options,
     kernel_chain,
     ordinary_kernels,
     pdl_options,
@@ -108,10 +110,13 @@ def test_options():
         assert pdl_options(Rows(FEW_ROWS + 1)) == late
 
 
-@pytest.mark.parametrize("module", [layout, patch_embed])
-def test_the_two_kernels_at_the_head_of_a_forward_are_ordinary_ones(module):
-    """All others may take what the first writes for constant."""
-    assert not {"pdl_options", "starts_early", "wait_for_previous"} & set(vars(module))
+def test_the_first_of_a_chain_is_an_ordinary_launch():
+    """Whose next one may start at once; all behind that may take what it writes for constant."""
+    assert not {"pdl_options", "starts_early", "wait_for_previous"} & set(vars(layout))
+    assert first_options(Rows()) == {"PDL": False}
+    with kernel_chain():
+        assert first_options(Rows()) == {"PDL": True}
+        assert first_options(Rows(FEW_ROWS + 1)) == {"PDL": False}
 
 
 # what the compiler makes of them
@@ -227,6 +232,45 @@ def inspect_window(early):
     )  # fmt: skip
 
 
+def inspect_zeros(early):
+    return inspect(
+        zero_padding._zero_padding_kernel,
+        {"x_ptr": "*u8", "live_ptr": "*i32", "T": "i32", "row_bytes": "i32"},
+        {"BLOCK": zero_padding.BLOCK, "PDL": early},
+        divisible=["row_bytes"], launch_pdl=early,
+    )  # fmt: skip
+
+
+def inspect_embed(early, source=False, side=48):
+    launch = patch_embed.config(256, torch.bfloat16)
+    names = ["pixels", "weight", "bias", "source", "table", "position", "live", "x"]
+    kinds = dict.fromkeys(("source", "position", "live"), "*i32")
+    absent = [*([] if source else ["source"]), *([] if side else ["table", "position"])]
+    return inspect(
+        patch_embed._patch_embed_kernel,
+        {f"{name}_ptr": kinds.get(name, "*bf16") for name in names} | {"T": "i32", "D": "i32"},
+        {f"{name}_ptr": None for name in absent} | {
+            "P": 1536, "SIDE": side, "SAMPLING": "bilinear_corners", "BLOCK_T": launch.BLOCK_T,
+            "BLOCK_D": launch.BLOCK_D, "BLOCK_P": launch.BLOCK_P, "FEW": True, "PDL": early,
+        },
+        divisible=["D"], num_warps=launch.num_warps, num_stages=launch.num_stages, launch_pdl=early,
+    )  # fmt: skip
+
+
+def inspect_layout(early):
+    pointers = ("grid", "cu_seqlens", "cu_window_seqlens", "position", "source", "live", "tickets")
+    return inspect(
+        layout._layout_kernel,
+        dict.fromkeys((f"{name}_ptr" for name in pointers), "*i32")
+        | dict.fromkeys(("inv_freq_ptr", "cos_ptr", "sin_ptr"), "*fp32")
+        | dict.fromkeys(("num_items", "num_rows", "num_frames", "num_windows"), "i32"),
+        {
+            "MERGE": 2, "WINDOW": 0, "CLIPS": False, "HALF": 40, "BLOCK": layout.BLOCK,
+            "BLOCK_I": layout.BLOCK_I, "BLOCK_HALF": 64, "PDL": early,
+        },
+    )  # fmt: skip
+
+
 def arguments_accessed(lines):
     """Numbers of the pointers among the arguments that global loads and stores start from."""
     origins: dict[str, set[int]] = {}
@@ -279,7 +323,7 @@ ROPES = [inspect_rope, inspect_rope_by_units, inspect_rope_of_neighbours]
     ("inspect_kernel", "layout"),
     [
         (inspect_residual, 3), *((rope, 3) for rope in ROPES), (inspect_activation, 1),
-        (inspect_window, 6),
+        (inspect_window, 6), (inspect_zeros, 1),
     ],
 )  # fmt: skip
 def test_of_all_arguments_that_of_the_layout_is_read_before_the_wait(inspect_kernel, layout):
@@ -295,13 +339,39 @@ def test_of_all_arguments_that_of_the_layout_is_read_before_the_wait(inspect_ker
     "inspect_kernel",
     [
         inspect_norm, inspect_norm_fp8, inspect_residual, *ROPES, inspect_activation,
-        inspect_window,
+        inspect_window, inspect_zeros, inspect_embed, inspect_layout,
     ],
 )  # fmt: skip
 def test_outside_a_chain_nothing_is_waited_for(inspect_kernel):
     ptx = inspect_kernel(False).ptx
     assert WAIT not in ptx
     assert LET not in ptx
+
+
+@pytest.mark.parametrize("side", [0, 48])
+def test_an_embedding_multiplies_before_it_waits_for_the_layout(side):
+    info = inspect_embed(True, side=side)
+    early, whole = before_the_wait(info.ptx)
+    names = ["pixels", "weight", "bias", *(["table", "position"] if side else []), "live", "x"]
+    assert {names[i] for i in arguments_accessed(early)} == {"pixels", "weight"}
+    assert {names[i] for i in arguments_accessed(whole)} == set(names)
+    assert sum("wgmma.mma_async" in line for line in early) > 0
+    assert "wgmma.mma_async" not in "\n".join(whole[len(early) :])
+    assert info.spill_bytes == 0
+
+
+def test_an_embedding_in_another_order_waits_for_it():
+    early, whole = before_the_wait(inspect_embed(True, source=True).ptx)
+    assert arguments_accessed(early) == set()
+    assert len(arguments_accessed(whole)) == 8
+
+
+def test_a_layout_lets_the_next_kernel_start_first_of_all():
+    info = inspect_layout(True)
+    lines = info.ptx.splitlines()
+    (let,) = (i for i, line in enumerate(lines) if LET in line)
+    assert not arguments_accessed(lines[:let])
+    assert WAIT not in info.ptx
 
 
 # on a GPU
