@@ -6,14 +6,15 @@ of all, not their sum. What a kernel adds to a replay is the time from the end o
 before it to its own end; over all kernels these steps make up the replay. Blocks of a tower are the
 same kernels over and over, and several of them may have one name: so those of one block are listed
 by their places, as the mean over the longest run of equal blocks. The call, the replay and the
-host's part of the call are measured without a profiler, which slows them.
+host's part of the call are measured before a profiler has run in the process, which slows them.
 """
 
 import inspect
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from statistics import mean, median
 from typing import Any
@@ -175,25 +176,46 @@ def run(
     """
     if not torch.cuda.is_available():
         raise ValueError("bench: breakdown needs a CUDA device; there is none here")
-    device, dtype = torch.device("cuda", torch.cuda.current_device()), torch.bfloat16
+    works = partial(_works, towers, workloads, attention, precision, seed)
+    # launches are slower in a process in which a profiler has run: all walls come first
+    walls = [_walls(work.call, work.replay, rounds) for work in works()]
     rows = []
+    for work, times in zip(works(), walls, strict=True):
+        rows.append({"tower": work.tower, "workload": work.workload, "patches": work.patches})
+        rows[-1].update(summarise(_profile(work.replay), *times))
+    return rows
+
+
+@dataclass(frozen=True)
+class _Work:
+    tower: str
+    workload: str
+    patches: int
+    call: Callable[[], object]
+    replay: Callable[[], object]  # of what `call` has staged
+
+
+def _works(
+    towers: Sequence[str],
+    workloads: Mapping[str, Sequence[Grid]],
+    attention: str | None,
+    precision: str,
+    seed: int,
+) -> Iterator[_Work]:
+    """Calls and replays of every tower and workload; those of one tower until the next comes."""
+    device, dtype = torch.device("cuda", torch.cuda.current_device()), torch.bfloat16
+    every = list(workloads.values())
     for name in towers:
         tower = build_tower(name, device=device, dtype=dtype, seed=seed)
-        every = list(workloads.values())
         ours = OursTower(tower, every, "auto", attention, precision, tower_config(name).spec)
         builders = ours.builders()
         for workload, grids in workloads.items():
             spec = ours.encoder().spec
             job = make_job(grids, spec.patch_values, device=device, dtype=dtype, seed=seed)
             call, replay = builders["ours"](job).call, builders["ours-graph"](job).call
-            call()  # stages what the replays then read
-            spans = _profile(replay)
-            row = summarise(spans, *_walls(call, replay, rounds))
-            rows.append({"tower": name, "workload": workload, "patches": len(job.pixel_values)})
-            rows[-1].update(row)
+            call()
+            yield _Work(name, workload, len(job.pixel_values), call, replay)
         ours.release()
-        del tower
-    return rows
 
 
 def summarise(
