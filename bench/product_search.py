@@ -27,7 +27,7 @@ Candidate = Product | DeferredTiles
 Choice = Mapping[str, Candidate]  # by layer
 
 _BLOCKS_M = (64, 128)
-_BLOCKS_N = (64, 128, 192, 256)
+_BLOCKS_N = (64, 128, 192, 256, 320)
 _LEAST_STAGES, _MOST_STAGES = 3, 12
 _MOST_PARTS = 8
 _LEAST_STEPS = 3  # of a part

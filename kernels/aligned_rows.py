@@ -21,10 +21,11 @@ def aligned_rows(
     dtype: torch.dtype | None = None,
     live_rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """New [T, F] on the device of `like`, whose rows start at multiples of `LINE` bytes.
+    """New [T, F] on the device of `like`, whose rows lie multiples of `LINE` bytes apart.
 
-    Contiguous where they do anyway. With `live_rows`, int32 [1], rows from there on are zero; the
-    rest is uninitialised. `dtype` is that of `like` if None.
+    On a GPU, where all memory starts at a line, each row starts at one. Contiguous if rows are
+    whole lines. With `live_rows`, int32 [1], rows from there on are zero; the rest is
+    uninitialised. `dtype` is that of `like` if None.
     """
     dtype = dtype or like.dtype
     # with what lies between the rows: all of it is one range of memory

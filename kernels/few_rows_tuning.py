@@ -32,7 +32,7 @@ _SHARED_BYTES = 227 << 10  # that a program may have on compute capability 9.0
 class FewRowsConfig:
     """Tile [block_m, block_n] of a program of gemm_few_rows.py, and the parts of K.
 
-    `block_m` is 64 or 128, `block_n` a multiple of 64 up to 256. `num_stages` steps of 64 along K
+    `block_m` is 64 or 128, `block_n` a multiple of 64 up to 320. `num_stages` steps of 64 along K
     are in flight, two or more, as deep as shared memory holds beside a few vectors. With `producer`
     a warp is kept apart for loads: the program starts later, and no step waits for all its warps.
 
@@ -47,7 +47,7 @@ class FewRowsConfig:
     producer: bool = False
 
     def __post_init__(self):
-        for name, values in (("block_m", (64, 128)), ("block_n", (64, 128, 192, 256))):
+        for name, values in (("block_m", (64, 128)), ("block_n", (64, 128, 192, 256, 320))):
             value = getattr(self, name)
             if type(value) is not int or value not in values:
                 raise ValueError(

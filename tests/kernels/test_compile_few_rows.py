@@ -130,7 +130,7 @@ def test_shared_memory_has_one_use(launch):
     assert inspect_few_rows(*launch).shared_bytes >= ring + stream + vectors + barriers
 
 
-@pytest.mark.parametrize("block_n", [64, 128, 192, 256])
+@pytest.mark.parametrize("block_n", [64, 128, 192, 256, 320])
 @pytest.mark.parametrize("block_m", [64, 128])
 def test_the_deepest_ring_that_is_not_refused_fits(block_m, block_n):
     """Of sums, which need no buffers for results."""

@@ -34,6 +34,7 @@ HALVES = FewRowsConfig(64, 128, num_stages=4)  # with room for a gate
 OTHERS = {
     (200, 192, "gelu_erf"): ((64, (HALVES, TILE)),),
     (208, 2048, GATED): ((64, (TILE, HALVES)),),
+    (456, 192, "quick_gelu"): ((64, (HALVES, FewRowsConfig(128, 320, num_stages=4))),),
 }
 
 

@@ -44,7 +44,7 @@ def test_an_entry_is_well_formed(key):
         if tile is None:  # something else is faster there
             continue
         assert tile.block_m in (64, 128)
-        assert tile.block_n in (64, 128, 192, 256)
+        assert tile.block_n in (64, 128, 192, 256, 320)
         assert epilogue != GATED or tile.block_n in (128, 256)
         assert tile.num_stages >= 2
         assert 1 <= tile.splits <= -(-K // BLOCK_K)
@@ -76,8 +76,8 @@ def test_a_class_of_rows_ends_with_its_last(monkeypatch):
         ({"block_m": 32}, "block_m = 32 must be one of 64, 128"),
         ({"block_m": 256}, "block_m = 256 must be one of 64, 128"),
         ({"block_m": 64.0}, "block_m = 64.0 must be one of 64, 128"),
-        ({"block_n": 0}, "block_n = 0 must be one of 64, 128, 192, 256"),
-        ({"block_n": 96}, "block_n = 96 must be one of 64, 128, 192, 256"),
+        ({"block_n": 0}, "block_n = 0 must be one of 64, 128, 192, 256, 320"),
+        ({"block_n": 96}, "block_n = 96 must be one of 64, 128, 192, 256, 320"),
         ({"num_stages": 1}, "num_stages = 1 must be from 2 to the 14 that 232448 bytes .* 64 x 64"),
         ({"num_stages": 15}, "num_stages = 15 must be from 2 to the 14 "),
         (
@@ -97,7 +97,9 @@ def test_tiles_that_the_kernel_cannot_run(change, message):
 
 
 def test_the_deepest_rings():
-    for block_m, block_n, most in ((64, 64, 14), (64, 256, 5), (128, 128, 7), (128, 256, 4)):
+    for block_m, block_n, most in (
+        (64, 64, 14), (64, 256, 5), (128, 128, 7), (128, 256, 4), (128, 320, 4),
+    ):  # fmt: skip
         assert FewRowsConfig(block_m, block_n, most).num_stages == most
         with pytest.raises(ValueError, match=f"to the {most} that"):
             FewRowsConfig(block_m, block_n, most + 1)
