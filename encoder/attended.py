@@ -5,15 +5,14 @@ from collections.abc import Sequence
 import torch
 
 from ..kernels.quantize import FP8, FP8_MAX
-from ..kernels.zero_padding import zero_padding_
+from ..kernels.zero_padding import ZeroedPadding
 from .fp8 import Fp8Block
 
 
 class Attended:
     """Buffers [T, H, D] of one forward, shared by all blocks.
 
-    Attention writes live rows only, and products read further, so the others are zeros from the
-    start.
+    Attention writes live rows only, and products read further, so `padding` zeroes the others.
     """
 
     def __init__(
@@ -21,12 +20,12 @@ class Attended:
         x: torch.Tensor,
         shape: tuple[int, int, int],
         blocks: Sequence[Fp8Block],
-        live_rows: torch.Tensor,
+        padding: ZeroedPadding,
     ):
         """Buffers of `shape` on the device of x, in its dtype and as `blocks` need them."""
-        self._wide = zero_padding_(x.new_empty(shape), live_rows)
+        self._wide = padding.of(x.new_empty(shape))
         fits = any(block.fits for block in blocks)
-        self._fp8 = zero_padding_(x.new_empty(shape if fits else 0, dtype=FP8), live_rows)
+        self._fp8 = padding.of(x.new_empty(shape if fits else 0, dtype=FP8))
 
     def target(self, in_fp8: Fp8Block, *, casts: bool) -> torch.Tensor:
         """What the attention of this block has to write, which `casts` to fp8 by itself or not."""

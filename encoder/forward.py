@@ -31,7 +31,7 @@ from ..kernels.rotary_linear import Rotation, rotary_linear, rotating_tile
 from ..kernels.swiglu import swiglu
 from ..kernels.temporal_mean import temporal_mean
 from ..kernels.window_attention import window_attention
-from ..kernels.zero_padding import zero_padding_
+from ..kernels.zero_padding import ZeroedPadding
 from .attended import Attended
 from .branch import Branch
 from .fp8 import Fp8Block, mlp_of_rows
@@ -66,7 +66,7 @@ class _Workspace:
     the live ones. Live rows are uninitialised: every block writes them before it reads them.
     """
 
-    def __init__(self, weights: TowerWeights, x: torch.Tensor, live_rows: torch.Tensor):
+    def __init__(self, weights: TowerWeights, x: torch.Tensor, padding: ZeroedPadding):
         spec, T = weights.spec, x.shape[0]
         block = weights.blocks[0]
         is_gated = spec.mlp == "gated"
@@ -75,11 +75,11 @@ class _Workspace:
         N, K = block.qkv_weight.shape
         rotates = weights.turns is not None and rotating_tile(T, N, K, x.dtype, x.device)
         qkv = empty_output(
-            x, block.qkv_weight, live_rows=live_rows, leaves_padding=in_fp8 or bool(rotates)
+            x, block.qkv_weight, padding=padding, leaves_padding=in_fp8 or bool(rotates)
         )
         self.qkv = qkv.view(T, 3, spec.num_heads, spec.head_dim)
         shape = T, spec.num_heads, spec.head_dim
-        self.attended = Attended(x, shape, weights.fp8.blocks, live_rows)
+        self.attended = Attended(x, shape, weights.fp8.blocks, padding)
         self.deferred = None  # tiles of the products around the second norm of a block
         if block.deferred is not None and not in_fp8:
             epilogue = up_epilogue(spec)
@@ -94,11 +94,11 @@ class _Workspace:
             # not needed by one kernel; two of them read and write live rows only
             is_needed = backend == "library" or spec.gate_limit is not None
             self.up = x.new_empty(T if is_needed else 0, N)
-            self.gated = zero_padding_(x.new_empty(T, block.down_weight.shape[1]), live_rows)
+            self.gated = padding.of(x.new_empty(T, block.down_weight.shape[1]))
         else:
             self.up = self.gated = empty_output(
                 x, block.up_weight, spec.activation,
-                live_rows=live_rows, leaves_padding=in_fp8 or self.deferred is not None,
+                padding=padding, leaves_padding=in_fp8 or self.deferred is not None,
                 at_lines=not in_fp8,
             )  # fmt: skip
 
@@ -156,7 +156,8 @@ def _forward(
     x = _embed(weights, batch.pixel_values, plan, reordered)
     if weights.frame_table is not None:
         add_frame_positions_(x, weights.frame_table, batch.grid)
-    work = _Workspace(weights, x, plan.live_rows)
+    with ZeroedPadding(plan.live_rows) as padding:
+        work = _Workspace(weights, x, padding)
     fp8 = weights.fp8
     stream = Stream(x, plan.live_rows, in_fp8=fp8.plan is not None)
     branch = Branch(x.device, len(x))
@@ -185,9 +186,8 @@ def _forward(
     elif weights.glm_merger is not None:
         glm_merge(spec, weights.glm_merger, stream, plan, last, outputs["pooler_output"])
     elif weights.merger is not None:
-        stream.state(weights.offset_after(spec.depth - 1), last)
         # back to the order of the pixels in a tower with one of its own
-        normed = stream.norm(weights.merger.norm, spec, destination=reordered)
+        normed = stream.norm(weights.merger.norm, spec, destination=reordered, state=last)
         joined = normed.view(-1, spec.hidden_size * spec.patches_per_token)
         _merge(weights.merger, fp8.merger, joined, plan.live_tokens, outputs["pooler_output"])
     branch.join()
@@ -355,10 +355,13 @@ def _merge(
         hidden = gemm(joined, merger.fc1_weight, merger.fc1_bias, activation="gelu_erf", **place)
         gemm(hidden, merger.fc2_weight, merger.fc2_bias, out=out, **place)
         return
-    hidden = linear(
+    with ZeroedPadding(live) as padding:
+        hidden = empty_output(
+            joined, merger.fc1_weight, "gelu_erf", padding=padding, reader=merger.fc2_weight
+        )
+    linear(
         joined, merger.fc1_weight, merger.fc1_bias,
-        activation="gelu_erf", live_rows=live,
-        out=empty_output(joined, merger.fc1_weight, "gelu_erf", live_rows=live),
+        activation="gelu_erf", live_rows=live, out=hidden,
     )  # fmt: skip
     linear(hidden, merger.fc2_weight, merger.fc2_bias, out=out, live_rows=live)
 

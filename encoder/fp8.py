@@ -16,6 +16,7 @@ from ..kernels.aligned_rows import aligned_rows
 from ..kernels.bounded_fp8 import bound_norms, value_factors
 from ..kernels.linear_fp8 import MULTIPLE, fp8_reason, linear_fp8
 from ..kernels.quantize import FP8, Bounds, quantize_rows
+from ..kernels.zero_padding import ZeroedPadding
 from .image_spec import ImageTowerSpec
 from .spec import EncoderSpec
 
@@ -295,7 +296,8 @@ def mlp_of_rows(
     """`out` = down(f(up(rows))), for rows in the tower's dtype."""
     T = len(rows)
     # products leave rows alone past the tiles of live ones
-    between = aligned_rows(rows, T, down.weight.shape[1], dtype=FP8, live_rows=live_rows)
+    with ZeroedPadding(live_rows) as padding:
+        between = aligned_rows(rows, T, down.weight.shape[1], dtype=FP8, padding=padding)
     hidden = between, rows.new_empty(T, dtype=torch.float32)
     quantized = quantize_rows(rows, live_rows, bounds=bounds_of(up, hidden[1]))
     bounded_mlp(

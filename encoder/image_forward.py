@@ -21,7 +21,7 @@ from ..kernels.linear import empty_output, linear
 from ..kernels.norm import norm
 from ..kernels.residual import residual
 from ..kernels.rope import rope_
-from ..kernels.zero_padding import zero_padding_
+from ..kernels.zero_padding import ZeroedPadding
 from .attended import Attended
 from .fp8 import Fp8Block, Fp8Layer, linear_of_rows, mlp_of_rows
 from .image_spec import ImageTowerSpec
@@ -123,7 +123,7 @@ class _Workspace:
     rows are uninitialised: every block writes them before it reads them.
     """
 
-    def __init__(self, weights: ImageTowerWeights, x: torch.Tensor, live_rows: torch.Tensor):
+    def __init__(self, weights: ImageTowerWeights, x: torch.Tensor, padding: ZeroedPadding):
         spec, block, T = weights.spec, weights.blocks[0], x.shape[0]
         in_fp8 = weights.fp8.plan is not None
         self.normed = torch.empty_like(x)  # pre-norm: the norm; post-norm: the branch
@@ -131,14 +131,14 @@ class _Workspace:
             # apart, since a norm takes contiguous rows
             self.qkv = x.new_empty(3, T, spec.num_heads, spec.head_dim)
             # of v alone: the norms of q and k write zeros to theirs
-            zero_padding_(self.qkv[2], live_rows)
+            padding.of(self.qkv[2])
         else:
-            qkv = empty_output(x, block.qkv_weight, live_rows=live_rows, leaves_padding=in_fp8)
+            qkv = empty_output(x, block.qkv_weight, padding=padding, leaves_padding=in_fp8)
             self.qkv = qkv.view(T, 3, spec.num_heads, spec.head_dim)
         shape = T, spec.num_heads, spec.head_dim
-        self.attended = Attended(x, shape, weights.fp8.blocks, live_rows)
+        self.attended = Attended(x, shape, weights.fp8.blocks, padding)
         self.up = empty_output(
-            x, block.up_weight, spec.activation, live_rows=live_rows, leaves_padding=in_fp8
+            x, block.up_weight, spec.activation, padding=padding, leaves_padding=in_fp8
         )
 
 
@@ -188,7 +188,8 @@ def _forward(
             kind="layer", live_rows=live[:1],
         )  # fmt: skip
     rows, fp8 = live[:1], weights.fp8
-    work = _Workspace(weights, x, rows)
+    with ZeroedPadding(rows) as padding:
+        work = _Workspace(weights, x, padding)
     pairs = zip(weights.blocks, fp8.blocks, strict=True)
     if spec.block == "pre_norm":
         stream = Stream(x, rows, in_fp8=fp8.plan is not None)
@@ -405,10 +406,13 @@ def _merge(
         kind="layer", live_rows=live_rows, out=joined,
     )  # fmt: skip
     weight, activation = tensors["projector.fc1.weight"], spec.projector_activation
-    hidden = linear(
+    with ZeroedPadding(live_rows) as padding:
+        hidden = empty_output(
+            joined, weight, activation, padding=padding, reader=tensors["projector.fc2.weight"]
+        )
+    linear(
         joined, weight, tensors["projector.fc1.bias"],
-        activation=activation, live_rows=live_rows,
-        out=empty_output(joined, weight, activation, live_rows=live_rows),
+        activation=activation, live_rows=live_rows, out=hidden,
     )  # fmt: skip
     linear(
         hidden, tensors["projector.fc2.weight"], tensors["projector.fc2.bias"],

@@ -18,6 +18,7 @@ from ..kernels.norm_fp8 import norm_fp8
 from ..kernels.quantize import FP8, Bounds, quantize_rows
 from ..kernels.residual import residual
 from ..kernels.rotary_linear import Rotation
+from ..kernels.zero_padding import ZeroedPadding
 from .fp8 import Fp8Layer, TowerSpec, bounded_mlp, bounds_of
 
 # weight, bias, and the offset that the stream lacks there
@@ -59,9 +60,10 @@ class Stream:
         *,
         joined: int = 1,
         destination: torch.Tensor | None = None,
+        state: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Norm of the stream, read as [T / joined, joined * D]; `destination` as in the kernel."""
+        """Norm of the stream, read as [T / joined, joined * D]; the others as in the kernel."""
         partials = self._take_partials()
         self._is_read = True
         x = self._x.view(len(self._x) // joined, -1)
@@ -70,7 +72,7 @@ class Stream:
         weight, bias, offset = weights
         return norm(
             x, weight, bias, spec.eps, kind=spec.norm, offset=offset, destination=destination,
-            live_rows=self._live, live_group=joined, partials=partials, out=out,
+            live_rows=self._live, live_group=joined, partials=partials, state=state, out=out,
         )  # fmt: skip
 
     def state(self, offset: torch.Tensor | None, out: torch.Tensor) -> None:
@@ -186,7 +188,7 @@ class Stream:
             T = len(self._x)
             scale = self._x.new_empty(T, dtype=torch.float32)
             # products leave rows alone past the tiles of live ones; quantisation writes them all
-            live_rows = self._live if hidden else None
-            rows = aligned_rows(self._x, T, width, dtype=FP8, live_rows=live_rows)
+            with ZeroedPadding(self._live if hidden else None) as padding:
+                rows = aligned_rows(self._x, T, width, dtype=FP8, padding=padding)
             self._quantized[key] = rows, scale
         return self._quantized[key]

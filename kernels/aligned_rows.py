@@ -8,7 +8,7 @@ so400m and others, do unless they are kept 4,352 apart.
 import torch
 
 from .rows import ceil_div
-from .zero_padding import zero_padding_
+from .zero_padding import ZeroedPadding
 
 LINE = 128  # bytes of a line of the cache
 
@@ -19,18 +19,19 @@ def aligned_rows(
     F: int,
     *,
     dtype: torch.dtype | None = None,
-    live_rows: torch.Tensor | None = None,
+    padding: ZeroedPadding | None = None,
 ) -> torch.Tensor:
     """New [T, F] on the device of `like`, whose rows lie multiples of `LINE` bytes apart.
 
     On a GPU, where all memory starts at a line, each row starts at one. Contiguous if rows are
-    whole lines. With `live_rows`, int32 [1], rows from there on are zero; the rest is
-    uninitialised. `dtype` is that of `like` if None.
+    whole lines. Uninitialised, but for the rows that `padding` zeroes. `dtype` is that of `like` if
+    None.
     """
     dtype = dtype or like.dtype
     # with what lies between the rows: all of it is one range of memory
     width = ceil_div(F * dtype.itemsize, LINE) * LINE // dtype.itemsize
-    return zero_padding_(like.new_empty((T, width), dtype=dtype), live_rows)[:, :F]
+    rows = like.new_empty((T, width), dtype=dtype)
+    return (rows if padding is None else padding.of(rows))[:, :F]
 
 
 def with_aligned_rows(matrix: torch.Tensor) -> torch.Tensor:

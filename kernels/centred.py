@@ -19,7 +19,7 @@ def load_vector(ptr, d, D: tl.constexpr):
 
 
 @triton.jit
-def load_centred(
+def load_rows(
     x_ptr,  # [T, D]
     partials_ptr,  # [SPLITS, T, D] fp32 or None
     offset,  # its columns in the first block, loaded before what the kernel waits for
@@ -28,25 +28,36 @@ def load_centred(
     live,  # [ROWS, 1]: others are not read, and zero but for the offset
     plane,  # T * D
     D: tl.constexpr,
-    IS_RMS: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     REST: tl.constexpr,  # width of the second block of a row, or 0
 ):
-    """The two blocks of rows minus their mean, or as they are with `IS_RMS`; sums of squares.
+    """The two blocks of rows with their offset, in fp32.
 
-    Columns past D are zero. Without a second block its place is taken by the first.
+    Without a second block its place is taken by the first.
     """
     d = tl.arange(0, BLOCK_D)
     is_read = live & (d < D)[None, :]
     x = load_stream(x_ptr, partials_ptr, start + d[None, :], is_read, plane, SPLITS) + offset
     rest = x
-    rest_d = BLOCK_D + tl.arange(0, REST if REST > 0 else BLOCK_D)
     if REST > 0:
+        rest_d = BLOCK_D + tl.arange(0, REST)
         is_read = live & (rest_d < D)[None, :]
         at = start + rest_d[None, :]
         rest = load_stream(x_ptr, partials_ptr, at, is_read, plane, SPLITS)
         rest += load_vector(offset_ptr, rest_d, D)
+    return x, rest
+
+
+@triton.jit
+def centred(
+    x, rest, D: tl.constexpr, IS_RMS: tl.constexpr, BLOCK_D: tl.constexpr, REST: tl.constexpr
+):
+    """Both blocks minus the mean of their row, or as they are with `IS_RMS`; sums of squares.
+
+    Columns past D are zero, in and out.
+    """
+    d = tl.arange(0, BLOCK_D)
     if not IS_RMS:
         total = tl.sum(x, axis=1)
         if REST > 0:
@@ -54,6 +65,7 @@ def load_centred(
         mean = total[:, None] / D
         x = tl.where((d < D)[None, :], x - mean, 0.0)
         if REST > 0:
+            rest_d = BLOCK_D + tl.arange(0, REST)
             rest = tl.where((rest_d < D)[None, :], rest - mean, 0.0)
     squares = tl.sum(x * x, axis=1)
     if REST > 0:

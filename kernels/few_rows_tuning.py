@@ -117,33 +117,42 @@ _FED_WIDE_THIRDS = replace(_WIDE_THIRDS, producer=True)
 _FED_SQUARE = replace(_SQUARE, producer=True)
 _FED_LARGE = replace(_LARGE, producer=True)
 _FED_HUGE = replace(_HUGE, producer=True)
+_FED_VAST = FewRowsConfig(128, 320, num_stages=4, producer=True)
 
 TABLE: Table = {
     # Qwen3-VL-8B and 32B: qkv, proj, up, down
     (3456, 1152, ""): ((256, _FED_WIDE), (704, None), (896, _FED_LARGE)),
     (3456, 1152, ROTATED): (
-        (256, _FED_WIDE), (384, None), (512, _FED_SQUARE), (896, _FED_LARGE),
+        (256, _FED_WIDE), (384, None), (512, _FED_SQUARE), (896, _FED_LARGE), (1152, _HUGE),
     ),
     (1152, 1152, RESIDUAL): (
         (128, _FED_THIRDS), (256, _NARROW), (448, None), (512, _WIDE_SUMS), (768, None),
         (896, _WIDE_SUMS),
     ),
     (4304, 1152, "gelu_tanh"): (
-        (128, _NARROW), (256, _WIDE_PAIRS), (768, None), (896, _HUGE),
+        (128, _NARROW), (256, _WIDE_PAIRS), (768, None), (896, _HUGE), (1152, _FED_VAST),
     ),
-    (1152, 4304, RESIDUAL): ((128, _DEEP_THIRDS), (256, _WIDE_THIRDS)),
+    (1152, 4304, RESIDUAL): (
+        (128, _DEEP_THIRDS), (256, _WIDE_THIRDS), (832, None), (896, _WIDE_SUMS),
+    ),
+    # their mergers, those beside the blocks (encoder/branch.py) from 65 tokens on
+    (4608, 4608, "gelu_erf"): ((32, None), (64, _FED_DEEP), (96, None), (128, _FED_WIDE_SUMS)),
+    (4096, 4608, ""): ((64, _FED_DEEP),),
     # Qwen3-VL-2B and 4B, GLM-OCR: qkv, proj, up of Qwen3-VL, down
     (3072, 1024, ""): ((256, _WIDE), (448, None), (512, _SQUARE)),
-    (3072, 1024, ROTATED): ((256, _WIDE), (384, None), (512, _WIDE_PAIRS), (640, _FED_SQUARE)),
+    (3072, 1024, ROTATED): (
+        (256, _WIDE), (384, None), (512, _WIDE_PAIRS), (640, _FED_SQUARE), (1024, _FED_LARGE),
+    ),
     (1024, 1024, RESIDUAL): (
         (384, _WIDE_HALVES), (512, _WIDE_SUMS), (768, None), (832, _WIDE_SUMS),
     ),
     (4096, 1024, "gelu_tanh"): ((256, _WIDE),),
     (1024, 4096, RESIDUAL): ((256, _WIDE_THIRDS), (512, _WIDE_HALVES)),
     # Qwen2.5-VL and Qwen2-VL: qkv, proj
-    (3840, 1280, ""): ((256, _WIDE),),
+    (3840, 1280, ""): ((256, _WIDE), (448, None), (512, _FED_SQUARE)),
     (3840, 1280, ROTATED): (
-        (256, _FED_WIDE), (512, None), (768, _FED_LARGE), (896, _FED_HUGE),
+        (256, _FED_WIDE), (512, None), (768, _FED_LARGE), (896, _FED_HUGE), (1024, None),
+        (1152, _FED_VAST),
     ),
     (1280, 1280, RESIDUAL): (
         (128, _FED_THIRDS), (256, _WIDE_HALVES), (352, None), (448, _WIDE_SUMS), (512, None),
@@ -156,16 +165,18 @@ TABLE: Table = {
     ),
     # Qwen2-VL: up, down
     (5120, 1280, "quick_gelu"): (
-        (128, _WIDE), (256, _TALL), (384, _SQUARE), (512, _LARGE), (768, _HUGE),
+        (128, _WIDE), (256, _TALL), (384, _SQUARE), (512, _LARGE), (768, _HUGE), (1024, _FED_VAST),
     ),
     (1280, 5120, RESIDUAL): ((128, _FED_DEEP_THIRDS), (256, _WIDE_THIRDS)),
     # Qwen3.5-0.8B: qkv, proj, up, down
-    (2304, 768, ROTATED): ((256, _FED_NARROW), (384, _WIDE), (832, _WIDE_PAIRS)),
+    (2304, 768, ROTATED): (
+        (256, _FED_NARROW), (384, _WIDE), (832, _WIDE_PAIRS), (1024, _FED_LARGE),
+    ),
     (768, 768, RESIDUAL): ((384, _DEEP), (640, _WIDE_SUMS)),
     (3072, 768, "gelu_tanh"): ((256, _NARROW), (384, None), (640, _WIDE_PAIRS)),
-    (768, 3072, RESIDUAL): ((256, _FED_WIDE_THIRDS), (384, _WIDE_THIRDS), (512, _WIDE_HALVES)),
+    (768, 3072, RESIDUAL): ((256, _FED_WIDE_THIRDS), (384, _WIDE_THIRDS), (640, _WIDE_HALVES)),
     # GLM-4.1V: qkv, proj, gate and up, down
-    (4608, 1536, ROTATED): ((256, _FED_SQUARE), (512, None), (640, _FED_LARGE)),
+    (4608, 1536, ROTATED): ((256, _FED_SQUARE), (512, None), (640, _FED_LARGE), (832, _HUGE)),
     (1536, 1536, RESIDUAL): ((256, _WIDE_SUMS),),
     (1536, 4096, RESIDUAL): ((256, _WIDE_HALVES),),
 }  # fmt: skip
@@ -184,26 +195,35 @@ DEFERRED: DeferredTable = {
     # Qwen3-VL-8B and 32B
     (4304, 1152, "gelu_tanh"): (
         (128, None), (256, (_FED_DEEP, _TALL)), (384, (_FED_DEEP, _FED_SQUARE)), (512, None),
-        (640, (_WIDE, _FED_LARGE)), (768, None), (896, (_WIDE, _HUGE)),
+        (640, (_WIDE, _FED_LARGE)), (896, (_WIDE, _HUGE)),
     ),
     # Qwen3-VL-2B and 4B
     (4096, 1024, "gelu_tanh"): (
-        (128, None), (256, (_FED_DEEP, _FED_WIDE)), (512, (_WIDE, _FED_SQUARE)),
+        (128, None), (256, (_FED_DEEP, _FED_WIDE)), (512, (_WIDE, _FED_SQUARE)), (768, None),
+        (1024, (_WIDE, _HUGE)),
     ),
     # Qwen2.5-VL
-    (6912, 1280, GATED): ((128, None), (256, (_FED_DEEP, _FED_SQUARE)), (512, (_WIDE, _HUGE))),
+    (6912, 1280, GATED): (
+        (128, None), (256, (_FED_DEEP, _FED_SQUARE)), (384, (_WIDE, _HUGE)),
+        (512, (_FED_WIDE, _HUGE)),
+    ),
     # Qwen2-VL
     (5120, 1280, "quick_gelu"): (
         (128, None), (256, (_FED_DEEP, _FED_TALL)), (384, (_FED_WIDE, _FED_BROAD)),
-        (512, (_WIDE, _FED_LARGE)), (768, None), (832, (_WIDE, _BROAD)),
+        (512, (_WIDE, _FED_LARGE)), (768, (_WIDE, _HUGE)), (832, (_WIDE, _BROAD)),
     ),
     # Qwen3.5-0.8B
     (3072, 768, "gelu_tanh"): (
         (128, None), (256, (_FED_DEEP, _FED_WIDE)), (512, (_WIDE, _FED_TALL)),
+        (640, (_WIDE, _WIDE_PAIRS)), (1024, (_WIDE, _FED_LARGE)),
     ),
     # GLM-OCR, GLM-4.1V
-    (8192, 1024, GATED): ((128, None), (256, (_FED_DEEP, _FED_SQUARE))),
-    (8192, 1536, GATED): ((128, None), (256, (_FED_WIDE, _SQUARE))),
+    (8192, 1024, GATED): (
+        (128, None), (256, (_FED_DEEP, _FED_SQUARE)), (768, None), (832, (_WIDE, _HUGE)),
+    ),
+    (8192, 1536, GATED): (
+        (128, None), (256, (_FED_WIDE, _SQUARE)), (448, None), (512, (_WIDE, _HUGE)),
+    ),
 }  # fmt: skip
 
 

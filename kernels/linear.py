@@ -44,7 +44,7 @@ from .gemm_tuning import HopperConfig, hopper_tile, tile_by_waves
 from .library_linear import choose_algorithm, library_epilogue, library_linear
 from .rows import num_sms
 from .tables import tuning
-from .zero_padding import zero_padding_
+from .zero_padding import ZeroedPadding
 
 __all__ = [
     "BACKENDS",
@@ -97,24 +97,31 @@ def empty_output(
     weight: torch.Tensor,
     activation: str | None = None,
     *,
-    live_rows: torch.Tensor | None,
+    padding: ZeroedPadding,
     leaves_padding: bool = False,
+    reader: torch.Tensor | None = None,
     at_lines: bool = False,
 ) -> torch.Tensor:
     """New `out` [T, N] for `linear`, or for a product that `leaves_padding` alone whatever T is.
 
-    Rows past the live ones are zero where the product may leave them alone, so that they are finite
-    after it; all others are uninitialised. `live_rows` is that of the product. With `at_lines` rows
-    start at lines of the cache (aligned_rows.py), except for the library, whose epilogues PyTorch
-    uses for contiguous results alone.
+    Uninitialised, but for rows past the live ones where the product may leave them alone: `padding`
+    zeroes them, so that they are finite after it, unless only `linear` with the weight `reader`
+    reads the result, and of them reads none. With `at_lines` rows start at lines of the cache
+    (aligned_rows.py), except for the library, whose epilogues PyTorch uses for contiguous results
+    alone.
     """
     (T, K), N = x.shape, weight.shape[0]
-    backend, _ = choose_backend(T, N, K, x.dtype, x.device, activation, has_residual=False)
+    backend, tile = choose_backend(T, N, K, x.dtype, x.device, activation, has_residual=False)
     if backend == "library" and not leaves_padding:
         return x.new_empty(T, N)
+    if isinstance(tile, FewRowsConfig) and reader is not None and is_aligned(x, weight, reader):
+        _, reads = choose_backend(T, *reader.shape, x.dtype, x.device, None, has_residual=False)
+        # both skip tiles without a live row, and compute all rows of the others
+        if isinstance(reads, FewRowsConfig) and tile.block_m % reads.block_m == 0:
+            return x.new_empty(T, N)
     if at_lines:
-        return aligned_rows(x, T, N, live_rows=live_rows)
-    return zero_padding_(x.new_empty(T, N), live_rows)
+        return aligned_rows(x, T, N, padding=padding)
+    return padding.of(x.new_empty(T, N))
 
 
 def _check_library_epilogue(

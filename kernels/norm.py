@@ -10,7 +10,7 @@ the sum of a product as well (gemm_few_rows.py): x += sum(partials), rounded to 
 written back, comes first. Statistics and arithmetic are fp32 (fp64 for fp64). Rows at or past the
 live ones are written as zeros and never read: whatever stale values the stream holds there, what
 the next kernels read is finite. With `destination` [T] int32, row r goes to row destination[r] of
-y.
+y. With `state` [T, D], s is written as well, in its own order, as residual.py does.
 
 Memory-bound: 2*T*D elements moved. https://arxiv.org/abs/1607.06450, https://arxiv.org/abs/1910.07467
 """
@@ -21,11 +21,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .centred import load_centred, load_vector
+from .centred import centred, load_rows, load_vector
 from .dispatch import use_reference
 from .launch import launch_kernel
 from .partials import add_partials_ref, check_partials, num_partials
 from .pdl import pdl_options, wait_for_previous
+from .residual import residual_ref
 from .roofline import Cost
 
 MAX_D = 16384  # one row must fit in the registers of a program
@@ -109,15 +110,15 @@ def cost(T: int, D: int, dtype: torch.dtype) -> Cost:
 
 
 @triton.jit
-def _store(y, weight, bias, y_ptr, row_start, live, in_rows, d, D: tl.constexpr):
-    """Scale and shift columns d of normalised rows, and write them."""
-    y = tl.where(live, y * weight + bias, 0.0).to(y_ptr.dtype.element_ty)
+def _store(y, y_ptr, row_start, live, in_rows, d, D: tl.constexpr):
+    """Write columns d of rows, and zeros past the live ones."""
+    y = tl.where(live, y, 0.0).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + row_start + d[None, :], y, mask=in_rows & (d < D)[None, :])
 
 
 @triton.jit
 def _norm_rows(
-    x_ptr, partials_ptr, weight_ptr, bias_ptr, offset_ptr, destination_ptr, y_ptr,
+    x_ptr, partials_ptr, weight_ptr, bias_ptr, offset_ptr, destination_ptr, state_ptr, y_ptr,
     offset, weight, bias,  # columns of the first block; the latter two only with PDL
     r, live, in_rows, T, eps,
     D: tl.constexpr, IS_RMS: tl.constexpr, SPLITS: tl.constexpr,
@@ -127,10 +128,16 @@ def _norm_rows(
     d = tl.arange(0, BLOCK_D)
     # int64 before the multiply: T * D passes 2**31 at 1.9M rows of width 1152
     start = r[:, None].to(tl.int64) * D
-    x, rest, squares = load_centred(
+    rest_d = BLOCK_D + tl.arange(0, REST if REST > 0 else BLOCK_D)
+    x, rest = load_rows(
         x_ptr, partials_ptr, offset, offset_ptr, start, live, T.to(tl.int64) * D, D,
-        IS_RMS, SPLITS, BLOCK_D, REST,
+        SPLITS, BLOCK_D, REST,
     )  # fmt: skip
+    if state_ptr is not None:
+        _store(x, state_ptr, start, live, in_rows, d, D)
+        if REST > 0:
+            _store(rest, state_ptr, start, live, in_rows, rest_d, D)
+    x, rest, squares = centred(x, rest, D, IS_RMS, BLOCK_D, REST)
     if not PDL:  # many rows: registers hold more of them meanwhile
         weight = load_vector(weight_ptr, d, D)
         bias = load_vector(bias_ptr, d, D)
@@ -138,12 +145,11 @@ def _norm_rows(
     if destination_ptr is not None:
         row = tl.load(destination_ptr + r, mask=r < T, other=0)
         start = row[:, None].to(tl.int64) * D
-    _store(x * scale, weight, bias, y_ptr, start, live, in_rows, d, D)
+    _store(x * scale * weight + bias, y_ptr, start, live, in_rows, d, D)
     if REST > 0:
-        rest_d = BLOCK_D + tl.arange(0, REST)
         rest_weight = load_vector(weight_ptr, rest_d, D)
         rest_bias = load_vector(bias_ptr, rest_d, D)
-        _store(rest * scale, rest_weight, rest_bias, y_ptr, start, live, in_rows, rest_d, D)
+        _store(rest * scale * rest_weight + rest_bias, y_ptr, start, live, in_rows, rest_d, D)
 
 
 @triton.jit(do_not_specialize=["T"])  # one compilation for all row counts
@@ -155,6 +161,7 @@ def _norm_kernel(
     offset_ptr,  # [D] fp32 or None
     destination_ptr,  # [T] or None
     live_ptr,  # [1] or None, in units of 1 / LIVE_GROUP rows
+    state_ptr,  # [T, D] or None
     y_ptr,  # [T, D]
     T,
     eps,
@@ -184,14 +191,14 @@ def _norm_kernel(
     if (tl.program_id(0) + 1) * ROWS <= num_live:
         whole = tl.full([ROWS, 1], 1, tl.int1)
         _norm_rows(
-            x_ptr, partials_ptr, weight_ptr, bias_ptr, offset_ptr, destination_ptr, y_ptr,
-            offset, weight, bias, r, whole, whole, T, eps,
+            x_ptr, partials_ptr, weight_ptr, bias_ptr, offset_ptr, destination_ptr, state_ptr,
+            y_ptr, offset, weight, bias, r, whole, whole, T, eps,
             D, IS_RMS, SPLITS, BLOCK_D, REST, PDL,
         )  # fmt: skip
     else:
         _norm_rows(
-            x_ptr, partials_ptr, weight_ptr, bias_ptr, offset_ptr, destination_ptr, y_ptr,
-            offset, weight, bias, r, (r < num_live)[:, None], (r < T)[:, None], T, eps,
+            x_ptr, partials_ptr, weight_ptr, bias_ptr, offset_ptr, destination_ptr, state_ptr,
+            y_ptr, offset, weight, bias, r, (r < num_live)[:, None], (r < T)[:, None], T, eps,
             D, IS_RMS, SPLITS, BLOCK_D, REST, PDL,
         )  # fmt: skip
 
@@ -208,6 +215,7 @@ def norm(
     live_rows: torch.Tensor | None = None,
     live_group: int = 1,
     partials: torch.Tensor | None = None,
+    state: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Normalise the rows of `x`; see the module docstring.
@@ -221,6 +229,7 @@ def norm(
         live_rows: int32 [1]; rows from `live_rows // live_group` on are written as zeros.
         live_group: patches in a row of `x` (4 where 2 x 2 patches were joined to a row).
         partials: [S, T, D] fp32 sums that live rows of `x` lack; added to it in place, first.
+        state: [T, D] to write s into, with zeros past the live rows.
         out: [T, D] to write into; a new tensor if None.
 
     Raises:
@@ -238,16 +247,19 @@ def norm(
         raise ValueError(f"norm: D = {D} is over the limit of {MAX_D}")
     if not x.is_contiguous():
         raise ValueError(f"norm: x must be contiguous, its strides are {x.stride()}")
-    if out is not None and (out.shape != x.shape or not out.is_contiguous()):
-        raise ValueError(
-            f"norm: out must be contiguous {list(x.shape)}, got {list(out.shape)} with strides "
-            f"{out.stride()}"
-        )
+    for name, rows in (("state", state), ("out", out)):
+        if rows is not None and (rows.shape != x.shape or not rows.is_contiguous()):
+            raise ValueError(
+                f"norm: {name} must be contiguous {list(x.shape)}, got {list(rows.shape)} with "
+                f"strides {rows.stride()}"
+            )
     check_partials("norm", x, partials)
     if use_reference(x):
         num_live = None if live_rows is None else int(live_rows) // live_group
         if partials is not None:
             x.copy_(add_partials_ref(x, partials, num_live))
+        if state is not None:
+            state.copy_(residual_ref(x, offset, num_live))
         y = norm_ref(
             x, weight, bias, eps,
             kind=kind, offset=offset, destination=destination, num_live=num_live,
@@ -260,8 +272,8 @@ def norm(
     block_d, rest = blocks(D, launch)
     launch_kernel(
         _norm_kernel, (triton.cdiv(T, launch.rows),),
-        x, partials, weight, bias, offset, destination, live_rows, y, T, eps, D=D,
-        IS_RMS=kind == "rms", LIVE_GROUP=live_group, SPLITS=num_partials(partials),
+        x, partials, weight, bias, offset, destination, live_rows, state, y, T, eps,
+        D=D, IS_RMS=kind == "rms", LIVE_GROUP=live_group, SPLITS=num_partials(partials),
         ROWS=launch.rows, BLOCK_D=block_d, REST=rest, num_warps=launch.num_warps, **pdl_options(x),
     )  # fmt: skip
     return y

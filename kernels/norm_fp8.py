@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .centred import load_centred, load_vector
+from .centred import centred, load_rows, load_vector
 from .dispatch import use_reference
 from .launch import launch_kernel
 from .norm import MAX_D, blocks, config, norm_ref
@@ -78,9 +78,8 @@ def _norm_fp8_rows(
     start = row * D
     q_row = q_ptr + row * stride_qt
     d = tl.arange(0, BLOCK_D)
-    x, rest, squares = load_centred(
-        x_ptr, None, offset, offset_ptr, start, live, 0, D, IS_RMS, 0, BLOCK_D, REST
-    )
+    x, rest = load_rows(x_ptr, None, offset, offset_ptr, start, live, 0, D, 0, BLOCK_D, REST)
+    x, rest, squares = centred(x, rest, D, IS_RMS, BLOCK_D, REST)
     if not PDL:  # many rows: registers hold more of them meanwhile
         weight = load_vector(weight_ptr, d, D)
         bias = load_vector(bias_ptr, d, D)

@@ -219,6 +219,18 @@ def test_a_state_takes_them_and_keeps_the_sum(monkeypatch):
     torch.testing.assert_close(one.stream.settled()[:5], summed[:5], **CLOSE)
 
 
+def test_a_norm_that_leaves_a_state(spec, monkeypatch):
+    Parts(monkeypatch)
+    one, other = One(live=5), One(live=5)
+    one.add()
+    other.add()
+    states = [torch.full_like(one.x, torch.nan) for _ in range(2)]
+    got = one.stream.norm(NORM, spec, state=states[0])
+    other.stream.state(NORM[2], states[1])
+    assert torch.equal(states[0], states[1])
+    assert torch.equal(got, other.stream.norm(NORM, spec))
+
+
 # beside fp8
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from vitgraph.kernels.aligned_rows import LINE, aligned_rows, with_aligned_rows
 from vitgraph.kernels.quantize import FP8
+from vitgraph.kernels.zero_padding import ZeroedPadding
 
 DTYPES = [FP8, torch.bfloat16, torch.float16, torch.float32]
 
@@ -27,7 +28,8 @@ def test_rows_start_at_lines(F, dtype, device):
 @pytest.mark.parametrize("live", [0, 2, 3])
 def test_padding_is_zero(live, F, dtype, device):
     live_rows = torch.tensor([live], dtype=torch.int32, device=device)
-    out = aligned_rows(torch.empty(0, device=device), 3, F, dtype=dtype, live_rows=live_rows)
+    with ZeroedPadding(live_rows) as padding:
+        out = aligned_rows(torch.empty(0, device=device), 3, F, dtype=dtype, padding=padding)
     assert out[:live].float().isnan().all()  # not written: what new memory holds in these tests
     assert not out[live:].float().any()
 

@@ -22,7 +22,8 @@ from vitgraph.kernels.compiled import inspect
 def test_norm(D, T, is_rms):
     launch = norm.config(T, D)
     block_d, rest = norm.blocks(D, launch)
-    none = {"destination_ptr": None, "partials_ptr": None} | ({"bias_ptr": None} if is_rms else {})
+    none = {"destination_ptr": None, "partials_ptr": None, "state_ptr": None}
+    none |= {"bias_ptr": None} if is_rms else {}
     info = inspect(
         norm._norm_kernel,
         {
@@ -229,16 +230,25 @@ def test_residual(splits):
     assert info.count("LDG.E.128") >= 2
 
 
-def test_zero_padding():
+@pytest.mark.parametrize("buffers", range(1, zero_padding.MOST_BUFFERS + 1))
+def test_zero_padding(buffers):
+    pointers = [f"x{i}_ptr" for i in range(zero_padding.MOST_BUFFERS)]
+    sizes = [f"row_bytes{i}" for i in range(zero_padding.MOST_BUFFERS)]
     info = inspect(
         zero_padding._zero_padding_kernel,
-        {"x_ptr": "*u8", "live_ptr": "*i32", "T": "i32", "row_bytes": "i32"},
-        {"BLOCK": zero_padding.BLOCK, "PDL": False},
-        divisible=["row_bytes"],
-    )
+        {
+            **dict.fromkeys(pointers[:buffers], "*u8"), **dict.fromkeys(sizes[:buffers], "i32"),
+            "live_ptr": "*i32", "T": "i32",
+        },
+        {
+            **dict.fromkeys((*pointers[buffers:], *sizes[buffers:])),
+            "BLOCK": zero_padding.BLOCK, "PDL": False,
+        },
+        divisible=sizes[:buffers],
+    )  # fmt: skip
     assert info.spill_bytes == 0
     assert info.registers <= 32  # eight programs of four warps are there at once
-    assert info.count("STG.E.128") == zero_padding.BLOCK // (4 * 32 * 16)
+    assert info.count("STG.E.128") == buffers * zero_padding.BLOCK // (4 * 32 * 16)
 
 
 @pytest.mark.parametrize(("window", "clips"), [(0, False), (8, False), (0, True)])

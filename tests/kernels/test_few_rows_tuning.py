@@ -26,6 +26,9 @@ def shapes_of_towers():
         if not name.startswith("tiny"):
             up = (2 * F, D, GATED) if spec.mlp == "gated" else (F, D, spec.activation)
             found |= {(3 * D, D, ""), (3 * D, D, ROTATED), (D, D, RESIDUAL), up, (D, F, RESIDUAL)}
+            if spec.merger == "mlp":
+                joined = spec.patches_per_token * D
+                found |= {(joined, joined, "gelu_erf"), (spec.out_size, joined, "")}
     return found
 
 

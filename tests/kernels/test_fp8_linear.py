@@ -19,6 +19,7 @@ from vitgraph.kernels.quantize import (
 from vitgraph.kernels.rope import rope_
 from vitgraph.kernels.rotary_linear import Rotation, turns_of
 from vitgraph.kernels.testing import rel_rms
+from vitgraph.kernels.zero_padding import ZeroedPadding
 
 BF16 = torch.bfloat16
 ACTIVATIONS = [None, "gelu_tanh", "gelu_erf", "quick_gelu", "silu"]
@@ -258,10 +259,11 @@ def test_output_is_zero_where_padding_may_be_left_alone(
 ):
     monkeypatch.setattr(linear_module, "choose_backend", lambda *a, **options: (backend, None))
     live_rows = torch.tensor([2], dtype=torch.int32)
-    out = empty_output(
-        torch.zeros(3, 8), torch.zeros(5, 8),
-        live_rows=live_rows, leaves_padding=leaves_padding, at_lines=at_lines,
-    )  # fmt: skip
+    with ZeroedPadding(live_rows) as padding:
+        out = empty_output(
+            torch.zeros(3, 8), torch.zeros(5, 8),
+            padding=padding, leaves_padding=leaves_padding, at_lines=at_lines,
+        )  # fmt: skip
     assert out.shape == (3, 5)
     is_library = backend == "library" and not leaves_padding
     assert out.is_contiguous() == (is_library or not at_lines)

@@ -1,13 +1,18 @@
 import pytest
 import torch
+from vitgraph.kernels import linear as linear_module
+from vitgraph.kernels.few_rows_tuning import FewRowsConfig
+from vitgraph.kernels.gemm_tuning import HopperConfig
 from vitgraph.kernels.linear import (
     BACKENDS,
+    empty_output,
     linear,
     linear_op,
     linear_ref,
     linear_residual_op,
 )
 from vitgraph.kernels.testing import assert_as_accurate
+from vitgraph.kernels.zero_padding import ZeroedPadding
 
 # those written in Gluon have no interpreter: test_gemm_hopper.py, test_gemm_few_rows.py
 PORTABLE = [backend for backend in BACKENDS if backend not in ("hopper", "few_rows")]
@@ -93,3 +98,29 @@ def test_opcheck(check, backend, device):
     torch.library.opcheck(
         linear_residual_op, (residual, x, weight, None, None, None, backend), test_utils=check
     )
+
+
+@pytest.mark.parametrize(
+    ("writes", "reads", "is_left"),
+    [
+        (FewRowsConfig(64, 64, 6), FewRowsConfig(64, 128, 8), True),
+        (FewRowsConfig(128, 64, 6), FewRowsConfig(64, 128, 8), True),
+        (FewRowsConfig(64, 64, 6), FewRowsConfig(128, 128, 6), False),
+        (FewRowsConfig(64, 64, 6), None, False),
+        (FewRowsConfig(64, 64, 6), HopperConfig(64, 64, 4), False),
+        (HopperConfig(64, 64, 4), FewRowsConfig(64, 64, 6), False),
+    ],
+    ids=["as-many", "half", "twice", "library", "others", "of-others"],
+)
+def test_padding_that_its_only_reader_leaves_alone(writes, reads, is_left, monkeypatch):
+    x, weight, reader = torch.zeros(3, 8), torch.zeros(16, 8), torch.zeros(24, 16)
+
+    def choose(M, N, K, *_, **__):
+        return "kernel", writes if weight.shape == (N, K) else reads
+
+    monkeypatch.setattr(linear_module, "choose_backend", choose)
+    for apart in (reader, torch.zeros(24, 17)[:, 1:]):  # whose rows the kernels do not take
+        with ZeroedPadding(torch.tensor([2], dtype=torch.int32)) as padding:
+            out = empty_output(x, weight, padding=padding, reader=apart)
+        assert out[2].isnan().all() == (is_left and apart is reader)
+        assert out[:2].isnan().all()  # not written: what new memory holds in these tests

@@ -2,6 +2,7 @@ import pytest
 import torch
 from vitgraph.kernels import norm as norm_module
 from vitgraph.kernels.norm import NormConfig, blocks, config, norm, norm_op, norm_ref
+from vitgraph.kernels.residual import residual
 from vitgraph.kernels.testing import assert_as_accurate
 
 SHAPES = [
@@ -126,6 +127,30 @@ def test_destination(device):
     assert torch.equal(oracle[order.long()], norm_ref(*args, kind="rms", offset=offset))
 
 
+@pytest.mark.parametrize("with_offset", [True, False])
+@pytest.mark.parametrize("live", [0, 5, 7])
+@pytest.mark.parametrize("splits", [0, 2])
+@pytest.mark.parametrize(("T", "D"), [(7, 96), (7, 1152), (2050, 100)])
+def test_state_is_that_of_residual(T, D, splits, live, with_offset, device):
+    """Bit for bit; rows in their own order while those of the norm go elsewhere."""
+    args, offset = arguments(T, D, torch.bfloat16, device, "layer")
+    offset = offset if with_offset else None
+    live = live if T == 7 else T - 7 + live
+    args[0][live:] = float("nan")
+    g = torch.Generator().manual_seed(1)
+    partials = torch.randn(splits, T, D, generator=g).to(device) if splits else None
+    options = {"live_rows": torch.tensor([live], dtype=torch.int32, device=device)}
+    streams = [args[0].clone() for _ in range(3)]
+    want = residual(streams[0], offset, partials=partials, **options)
+    options |= {"kind": "layer", "offset": offset, "partials": partials}
+    options["destination"] = torch.randperm(T, generator=g).int().to(device)
+    state = torch.full_like(want, float("nan"))
+    y = norm(streams[1], *args[1:], state=state, **options)
+    assert torch.equal(state, want)
+    assert torch.equal(y, norm(streams[2], *args[1:], **options))
+    assert torch.equal(streams[1][:live], streams[2][:live])
+
+
 def test_rows_do_not_depend_on_their_neighbours(device):
     args, _ = arguments(6, 1152, torch.bfloat16, device, "layer")
     whole = norm(*args, kind="layer")
@@ -152,6 +177,8 @@ def test_writes_into_out_and_empty(device):
         ({"weight": torch.ones(16)[::2]}, "weight .* contiguous"),
         ({"out": torch.zeros(2, 8)}, r"out must be contiguous \[4, 8\], got \[2, 8\]"),
         ({"out": torch.zeros(4, 16)[:, :8]}, "out must be contiguous"),
+        ({"state": torch.zeros(4, 16)[:, :8]}, "state must be contiguous"),
+        ({"state": torch.zeros(4, 7)}, r"state must be contiguous \[4, 8\], got \[4, 7\]"),
         ({"x": torch.zeros(1, 20000), "weight": torch.ones(20000)}, "over the limit"),
     ],
 )
@@ -159,7 +186,7 @@ def test_bad_arguments(change, message):
     args = {"x": torch.zeros(4, 8), "weight": torch.ones(8), "bias": None, "kind": "rms"} | change
     with pytest.raises(ValueError, match=message):
         norm(args["x"], args["weight"], args["bias"], 1e-6, kind=args["kind"],
-             offset=args.get("offset"), out=args.get("out"))  # fmt: skip
+             offset=args.get("offset"), state=args.get("state"), out=args.get("out"))  # fmt: skip
 
 
 @pytest.mark.parametrize("check", ["test_schema", "test_faketensor"])

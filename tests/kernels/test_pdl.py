@@ -128,7 +128,8 @@ POINTERS = {"q_ptr": "*bf16", "k_ptr": "*bf16", "v_ptr": "*bf16", "out_ptr": "*b
 def inspect_norm(early, splits=0, D=1152):
     launch = norm.config(256, D)
     width, rest = norm.blocks(D, launch)
-    absent = {"destination_ptr": None} | ({} if splits else {"partials_ptr": None})
+    absent = {"destination_ptr": None, "state_ptr": None}
+    absent |= {} if splits else {"partials_ptr": None}
     return inspect(
         norm._norm_kernel,
         {
@@ -235,9 +236,10 @@ def inspect_window(early):
 def inspect_zeros(early):
     return inspect(
         zero_padding._zero_padding_kernel,
-        {"x_ptr": "*u8", "live_ptr": "*i32", "T": "i32", "row_bytes": "i32"},
-        {"BLOCK": zero_padding.BLOCK, "PDL": early},
-        divisible=["row_bytes"], launch_pdl=early,
+        {"x0_ptr": "*u8", "live_ptr": "*i32", "T": "i32", "row_bytes0": "i32"},
+        {f"x{i}_ptr": None for i in (1, 2, 3)} | {f"row_bytes{i}": None for i in (1, 2, 3)}
+        | {"BLOCK": zero_padding.BLOCK, "PDL": early},
+        divisible=["row_bytes0"], launch_pdl=early,
     )  # fmt: skip
 
 

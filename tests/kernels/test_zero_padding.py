@@ -1,8 +1,11 @@
 import pytest
 import torch
 from vitgraph.kernels import zero_padding as module
+from vitgraph.kernels.launch import launch_kernel
 from vitgraph.kernels.zero_padding import (
     BLOCK,
+    MOST_BUFFERS,
+    ZeroedPadding,
     programs,
     zero_padding_,
     zero_padding_op,
@@ -78,6 +81,52 @@ def test_what_lies_around_a_buffer_stays(device):
 @pytest.mark.parametrize("shape", [(0, 8), (4, 0), (0, 2, 8)])
 def test_empty(shape, device):
     assert zero_padding_(torch.ones(shape, device=device), live_rows(0, device)).shape == shape
+
+
+@pytest.mark.parametrize("live", LIVE)
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])
+def test_several_in_as_few_launches_as_hold_them(count, live, device, monkeypatch):
+    launches = []
+
+    def launch(*args, **options):
+        launches.append(args)
+        launch_kernel(*args, **options)
+
+    monkeypatch.setattr(module, "launch_kernel", launch)
+    dtypes = [DTYPES[i % len(DTYPES)] for i in range(count)]
+    buffers = [torch.ones(9, 3 + 5 * i, device=device).to(d) for i, d in enumerate(dtypes)]
+    with ZeroedPadding(live_rows(live, device)) as padding:
+        for x in buffers:
+            assert padding.of(x) is x
+            padding.of(x[:0])
+        assert not launches
+    assert len(launches) == -(-count // MOST_BUFFERS)
+    for x in buffers:
+        assert (x[:live].float() == 1).all()
+        assert not as_bytes(x[live:]).any()
+
+
+def test_nothing_is_launched_for_nothing(monkeypatch):
+    monkeypatch.setattr(module, "_zero", None)  # not called
+    with ZeroedPadding(live_rows(1, "cpu")) as padding:
+        padding.of(torch.ones(3, 0))
+    with ZeroedPadding(None) as padding:
+        padding.of(torch.ones(3, 4))
+
+
+def test_an_error_is_not_held_up(monkeypatch):
+    monkeypatch.setattr(module, "_zero", None)  # not called
+    padding = ZeroedPadding(live_rows(1, "cpu"))
+    padding.of(torch.ones(3, 4))
+    with pytest.raises(KeyError), padding:
+        raise KeyError
+
+
+def test_buffers_of_other_lengths_are_refused():
+    padding = ZeroedPadding(live_rows(1, "cpu"))
+    padding.of(torch.ones(3, 4))
+    with pytest.raises(ValueError, match="x has 4 rows, the buffers before it have 3"):
+        padding.of(torch.ones(4, 4))
 
 
 def test_no_live_rows_are_all_rows(device):
