@@ -32,12 +32,17 @@ def _side_stream(main: torch.cuda.Stream) -> torch.cuda.Stream:
 
 
 class Branch:
-    """A second line of one forward over `rows` rows; in line unless that is being captured."""
+    """A second line of one forward over `rows` rows; in line unless that is being captured.
+
+    Attributes:
+        has_room: Whether so many rows have one, if captured.
+    """
 
     def __init__(self, device: torch.device, rows: int):
         is_captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         self._stream: torch.cuda.Stream | None = None
-        if is_captured and rows <= MOST_ROWS:
+        self.has_room = rows <= MOST_ROWS
+        if is_captured and self.has_room:
             self._stream = _side_stream(torch.cuda.current_stream(device))
         self._used: list[torch.Tensor] = []
 

@@ -161,20 +161,27 @@ def _forward(
     fp8 = weights.fp8
     stream = Stream(x, plan.live_rows, in_fp8=fp8.plan is not None)
     branch = Branch(x.device, len(x))
+    state = None  # behind the block before, if the norm of this one leaves it to a merger
     for i, block in enumerate(weights.blocks):
         in_windows = spec.attends_in_windows(i)
-        _qkv(spec, block, fp8.blocks[i], stream, plan, work, rotation, in_windows)
+        _qkv(spec, block, fp8.blocks[i], stream, plan, work, rotation, in_windows, state)
+        if state is not None:
+            _merge_state(weights, i - 1, state, plan, outputs, branch)
+            state = None
         _attend(
             spec, block, fp8.blocks[i], stream, plan, work, batch.max_seqlen, attention, in_windows
         )
         _mlp(spec, block, fp8.blocks[i], stream, plan, work)
         if i in spec.deepstack_layers:
-            j = spec.deepstack_layers.index(i)
-            merger, out = weights.deepstack[j], outputs[f"deepstack_{j}"]
-            normed = stream.norm(merger.norm, spec, joined=spec.patches_per_token)
-            # what reads the stream stays on the main line
-            with branch.after_main(normed):
-                _merge(merger, fp8.deepstack[j], normed, plan.live_tokens, out, branch)
+            if branch.has_room and i + 1 < spec.depth and fp8.blocks[i + 1].qkv is None:
+                state = torch.empty_like(x)
+            else:
+                j = spec.deepstack_layers.index(i)
+                merger, out = weights.deepstack[j], outputs[f"deepstack_{j}"]
+                normed = stream.norm(merger.norm, spec, joined=spec.patches_per_token)
+                # what reads the stream stays on the main line
+                with branch.after_main(normed):
+                    _merge(merger, fp8.deepstack[j], normed, plan.live_tokens, out, branch)
         if i in states:
             stream.state(weights.offset_after(i), states[i])
     last = outputs["last_hidden_state"]
@@ -225,14 +232,18 @@ def _qkv(
     work: _Workspace,
     rotation: Rotation | None,
     in_windows: bool,
+    state: torch.Tensor | None,
 ) -> None:
-    """q, k and v of the normalised stream, rotated unless windows do it."""
+    """q, k and v of the normalised stream, rotated unless windows do it.
+
+    `state` gets the stream itself; None where the norm is one into fp8.
+    """
     live, flat = plan.live_rows, work.qkv.flatten(1)
     if in_fp8.qkv is not None:
         bias = in_fp8.qkv_bias if in_fp8.fits else block.qkv_bias
         stream.norm_linear_fp8(block.norm1, in_fp8.qkv, bias, spec, flat, rotation=rotation)
     else:
-        stream.norm(block.norm1, spec, out=work.normed)
+        stream.norm(block.norm1, spec, state=state, out=work.normed)
         if rotation is None:
             linear(work.normed, block.qkv_weight, block.qkv_bias, out=flat, live_rows=live)
         else:
@@ -327,6 +338,31 @@ def _mlp(
         stream.add_linear_fp8(work.gated, in_fp8.down)
     else:
         stream.add_linear(work.gated, block.down_weight)
+
+
+def _merge_state(
+    weights: TowerWeights,
+    layer: int,
+    state: torch.Tensor,
+    plan: Layout,
+    outputs: Mapping[str, torch.Tensor],
+    branch: Branch,
+) -> None:
+    """The deepstack merger behind `layer`, all of it beside the blocks.
+
+    Its norm reads `state` [T, D], which nobody overwrites, and not the stream.
+    """
+    spec, j = weights.spec, weights.spec.deepstack_layers.index(layer)
+    merger = weights.deepstack[j]
+    weight, bias, _ = merger.norm  # the state lacks nothing
+    rows = state.view(-1, spec.hidden_size * spec.patches_per_token)
+    with branch.after_main(state):
+        norm(
+            rows, weight, bias, spec.eps, kind=spec.norm,
+            live_rows=plan.live_rows, live_group=spec.patches_per_token, out=rows,
+        )  # fmt: skip
+        in_fp8 = weights.fp8.deepstack[j]
+        _merge(merger, in_fp8, rows, plan.live_tokens, outputs[f"deepstack_{j}"], branch)
 
 
 def _merge(

@@ -1,16 +1,15 @@
 """Which products of few rows take the kernel of gemm_few_rows.py, as measured.
 
-One NVIDIA H200, Triton 3.6.0, PyTorch 2.11.0 with CUDA 13.0, 2026-11-21 to 23, bf16. Such a
+One NVIDIA H200, Triton 3.6.0, PyTorch 2.11.0 with CUDA 13.0, 2026-11-21 to 24, bf16. Such a
 product takes a few microseconds, and how much of it hides under its neighbours decides. So these
 are the tiles with which the captured tower as a whole was fastest, one layer after another
-exchanged (`python -m vitgraph.bench products` measures so): at 224 (Qwen3-VL) or 256 rows, and at
-384, 512, 640, 768, 832 and 1024 rows (GLM-OCR: at 256, 512 and 832; GLM-4.1V: not at 384 and 768;
-Qwen3.5-0.8B: not at 768 and 1024). Where two towers share a shape, the better one for both. Between
-measurements a tile is taken to hold as long as its programs fit into one wave. Up to 128 rows a
-product was measured behind or before its norm, by a script that is not here, or not at all. All had
-a warp kept apart for loads then; which are better without was measured last, by a script around the
-same code, at up to 256 rows and at some of the others, and at 256 and 832 in all tiles. Past the
-last entry, and in shapes without one, gemm_tuning.py and the library decide.
+exchanged, as `python -m vitgraph.bench products` does; lastly by a script around the same code,
+with both ways of loading and tiles of up to 320 columns: at 224 (Qwen3-VL) or 256 rows, and at 384,
+512, 640, 768, 832 and 1,024 (Qwen3-VL-8B and Qwen2-VL: 896 and 1,152 too; not all of them in all
+tiles). Where two towers share a shape, the better one for both. Between measurements a tile is
+taken to hold as long as its programs fit into one wave. Up to 128 rows a product was measured
+behind or before its norm, by a script that is not here, or not at all. Past the last entry, and in
+shapes without one, gemm_tuning.py and the library decide.
 
 To measure again: `python -m vitgraph.bench products` exchanges them in a captured tower.
 `vitgraph tune` measures them product by product on the user's GPU, and what it found stands before
@@ -133,9 +132,10 @@ TABLE: Table = {
         (128, _NARROW), (256, _WIDE_PAIRS), (768, None), (896, _HUGE), (1152, _FED_VAST),
     ),
     (1152, 4304, RESIDUAL): (
-        (128, _DEEP_THIRDS), (256, _WIDE_THIRDS), (832, None), (896, _WIDE_SUMS),
+        (128, _DEEP_THIRDS), (256, _WIDE_THIRDS), (384, _WIDE_HALVES), (832, None),
+        (896, _WIDE_SUMS),
     ),
-    # their mergers, those beside the blocks (encoder/branch.py) from 65 tokens on
+    # their mergers: the last one, and from 65 tokens on those beside the blocks as well
     (4608, 4608, "gelu_erf"): ((32, None), (64, _FED_DEEP), (96, None), (128, _FED_WIDE_SUMS)),
     (4096, 4608, ""): ((64, _FED_DEEP),),
     # Qwen3-VL-2B and 4B, GLM-OCR: qkv, proj, up of Qwen3-VL, down
@@ -176,7 +176,7 @@ TABLE: Table = {
     (3072, 768, "gelu_tanh"): ((256, _NARROW), (384, None), (640, _WIDE_PAIRS)),
     (768, 3072, RESIDUAL): ((256, _FED_WIDE_THIRDS), (384, _WIDE_THIRDS), (640, _WIDE_HALVES)),
     # GLM-4.1V: qkv, proj, gate and up, down
-    (4608, 1536, ROTATED): ((256, _FED_SQUARE), (512, None), (640, _FED_LARGE), (832, _HUGE)),
+    (4608, 1536, ROTATED): ((384, _FED_SQUARE), (512, None), (640, _FED_LARGE), (832, _HUGE)),
     (1536, 1536, RESIDUAL): ((256, _WIDE_SUMS),),
     (1536, 4096, RESIDUAL): ((256, _WIDE_HALVES),),
 }  # fmt: skip
@@ -184,10 +184,9 @@ TABLE: Table = {
 
 # For the products before and behind a norm that deferred_norm.py divides between them, by (N, K,
 # epilogue) of the second: (last M, tiles of both), each from the one before on; None where the norm
-# is better a kernel of its own, as it is taken to be up to 128 rows. Measured in the same way on
-# 2026-11-23: `products --layers norm2` at 256 and 832 rows of the 7B and 8B towers, by a script
-# around the same code at 384, 512, 640, 768 and 1024, and the other towers at 256, 512 and 832.
-# Replays take 0.3 to 5.5 per cent less, the smallest of which are within what captures differ by.
+# is better a kernel of its own, as it is taken to be up to 128 rows. Measured in the same way and
+# by the same script (`products --layers norm2` exchanges them as well): replays take 0.3 to 5.5 per
+# cent less, the smallest of which are within what captures differ by.
 DeferredTiles = tuple[FewRowsConfig, FewRowsConfig]
 DeferredTable = Mapping[tuple[int, int, str], tuple[tuple[int, DeferredTiles | None], ...]]
 
@@ -222,7 +221,7 @@ DEFERRED: DeferredTable = {
         (128, None), (256, (_FED_DEEP, _FED_SQUARE)), (768, None), (832, (_WIDE, _HUGE)),
     ),
     (8192, 1536, GATED): (
-        (128, None), (256, (_FED_WIDE, _SQUARE)), (448, None), (512, (_WIDE, _HUGE)),
+        (128, None), (256, (_FED_WIDE, _SQUARE)), (512, (_WIDE, _HUGE)),
     ),
 }  # fmt: skip
 

@@ -75,8 +75,8 @@ def _zero_padding_kernel(
 class ZeroedPadding:
     """A context in which buffers are gathered; at its end their padding is zeroed, in one launch.
 
-        with ZeroedPadding(live_rows) as padding:
-            x = padding.of(torch.empty(...))
+    with ZeroedPadding(live_rows) as padding:
+        x = padding.of(torch.empty(...))
     """
 
     def __init__(self, live_rows: torch.Tensor | None):

@@ -5,6 +5,7 @@ import torch
 import vitgraph.bench.towers_config as towers
 from vitgraph.encoder import VisionEncoder, branch, forward
 from vitgraph.encoder.branch import MOST_ROWS, Branch
+from vitgraph.encoder.stream import Stream
 from vitgraph.kernels import background, pdl
 from vitgraph.kernels.testing import rel_rms
 
@@ -86,6 +87,34 @@ def test_the_last_merger_takes_the_whole_gpu(products, monkeypatch):
     want = encoder.eager_forward(pixels, [(1, 4, 6), (1, 4, 4)])
     for key, value in want.items():
         assert rel_rms(got[key], value) <= 1e-12
+
+
+@pytest.mark.parametrize("most_rows", [40, 39])
+def test_mergers_read_what_the_next_norm_leaves(most_rows, monkeypatch):
+    """Or norms of their own, with more rows than a branch takes; the results are the same."""
+    monkeypatch.setattr(branch, "MOST_ROWS", most_rows)
+    hf = towers.build_tower("tiny-qwen3-vl", device="cpu", dtype=torch.float64)
+    encoder = VisionEncoder.from_hf(hf)
+    spec, joined = encoder.spec, []
+    norm_of_stream = Stream.norm
+
+    def norm(stream, *args, **options):
+        joined.append(options.get("joined", 1) > 1)
+        return norm_of_stream(stream, *args, **options)
+
+    monkeypatch.setattr(Stream, "norm", norm)
+    g = torch.Generator().manual_seed(0)
+    pixels = torch.randn(40, spec.patch_values, generator=g, dtype=torch.float64)
+    got = encoder.eager_forward(pixels, [(1, 4, 6), (1, 4, 4)])
+    # behind the last block there is no norm that could leave them
+    by_others = sum(i + 1 < spec.depth for i in spec.deepstack_layers) if most_rows == 40 else 0
+    assert by_others > 0 or most_rows < 40
+    assert sum(joined) == len(spec.deepstack_layers) - by_others
+    with torch.no_grad():
+        grid = torch.tensor([(1, 4, 6), (1, 4, 4)])
+        features = hf(pixels, grid_thw=grid).deepstack_features
+    for j, want in enumerate(features):
+        assert rel_rms(got[f"deepstack_{j}"], want) <= 1e-6  # angles are fp32
 
 
 @pytest.mark.gpu

@@ -16,19 +16,22 @@ from vitgraph.kernels import (
 from vitgraph.kernels.compiled import inspect
 
 
+@pytest.mark.parametrize("has_state", [False, True], ids=["alone", "state"])
 @pytest.mark.parametrize("is_rms", [False, True], ids=["layer", "rms"])
 @pytest.mark.parametrize("T", [196, 4096])
 @pytest.mark.parametrize("D", [1024, 1152, 1280, 4608])
-def test_norm(D, T, is_rms):
+def test_norm(D, T, is_rms, has_state):
     launch = norm.config(T, D)
     block_d, rest = norm.blocks(D, launch)
-    none = {"destination_ptr": None, "partials_ptr": None, "state_ptr": None}
+    none = {"destination_ptr": None, "partials_ptr": None}
     none |= {"bias_ptr": None} if is_rms else {}
+    none |= {} if has_state else {"state_ptr": None}
     info = inspect(
         norm._norm_kernel,
         {
             "x_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*bf16", "offset_ptr": "*fp32",
             "live_ptr": "*i32", "y_ptr": "*bf16", "T": "i32", "eps": "fp32",
+            **({"state_ptr": "*bf16"} if has_state else {}),
         },
         none | {
             "D": D, "IS_RMS": is_rms, "LIVE_GROUP": 1, "SPLITS": 0, "ROWS": launch.rows,
@@ -38,7 +41,7 @@ def test_norm(D, T, is_rms):
     )  # fmt: skip
     assert info.spill_bytes == 0
     assert info.count("LDG.E.128") >= 2
-    assert info.count("STG.E.128") >= 1
+    assert info.count("STG.E.128") >= 1 + has_state
     if launch.split:  # five to a sum of each row and block; none for vectors
         sums = 1 if is_rms else 2
         exchanges = 5 * sums * launch.rows * (2 if rest else 1)
