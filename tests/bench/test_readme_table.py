@@ -37,7 +37,7 @@ BELOW_FLOOR = {
     ("qwen3-vl-8b", "img224"),
     ("qwen3-vl-8b", "img1024"),
     ("qwen3-vl-8b", "16mixed"),
-    ("qwen2.5-vl-7b", "img224"),
+    ("qwen2.5-vl-7b", "img2048"),
     ("qwen2.5-vl-7b", "16mixed"),
     ("qwen2-vl-7b", "img224"),
     ("qwen2-vl-7b", "img1024"),
