@@ -40,7 +40,6 @@ BELOW_FLOOR = {
     ("qwen2.5-vl-7b", "img2048"),
     ("qwen2.5-vl-7b", "16mixed"),
     ("qwen2-vl-7b", "img224"),
-    ("qwen2-vl-7b", "img1024"),
     ("qwen2-vl-7b", "16mixed"),
 }
 
