@@ -89,7 +89,10 @@ def test_who_leaves_partial_sums(h200, monkeypatch):
     assert tile is not None
     assert choose_partials(200, OnGpu(1152, 4304)) == tile
     assert choose_partials(200, torch.zeros(1152, 4304, dtype=BF16)) is None, "on a CPU"
+    monkeypatch.setitem(TABLE, (1152, 4304, RESIDUAL), ((256, tile), (384, None)))
+    assert choose_partials(256, OnGpu(1152, 4304)) == tile
     assert choose_partials(257, OnGpu(1152, 4304)) is None
+    assert choose_partials(385, OnGpu(1152, 4304)) is None
     assert choose_partials(200, OnGpu(1160, 4304)) is None
     assert choose_partials(200, OnGpu(1152, 4304, dtype=torch.float32)) is None
     assert choose_partials(200, OnGpu(1152, 4304, address=8)) is None

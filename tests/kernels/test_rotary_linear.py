@@ -116,6 +116,7 @@ def h200(monkeypatch):
 def test_when_it_is_taken(h200, monkeypatch):
     key = (3456, 1152, "rope")
     monkeypatch.setitem(TABLE, key, ((1000, SQUARE), (2000, None), (3000, SQUARE)))
+    monkeypatch.setitem(FEW_ROWS, key, ())
 
     def tile(M, N=3456, K=1152, dtype=BF16, device=CUDA):
         return rotating_tile(M, N, K, dtype, device)
