@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.aligned_rows import with_aligned_rows
 from ..kernels.attention import attention_ref
 from ..kernels.attention_fa4 import usable_tiles, varlen_attention_fa4
 from ..kernels.attention_hopper import unusable_reason as hopper_attention_reason
@@ -218,6 +219,9 @@ class LinearOperands:
         self.activation = None if plain else shape.epilogue or None
         self.xs = [draw(M, K) for _ in range(_SETS)]
         self.weights = [draw(N, K, scale=K**-0.5) for _ in range(num_weights)]
+        if self.has_residual and dtype.itemsize == 2:  # as towers keep those of `down`
+            self.xs = [with_aligned_rows(x) for x in self.xs]
+            self.weights = [with_aligned_rows(weight) for weight in self.weights]
         # the library adds no bias to a residual: towers add it where the stream is read
         self.bias = None if self.has_residual else draw(N)
         self.outs = [draw(M, N // 2 if self.is_gated else N) for _ in range(_SETS)]

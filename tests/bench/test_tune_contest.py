@@ -458,3 +458,9 @@ def test_attention_on_a_gpu():
     configs = usable_configs(72) if has_hopper else []
     assert [name for name in outcome.us if "hopper" in name] == [f"hopper {c}" for c in configs]
     assert all(us > 0 for us in outcome.us.values())
+
+
+@pytest.mark.parametrize(("epilogue", "stride"), [(RESIDUAL, 4352), ("", 4304)])
+def test_rows_of_down_lie_as_towers_keep_them(epilogue, stride):
+    operands = LinearOperands(LinearShape("down", 16, 4304, epilogue), 6, CPU, torch.bfloat16)
+    assert {x.stride(0) for x in (*operands.xs, *operands.weights)} == {stride}
