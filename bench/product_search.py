@@ -11,7 +11,14 @@ from functools import partial
 from itertools import product
 
 from ..kernels.cublaslt import Algorithm
-from ..kernels.few_rows_tuning import DeferredTiles, FewRowsConfig, deferred_tiles, few_rows_tile
+from ..kernels.few_rows_tuning import (
+    BLOCKS_N,
+    GATED_BLOCKS_N,
+    DeferredTiles,
+    FewRowsConfig,
+    deferred_tiles,
+    few_rows_tile,
+)
 from ..kernels.gemm_few_rows import BLOCK_K
 from ..kernels.gemm_tuning import GATED, RESIDUAL, HopperConfig, shipped_tiles
 from ..kernels.pdl import FEW_ROWS
@@ -27,7 +34,6 @@ Candidate = Product | DeferredTiles
 Choice = Mapping[str, Candidate]  # by layer
 
 _BLOCKS_M = (64, 128)
-_BLOCKS_N = (64, 128, 192, 256, 320)
 _LEAST_STAGES, _MOST_STAGES = 3, 12
 _MOST_PARTS = 8
 _LEAST_STEPS = 3  # of a part
@@ -103,8 +109,8 @@ def _few_rows(
     """Tiles of few rows; `column_bytes` of shared memory are more than others need a column."""
     found = []
     for block_m in _BLOCKS_M[: ceil_div(rows, 64)]:
-        for block_n in _BLOCKS_N:
-            if shape.epilogue == GATED and block_n not in (128, 256):
+        for block_n in BLOCKS_N:
+            if shape.epilogue == GATED and block_n not in GATED_BLOCKS_N:
                 continue  # no two halves
             tiles = ceil_div(rows, block_m) * ceil_div(shape.N, block_n)
             for splits in _parts(shape, tiles, num_sms):

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import torch
 
 from .activation import activation_ref
-from .few_rows_tuning import DeferredTiles, FewRowsConfig, deferred_tiles
+from .few_rows_tuning import GATED_BLOCKS_N, DeferredTiles, FewRowsConfig, deferred_tiles
 from .gemm import check_arguments, hopper_reason, is_aligned
 from .gemm_few_rows import GROUP, MOST_GROUPS, launch
 from .swiglu import swiglu_ref
@@ -243,10 +243,10 @@ def linear_of_scaled(
             f"{name}: a gate needs weight [2F, D] and no activation but its own silu, got "
             f"{tuple(weight.shape)} and activation={activation!r}"
         )
-    if is_gated and config.block_n not in (128, 256):
+    if is_gated and config.block_n not in GATED_BLOCKS_N:
         raise ValueError(
-            f"{name}: config={config} has no two halves of 64 or 128 columns, one for the gate; "
-            "use block_n=128 or 256"
+            f"{name}: config={config} has no two halves in whole parts of 64 columns, one for the "
+            f"gate; use block_n in {GATED_BLOCKS_N}"
         )
     check_arguments(name, x, weight, None, activation, None, None, live_rows)
     width = N // 2 if is_gated else N

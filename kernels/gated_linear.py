@@ -15,7 +15,7 @@ to the tile's `block_m`. https://arxiv.org/abs/2002.05202
 import torch
 
 from .dispatch import use_reference
-from .few_rows_tuning import FewRowsConfig, few_rows_tile
+from .few_rows_tuning import GATED_BLOCKS_N, FewRowsConfig, few_rows_tile
 from .gemm import check_arguments, hopper_reason, is_aligned
 from .gemm_tuning import GATED, HopperConfig, hopper_tile, tile_by_waves
 from .linear import linear, linear_ref
@@ -86,20 +86,22 @@ def gated_linear(
     if backend not in BACKENDS:
         raise ValueError(f"gated_linear: backend={backend!r} is not one of {BACKENDS}")
     if config is not None:
-        owner = "few_rows" if isinstance(config, FewRowsConfig) else "hopper"
+        owner, widths = ("few_rows", GATED_BLOCKS_N)
+        if isinstance(config, HopperConfig):
+            owner, widths = ("hopper", (128, 256))
         if backend != owner:
             raise ValueError(
                 f"gated_linear: config={config} needs backend={owner!r}, not {backend!r}"
+            )
+        if config.block_n not in widths:
+            raise ValueError(
+                f"gated_linear: config={config} has no two halves in whole parts of 64 columns, "
+                f"one for the gate; use block_n in {widths}"
             )
     if isinstance(config, FewRowsConfig) and config.splits != 1:
         raise ValueError(
             f"gated_linear: config={config} cuts K into {config.splits} parts, and only whole sums "
             "can be gated; use splits=1"
-        )
-    if config is not None and config.block_n not in (128, 256):
-        raise ValueError(
-            f"gated_linear: config={config} has no two halves of 64 or 128 columns, one for the "
-            "gate; use block_n=128 or 256"
         )
     if weight.ndim != 2 or weight.shape[0] % 2:
         raise ValueError(

@@ -157,6 +157,7 @@ def launch(
         return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)
 
     (M, K), N = x.shape, weight.shape[0]
+    halves = 2 if is_gated else 1
     is_partial = out.ndim == 3
     stream, gain, offset, moments = added or (None, None, None, None)
     sums, eps = None, 0.0
@@ -166,8 +167,8 @@ def launch(
         gemm_few_rows_kernel,
         (ceil_div(M, block_m), ceil_div(N, block_n), config.splits),
         blocks(x, block_m, BLOCK_K),
-        blocks(weight, head // 2 if is_gated else head, BLOCK_K),
-        blocks(weight, block_n - head, BLOCK_K) if block_n > head else None,
+        blocks(weight, head // halves, BLOCK_K),
+        blocks(weight, (block_n - head) // halves, BLOCK_K) if block_n > head else None,
         bias,
         *(rotation or (None, None)),
         None if stream is None else blocks(stream, block_m, STORE_N),

@@ -50,13 +50,21 @@ def _load_weight(
 ):  # fmt: skip
     HEAD: gl.constexpr = block.shape[0]
     if IS_GATED:
-        gate, up = start_n // 2, (N + start_n) // 2
-        load_async(weight, [gate, start_k], arrived, block.slice(0, HEAD // 2), pred=pred)
-        load_async(weight, [up, start_k], arrived, block.slice(HEAD // 2, HEAD // 2), pred=pred)
+        _load_halves(weight, start_n // 2, start_k, N, arrived, block, pred)
+        if weight_tail is not None:
+            _load_halves(weight_tail, (start_n + HEAD) // 2, start_k, N, arrived, tail, pred)
     else:
         load_async(weight, [start_n, start_k], arrived, block, pred=pred)
-    if weight_tail is not None:
-        load_async(weight_tail, [start_n + HEAD, start_k], arrived, tail, pred=pred)
+        if weight_tail is not None:
+            load_async(weight_tail, [start_n + HEAD, start_k], arrived, tail, pred=pred)
+
+
+@gluon.jit
+def _load_halves(weight, gate, start_k, N, arrived, block, pred):
+    """Rows of the gate from `gate` on, and the same of the up projection."""
+    HALF: gl.constexpr = block.shape[0] // 2
+    load_async(weight, [gate, start_k], arrived, block.slice(0, HALF), pred=pred)
+    load_async(weight, [N // 2 + gate, start_k], arrived, block.slice(HALF, HALF), pred=pred)
 
 
 @gluon.jit
@@ -70,6 +78,16 @@ def _multiply(a, head, tail, acc, acc_tail, USE_ACC: gl.constexpr, HAS_TAIL: gl.
     else:
         acc = warpgroup_mma_wait(1, deps=(acc,))
     return acc, acc_tail
+
+
+@gluon.jit
+def _gate_first(acc, tail, WIDTH: gl.constexpr):
+    """Parts of two tiles, each of which is half gate and half up: all of the gate first."""
+    acc, tail = columns(acc, 2), columns(tail, 2)
+    HEAD: gl.constexpr = acc[0].shape[1] // WIDTH
+    TAIL: gl.constexpr = tail[0].shape[1] // WIDTH
+    gate = columns(acc[0], HEAD) + columns(tail[0], TAIL)
+    return gate + columns(acc[1], HEAD) + columns(tail[1], TAIL)
 
 
 @gluon.jit
@@ -290,7 +308,9 @@ def _consume(
             if HAS_TAIL:
                 _store_partial(tail, partial_ptr, M, N, start_m, start_n + HEAD)
         else:
-            if HAS_TAIL:
+            if IS_GATED and HAS_TAIL:
+                parts = _gate_first(acc, tail, WIDTH)
+            elif HAS_TAIL:
                 parts = columns(acc, HEAD // WIDTH) + columns(tail, TAIL // WIDTH)
             else:
                 parts = columns(acc, HEAD // WIDTH)
@@ -315,7 +335,7 @@ def _consume(
 def gemm_few_rows_kernel(
     x,  # [M, K] descriptor
     weight,  # [N, K] descriptor, blocks of HEAD rows (half of it when gated)
-    weight_tail,  # the same by blocks of TAIL rows, or None
+    weight_tail,  # the same by blocks of TAIL rows (half of it when gated), or None
     bias_ptr,  # [N] or None
     position_ptr,  # [M, 4] int32, first row and column of the patches, or None
     turns_ptr,  # [2, N / 2] fp32 with `position_ptr`
@@ -349,7 +369,7 @@ def gemm_few_rows_kernel(
     x_ring = gl.allocate_shared_memory(x.dtype, [STAGES, BLOCK_M, STEP_K], x.layout)
     weight_ring = gl.allocate_shared_memory(x.dtype, [STAGES, HEAD, STEP_K], weight.layout)
     if HAS_TAIL:
-        TAIL: gl.constexpr = weight_tail.block_shape[0]
+        TAIL: gl.constexpr = weight_tail.block_shape[0] * (2 if IS_GATED else 1)
         tail_ring = gl.allocate_shared_memory(x.dtype, [STAGES, TAIL, STEP_K], weight_tail.layout)
         BLOCK_N: gl.constexpr = HEAD + TAIL
     else:

@@ -160,6 +160,7 @@ def test_parts_add_up_on_a_gpu(precision):
     assert in_fp8 == (precision == "fp8")
     assert row["kernels"] > 20
     assert 0 < row["busy_us"] <= row["kernel_us"] + 1e-6
-    assert row["busy_us"] + row["gap_us"] < row["replay_ms"] * 1e3
+    # replays are timed without the profiler, which slows kernels by some per cent
+    assert row["busy_us"] + row["gap_us"] < row["replay_ms"] * 1e3 * 1.25
     assert all(kernel["step_us"] >= 0 for kernel in row["by_kernel"])
     assert any("norm" in kernel["name"] for kernel in row["by_kernel"])

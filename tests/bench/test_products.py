@@ -25,6 +25,7 @@ from vitgraph.kernels import gemm_tuning, library_tuning
 from vitgraph.kernels.cublaslt import Algorithm
 from vitgraph.kernels.few_rows_tuning import (
     DEFERRED,
+    GATED_BLOCKS_N,
     TABLE,
     FewRowsConfig,
     deferred_tiles,
@@ -77,7 +78,7 @@ def test_candidates_can_run(shape, rows):
         assert rows > 64 or tile.block_m == 64
         assert tile.splits == 1 or shape.epilogue == RESIDUAL
         assert tile.splits <= -(-shape.K // 64)
-        assert shape.epilogue != GATED or tile.block_n in (128, 256)
+        assert shape.epilogue != GATED or tile.block_n in GATED_BLOCKS_N
         assert tile.num_stages * (tile.block_m + tile.block_n) * 64 * 2 < 227 << 10
     assert {tile.block_m for tile in few} == ({64} if rows == 64 else {64, 128})
     assert candidates(shape, 2048, 132) == [None, *shipped_tiles(shape.epilogue)]
@@ -127,7 +128,7 @@ def test_pairs_around_a_norm_can_run(shape, rows):
     assert len(pairs) > 4
     for first, second in pairs:
         assert first.splits == second.splits == 1
-        assert shape.epilogue != GATED or second.block_n in (128, 256)
+        assert shape.epilogue != GATED or second.block_n in GATED_BLOCKS_N
         # a ring, and the tile of the stream or two vectors
         shared = first.num_stages * (first.block_m + first.block_n) * 128
         assert shared + first.block_m * first.block_n * 2 < 227 << 10

@@ -3,7 +3,13 @@
 import pytest
 from vitgraph.kernels import gemm_few_rows
 from vitgraph.kernels.compiled import inspect
-from vitgraph.kernels.few_rows_tuning import DEFERRED, TABLE, FewRowsConfig, shipped_few_rows
+from vitgraph.kernels.few_rows_tuning import (
+    BLOCKS_N,
+    DEFERRED,
+    TABLE,
+    FewRowsConfig,
+    shipped_few_rows,
+)
 from vitgraph.kernels.gemm_tuning import GATED, RESIDUAL, ROTATED
 
 kernel_module = pytest.importorskip("vitgraph.kernels.gemm_few_rows_kernel")
@@ -72,7 +78,7 @@ def inspect_few_rows(tile: FewRowsConfig, epilogue: str, part: str = ""):
         ("turns_ptr", is_rotated, "*fp32"),
         ("out", not is_partial, descriptor(m, gemm_few_rows.STORE_N)),
         ("partial_ptr", is_partial, "*fp32"),
-        ("weight_tail", n > head, descriptor(n - head, k)),
+        ("weight_tail", n > head, descriptor((n - head) // (2 if is_gated else 1), k)),
     ):
         if is_given:
             signature[name] = kind
@@ -108,7 +114,7 @@ def test_tile(launch):
     wait = min(i for i in waits if i > loads[0])
     early = [i for i in loads if i < wait]
     has_tail = tile.block_n & (tile.block_n - 1) != 0
-    weights = 1 + (epilogue == GATED) + has_tail
+    weights = (1 + has_tail) * (1 + (epilogue == GATED))
     of_stream = tile.block_n // gemm_few_rows.STORE_N if part == [ADDED] else 0
     most = tile.num_stages * weights + of_stream
     assert len(early) == most, "a ring of weights and the stream, and x only after the wait"
@@ -130,7 +136,7 @@ def test_shared_memory_has_one_use(launch):
     assert inspect_few_rows(*launch).shared_bytes >= ring + stream + vectors + barriers
 
 
-@pytest.mark.parametrize("block_n", [64, 128, 192, 256, 320])
+@pytest.mark.parametrize("block_n", BLOCKS_N)
 @pytest.mark.parametrize("block_m", [64, 128])
 def test_the_deepest_ring_that_is_not_refused_fits(block_m, block_n):
     """Of sums, which need no buffers for results."""

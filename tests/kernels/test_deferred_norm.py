@@ -17,7 +17,12 @@ from vitgraph.kernels.deferred_norm import (
     choose_deferred,
     linear_of_scaled,
 )
-from vitgraph.kernels.few_rows_tuning import DEFERRED, FewRowsConfig, deferred_tiles
+from vitgraph.kernels.few_rows_tuning import (
+    DEFERRED,
+    GATED_BLOCKS_N,
+    FewRowsConfig,
+    deferred_tiles,
+)
 from vitgraph.kernels.gated_linear import gated_linear_ref
 from vitgraph.kernels.gemm_few_rows import GROUP, MOST_GROUPS, launch
 from vitgraph.kernels.gemm_tuning import GATED
@@ -244,9 +249,9 @@ def test_the_second_refuses(change, message):
 def test_a_gate_needs_two_halves():
     call = Operands(3, (128, 64, GATED), "rms")
     call.first()
-    for block_n in (64, 192):
-        with pytest.raises(ValueError, match="has no two halves of 64 or 128 columns"):
-            call.second(config=replace(TILE, block_n=block_n))
+    for block_n in (64, 192, 320):
+        with pytest.raises(ValueError, match="has no two halves in whole parts of 64 columns"):
+            call.second(config=replace(TILE, block_n=block_n, num_stages=2))
 
 
 def test_vectors_are_as_wide_as_moments():
@@ -285,7 +290,7 @@ def test_an_entry_is_well_formed(key):
             continue
         first, second = tiles
         assert first.splits == second.splits == 1
-        assert epilogue != GATED or second.block_n in (128, 256)
+        assert epilogue != GATED or second.block_n in GATED_BLOCKS_N
 
 
 class OnGpu:

@@ -6,7 +6,9 @@ import pytest
 import vitgraph.bench.towers_config as towers
 from vitgraph.encoder.families import FAMILIES
 from vitgraph.kernels.few_rows_tuning import (
+    BLOCKS_N,
     DEFERRED,
+    GATED_BLOCKS_N,
     TABLE,
     FewRowsConfig,
     few_rows_tile,
@@ -47,8 +49,8 @@ def test_an_entry_is_well_formed(key):
         if tile is None:  # something else is faster there
             continue
         assert tile.block_m in (64, 128)
-        assert tile.block_n in (64, 128, 192, 256, 320)
-        assert epilogue != GATED or tile.block_n in (128, 256)
+        assert tile.block_n in BLOCKS_N
+        assert epilogue != GATED or tile.block_n in GATED_BLOCKS_N
         assert tile.num_stages >= 2
         assert 1 <= tile.splits <= -(-K // BLOCK_K)
         assert tile.splits == 1 or epilogue == RESIDUAL

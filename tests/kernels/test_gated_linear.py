@@ -10,7 +10,7 @@ from vitgraph.kernels.gated_linear import (
     gated_linear_op,
     gated_linear_ref,
 )
-from vitgraph.kernels.gemm_tuning import GATED, SQUARE, TABLE, WIDE
+from vitgraph.kernels.gemm_tuning import GATED, SQUARE, TABLE, WIDE, HopperConfig
 from vitgraph.kernels.linear import linear
 from vitgraph.kernels.testing import assert_as_accurate
 
@@ -69,6 +69,7 @@ def test_rows_past_the_live_ones_are_left_alone(device):
         ({"config": FEW, "backend": "hopper"}, "needs backend='few_rows'"),
         ({"config": SQUARE, "backend": "few_rows"}, "needs backend='hopper'"),
         ({"config": replace(FEW, block_n=192), "backend": "few_rows"}, "no two halves"),
+        ({"config": HopperConfig(128, 384, 3), "backend": "hopper"}, "no two halves"),
         ({"config": replace(FEW, splits=3), "backend": "few_rows"}, "cuts K into 3 parts"),
         ({"weight": torch.zeros(7, 8)}, r"must be \[2F, K\]"),
         ({"weight": torch.zeros(8, 9)}, "must share K"),

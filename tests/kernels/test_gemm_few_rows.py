@@ -193,6 +193,9 @@ ROUNDED += [((144, 200, GATED), FewRowsConfig(64, 128, num_stages=4))]
 # fewer places in the ring than parts of the result that leave through it
 ROUNDED += [((520, 1152, "gelu_tanh"), FewRowsConfig(64, 256, num_stages=n)) for n in (2, 3)]
 ROUNDED += [((5120, 1280, "quick_gelu"), FewRowsConfig(128, 320, num_stages=4))]
+ROUNDED += [((3840, 1280, ""), FewRowsConfig(64, 384, num_stages=4))]
+# the second tile starts in the gate and ends past it
+ROUNDED += [((N, 200, GATED), FewRowsConfig(128, 384, num_stages=3)) for N in (400, 768)]
 SUMMED = [(key, tile) for key, tile in PRODUCTS if key[2] == RESIDUAL]
 SUMMED += [((1152, 4304, RESIDUAL), replace(TILE, splits=s)) for s in (1, 5, 7)]
 SUMMED += [((1152, 4304, RESIDUAL), FewRowsConfig(128, 192, 4, splits=5))]
