@@ -139,8 +139,8 @@ TABLE: Table = {
     # Qwen3-VL-8B and 32B: qkv, proj, up, down
     (3456, 1152, ""): ((256, _FED_WIDE), (704, None), (896, _FED_LARGE)),
     (3456, 1152, ROTATED): (
-        (256, _FED_WIDE), (416, _TALL), (448, _FED_TALL), (512, _FED_SQUARE), (576, _BROAD),
-        (896, _FED_LARGE), (1152, _HUGE),
+        (256, _FED_WIDE), (448, _TALL), (512, _FED_SQUARE), (576, _BROAD), (896, _FED_LARGE),
+        (1152, _HUGE),
     ),
     (1152, 1152, RESIDUAL): (
         (128, _FED_THIRDS), (256, _NARROW), (448, None), (512, _WIDE_SUMS), (768, None),
@@ -151,7 +151,7 @@ TABLE: Table = {
     ),
     (1152, 4304, RESIDUAL): (
         (128, _DEEP_THIRDS), (192, _WIDE_QUARTERS), (256, _WIDE_THIRDS), (320, _WIDE_HALVES),
-        (352, _TALL_THIRDS), (416, _WIDE_HALVES), (480, _TALL_HALVES), (832, None),
+        (352, _TALL_THIRDS), (448, _WIDE_HALVES), (480, _TALL_HALVES), (832, None),
         (896, _WIDE_SUMS),
     ),
     # their mergers: the last one, and from 65 tokens on those beside the blocks as well
@@ -179,7 +179,7 @@ TABLE: Table = {
         (576, _BROADER), (640, None), (704, _BROADER), (768, None), (832, _BROADEST), (896, _HUGE),
     ),
     (3840, 1280, ROTATED): (
-        (256, _FED_WIDE), (288, _TALL), (320, _FED_TALL), (384, _TALL), (448, _BROAD),
+        (256, _FED_WIDE), (384, _TALL), (448, _BROAD),
         (512, _FED_SQUARE), (576, _BROADER), (640, _FED_LARGE), (704, _BROADER), (768, _FED_LARGE),
         (832, _BROADEST), (1024, _HUGE), (1152, _FED_VAST),
     ),
@@ -251,7 +251,7 @@ DEFERRED: DeferredTable = {
     # Qwen2.5-VL
     (6912, 1280, GATED): (
         (128, None), (192, (_FED_DEEP, _FED_BROAD)), (256, (_FED_DEEP, _FED_SQUARE)),
-        (288, (_FED_DEEP, _BROADEST)), (320, (_WIDE, _FED_BROADEST)),
+        (320, (_FED_DEEP, _BROADEST)),
         (352, (_FED_WIDE, _FED_BROADEST)), (384, (_FED_DEEP, _BROADEST)),
         (416, (_FED_WIDE, _FED_BROADEST)), (448, (_FED_WIDE, _BROADEST)), (480, (_WIDE, _HUGE)),
         (512, (_FED_WIDE, _HUGE)), (576, (_FED_WIDE, _FED_VASTEST)), (832, (_WIDE, _FED_VASTEST)),
@@ -259,7 +259,7 @@ DEFERRED: DeferredTable = {
     # Qwen2-VL
     (5120, 1280, "quick_gelu"): (
         (128, None), (192, (_FED_DEEP, _FED_WIDE)), (256, (_FED_DEEP, _FED_TALL)),
-        (288, (_FED_DEEP, _BROAD)), (320, (_FED_WIDE, _FED_BROAD)),
+        (320, (_FED_DEEP, _BROAD)),
         (384, (_FED_DEEP, _FED_SQUARE)), (448, (_FED_WIDE, _FED_BROADER)),
         (512, (_WIDE, _FED_BROADER)), (768, (_WIDE, _HUGE)), (832, (_WIDE, _FED_VAST)),
     ),
