@@ -17,12 +17,7 @@ from vitgraph.kernels.deferred_norm import (
     choose_deferred,
     linear_of_scaled,
 )
-from vitgraph.kernels.few_rows_tuning import (
-    DEFERRED,
-    GATED_BLOCKS_N,
-    FewRowsConfig,
-    deferred_tiles,
-)
+from vitgraph.kernels.few_rows_tuning import DEFERRED, GATED_BLOCKS_N, FewRowsConfig, deferred_tiles
 from vitgraph.kernels.gated_linear import gated_linear_ref
 from vitgraph.kernels.gemm_few_rows import GROUP, MOST_GROUPS, launch
 from vitgraph.kernels.gemm_tuning import GATED
