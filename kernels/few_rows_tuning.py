@@ -170,18 +170,16 @@ TABLE: Table = {
         (384, _WIDE_HALVES), (512, _WIDE_SUMS), (768, None), (832, _WIDE_SUMS),
     ),
     (4096, 1024, "gelu_tanh"): ((256, _WIDE),),
-    (1024, 4096, RESIDUAL): (
-        (320, _WIDE_THIRDS), (512, _WIDE_HALVES), (896, None), (960, _BROAD_HALVES),
-    ),
+    (1024, 4096, RESIDUAL): ((320, _WIDE_THIRDS), (512, _WIDE_HALVES)),
     # Qwen2.5-VL and Qwen2-VL: qkv, proj
     (3840, 1280, ""): (
         (256, _WIDE), (384, _TALL), (448, _BROAD), (480, _SQUARE), (512, _FED_SQUARE),
         (576, _BROADER), (640, None), (704, _BROADER), (768, None), (832, _BROADEST), (896, _HUGE),
     ),
     (3840, 1280, ROTATED): (
-        (256, _FED_WIDE), (384, _TALL), (448, _BROAD),
-        (512, _FED_SQUARE), (576, _BROADER), (640, _FED_LARGE), (704, _BROADER), (768, _FED_LARGE),
-        (832, _BROADEST), (1024, _HUGE), (1152, _FED_VAST),
+        (256, _FED_WIDE), (384, _TALL), (448, _BROAD), (512, _FED_SQUARE), (576, _BROADER),
+        (640, _FED_LARGE), (704, _BROADER), (768, _FED_LARGE), (832, _BROADEST), (1024, _HUGE),
+        (1152, _FED_VAST),
     ),
     (1280, 1280, RESIDUAL): (
         (128, _FED_THIRDS), (256, _WIDE_HALVES), (352, None), (448, _WIDE_SUMS), (512, None),
@@ -222,7 +220,7 @@ TABLE: Table = {
         (960, _FED_VAST),
     ),
     (1536, 1536, RESIDUAL): ((256, _WIDE_SUMS),),
-    (1536, 4096, RESIDUAL): ((320, _WIDE_HALVES), (384, _BROAD_THIRDS), (448, _TALL_HALVES)),
+    (1536, 4096, RESIDUAL): ((320, _WIDE_HALVES), (384, _BROAD_THIRDS), (416, _TALL_HALVES)),
 }  # fmt: skip
 
 
@@ -251,16 +249,16 @@ DEFERRED: DeferredTable = {
     # Qwen2.5-VL
     (6912, 1280, GATED): (
         (128, None), (192, (_FED_DEEP, _FED_BROAD)), (256, (_FED_DEEP, _FED_SQUARE)),
-        (320, (_FED_DEEP, _BROADEST)),
-        (352, (_FED_WIDE, _FED_BROADEST)), (384, (_FED_DEEP, _BROADEST)),
-        (416, (_FED_WIDE, _FED_BROADEST)), (448, (_FED_WIDE, _BROADEST)), (480, (_WIDE, _HUGE)),
-        (512, (_FED_WIDE, _HUGE)), (576, (_FED_WIDE, _FED_VASTEST)), (832, (_WIDE, _FED_VASTEST)),
+        (320, (_FED_DEEP, _BROADEST)), (352, (_FED_WIDE, _FED_BROADEST)),
+        (384, (_FED_DEEP, _BROADEST)), (416, (_FED_WIDE, _FED_BROADEST)),
+        (448, (_FED_WIDE, _BROADEST)), (480, (_WIDE, _HUGE)), (512, (_FED_WIDE, _HUGE)),
+        (576, (_FED_WIDE, _FED_VASTEST)), (832, (_WIDE, _FED_VASTEST)),
     ),
     # Qwen2-VL
     (5120, 1280, "quick_gelu"): (
         (128, None), (192, (_FED_DEEP, _FED_WIDE)), (256, (_FED_DEEP, _FED_TALL)),
-        (320, (_FED_DEEP, _BROAD)),
-        (384, (_FED_DEEP, _FED_SQUARE)), (448, (_FED_WIDE, _FED_BROADER)),
+        (320, (_FED_DEEP, _BROAD)), (384, (_FED_DEEP, _FED_SQUARE)),
+        (448, (_FED_WIDE, _FED_BROADER)),
         (512, (_WIDE, _FED_BROADER)), (768, (_WIDE, _HUGE)), (832, (_WIDE, _FED_VAST)),
     ),
     # Qwen3.5-0.8B

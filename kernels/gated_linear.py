@@ -86,9 +86,9 @@ def gated_linear(
     if backend not in BACKENDS:
         raise ValueError(f"gated_linear: backend={backend!r} is not one of {BACKENDS}")
     if config is not None:
-        owner, widths = ("few_rows", GATED_BLOCKS_N)
+        owner, widths = "few_rows", GATED_BLOCKS_N
         if isinstance(config, HopperConfig):
-            owner, widths = ("hopper", (128, 256))
+            owner, widths = "hopper", (128, 256)
         if backend != owner:
             raise ValueError(
                 f"gated_linear: config={config} needs backend={owner!r}, not {backend!r}"

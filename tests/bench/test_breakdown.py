@@ -160,7 +160,8 @@ def test_parts_add_up_on_a_gpu(precision):
     assert in_fp8 == (precision == "fp8")
     assert row["kernels"] > 20
     assert 0 < row["busy_us"] <= row["kernel_us"] + 1e-6
-    # replays are timed without the profiler, which slows kernels by some per cent
-    assert row["busy_us"] + row["gap_us"] < row["replay_ms"] * 1e3 * 1.25
+    # the wall is of other replays, before the profiler ran: neither bounds the other, as the
+    # committed breakdown.json shows, but they are of one size
+    assert 0.5 < (row["busy_us"] + row["gap_us"]) / (row["replay_ms"] * 1e3) < 1.25
     assert all(kernel["step_us"] >= 0 for kernel in row["by_kernel"])
     assert any("norm" in kernel["name"] for kernel in row["by_kernel"])

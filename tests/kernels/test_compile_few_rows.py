@@ -26,6 +26,8 @@ LAUNCHES = {
     # a user's table may name any of them
     *((tile, ROTATED) for tile in shipped_few_rows("", 1152)),
     (FewRowsConfig(64, 128, 4), GATED),
+    # as many sums as a thread can have; the table has it with a warp for loads alone
+    (FewRowsConfig(128, 384, 3), GATED),
 }
 PAIRS = [
     (epilogue, *tiles)
